@@ -1,0 +1,189 @@
+//! Addresses, one type for each space, and the geometry that converts between them.
+
+use std::fmt;
+use std::ops::{Add, Range};
+
+macro_rules! address {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        pub struct $name(pub u64);
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+    };
+}
+
+address! {
+    /// A byte offset into the virtual disk.
+    GuestOffset
+}
+address! {
+    /// A byte offset into the image file.
+    HostOffset
+}
+address! {
+    /// The number of a cluster of the virtual disk.
+    GuestCluster
+}
+address! {
+    /// The number of a cluster of the image file.
+    HostCluster
+}
+address! {
+    /// A number of clusters.
+    ClusterCount
+}
+
+impl Add<ClusterCount> for HostCluster {
+    type Output = HostCluster;
+    fn add(self, count: ClusterCount) -> HostCluster {
+        HostCluster(self.0 + count.0)
+    }
+}
+
+impl Add<ClusterCount> for GuestCluster {
+    type Output = GuestCluster;
+    fn add(self, count: ClusterCount) -> GuestCluster {
+        GuestCluster(self.0 + count.0)
+    }
+}
+
+/// The sizes that an image's header fixes, and the conversions that follow from them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    version: u32,
+    cluster_bits: u32,
+    refcount_order: u32,
+    extended_l2: bool,
+}
+
+impl Geometry {
+    /// The geometry for header fields that [`super::Header::parse`] has checked.
+    pub(super) fn new(
+        version: u32,
+        cluster_bits: u32,
+        refcount_order: u32,
+        extended_l2: bool,
+    ) -> Self {
+        Geometry { version, cluster_bits, refcount_order, extended_l2 }
+    }
+
+    /// 2 or 3. Version 2 has no zero flag.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// log2 of the cluster size in bytes, 9 to 21.
+    pub fn cluster_bits(&self) -> u32 {
+        self.cluster_bits
+    }
+
+    /// Bytes in a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// log2 of a refcount's width in bits, 0 to 6.
+    pub fn refcount_order(&self) -> u32 {
+        self.refcount_order
+    }
+
+    /// The largest refcount that fits.
+    pub fn max_refcount(&self) -> u64 {
+        match self.refcount_order {
+            6 => u64::MAX,
+            order => (1 << (1 << order)) - 1,
+        }
+    }
+
+    /// Refcounts in one refcount block.
+    pub fn refcounts_per_block(&self) -> u64 {
+        self.cluster_size() * 8 >> self.refcount_order
+    }
+
+    /// Whether L2 entries are 16 bytes with a subcluster bitmap.
+    pub fn extended_l2(&self) -> bool {
+        self.extended_l2
+    }
+
+    /// Bytes of one L2 entry: 8, or 16 with subclusters.
+    pub fn l2_entry_size(&self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// Entries in one L2 table.
+    pub fn l2_entries(&self) -> u64 {
+        self.cluster_size() / self.l2_entry_size()
+    }
+
+    /// The number of L1 entries that a virtual disk of `size` bytes needs.
+    pub fn l1_entries_for(&self, size: u64) -> u64 {
+        self.clusters_for(size).0.div_ceil(self.l2_entries())
+    }
+
+    /// Clusters that `bytes` bytes need, rounded up.
+    pub fn clusters_for(&self, bytes: u64) -> ClusterCount {
+        ClusterCount(bytes.div_ceil(self.cluster_size()))
+    }
+
+    /// Bytes in `count` clusters.
+    pub fn bytes(&self, count: ClusterCount) -> u64 {
+        count.0 << self.cluster_bits
+    }
+
+    /// The cluster that a guest offset lies in.
+    pub fn guest_cluster(&self, offset: GuestOffset) -> GuestCluster {
+        GuestCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// The first byte of a guest cluster.
+    pub fn guest_offset(&self, cluster: GuestCluster) -> GuestOffset {
+        GuestOffset(cluster.0 << self.cluster_bits)
+    }
+
+    /// The guest clusters that a byte range touches; empty for an empty range.
+    pub fn guest_clusters(&self, bytes: &Range<u64>) -> Range<u64> {
+        let first = bytes.start >> self.cluster_bits;
+        if bytes.is_empty() { first..first } else { first..self.clusters_for(bytes.end).0 }
+    }
+
+    /// The cluster that a host offset lies in.
+    pub fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        HostCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// The first byte of a host cluster.
+    pub fn host_offset(&self, cluster: HostCluster) -> HostOffset {
+        HostOffset(cluster.0 << self.cluster_bits)
+    }
+
+    /// How far into its cluster a byte offset lies.
+    pub fn within(&self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// Whether a byte offset is the start of a cluster.
+    pub fn is_aligned(&self, offset: u64) -> bool {
+        self.within(offset) == 0
+    }
+
+    /// The L1 entry that leads to a guest cluster.
+    pub fn l1_index(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 / self.l2_entries()
+    }
+
+    /// The entry of its L2 table that a guest cluster has.
+    pub fn l2_index(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 % self.l2_entries()
+    }
+}

@@ -1,0 +1,20 @@
+//! The qcow2 on-disk format: bytes to values and back, pure.
+//!
+//! No I/O, no locks, no policy: what a field means and what it may hold is said here once, and
+//! everything above works with the types of this room. The rules are those of QEMU's
+//! `docs/interop/qcow2.rst`.
+
+mod address;
+mod entry;
+mod header;
+pub mod refcount;
+
+pub use address::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
+pub use entry::{BadEntry, L1Entry, L2Entry, REFCOUNT_TABLE_OFFSET_MASK};
+pub use header::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS,
+    EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS, EXTENSION_DATA_FILE, EXTENSION_FEATURE_NAMES,
+    EXTENSION_LUKS, Extension, Header, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, Patch,
+};

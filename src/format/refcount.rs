@@ -1,0 +1,73 @@
+//! Refcounts in a refcount block: 1 to 64 bits wide, big-endian; widths under 8 bits count from
+//! the least significant bit of a byte.
+
+/// The refcount of entry `index` of `block`, whose entries are `1 << order` bits wide.
+pub fn get(block: &[u8], index: usize, order: u32) -> u64 {
+    match order {
+        0..=2 => {
+            let (byte, shift, mask) = locate(index, order);
+            u64::from(block[byte] >> shift & mask)
+        }
+        _ => {
+            let width = 1 << (order - 3);
+            let bytes = &block[index * width..][..width];
+            bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+        }
+    }
+}
+
+/// Sets the refcount of entry `index` of `block`. `value` must fit `1 << order` bits.
+pub fn set(block: &mut [u8], index: usize, order: u32, value: u64) {
+    debug_assert!(order == 6 || value >> (1 << order) == 0, "refcount {value} does not fit");
+    match order {
+        0..=2 => {
+            let (byte, shift, mask) = locate(index, order);
+            block[byte] = block[byte] & !(mask << shift) | (value as u8 & mask) << shift;
+        }
+        _ => {
+            let width = 1 << (order - 3);
+            block[index * width..][..width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+        }
+    }
+}
+
+/// Byte, shift and mask of an entry narrower than a byte.
+fn locate(index: usize, order: u32) -> (usize, u32, u8) {
+    let per_byte = 8 >> order;
+    let shift = (index % per_byte) as u32 * (1 << order);
+    (index / per_byte, shift, ((1u16 << (1 << order)) - 1) as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_width_keeps_neighbours_apart() {
+        for order in 0..=6 {
+            let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            let mut block = [0u8; 64];
+            let entries = 64 * 8 >> order;
+            for i in 0..entries {
+                set(&mut block, i, order, max);
+                for j in 0..entries {
+                    let expected = if i == j { max } else { 0 };
+                    assert_eq!(get(&block, j, order), expected, "order {order} {i} {j}");
+                }
+                set(&mut block, i, order, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_refcounts_count_from_the_least_significant_bit() {
+        let mut block = [0u8; 2];
+        set(&mut block, 1, 0, 1);
+        assert_eq!(block, [0b10, 0]);
+        set(&mut block, 3, 1, 2);
+        assert_eq!(block, [0b1000_0010, 0]);
+        let mut block = [0u8; 4];
+        set(&mut block, 1, 4, 0x1234);
+        assert_eq!(block, [0, 0, 0x12, 0x34]);
+    }
+}

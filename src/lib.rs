@@ -1,0 +1,53 @@
+//! qcow2fs: a directory of qcow2 images, mounted as a directory of flat raw files.
+//!
+//! Write to a raw file, loop-mount it, `fstrim`: the image file on the host gets small again while
+//! it is in use.
+//!
+//! # The house
+//! Dependencies point down this list.
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`cli`] | one file a command: arguments in, exit code out |
+//! | [`fs`] | FUSE requests to catalog and image verbs, and the replies |
+//! | [`catalog`] | names, inodes, which image is open how often |
+//! | [`image`] | one open image: read, write, discard, zero, flush, resize, close |
+//! | [`recycler`] | the states of host clusters, and the thread that turns junk into free space |
+//! | [`alloc`] | refcounts: allocate, free, grow, rebuild |
+//! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
+//! | [`locks`] | which guest clusters are in use by whom |
+//! | [`check`] | the independent verifier: reads an image, trusts nothing |
+//! | [`storage`] | the host file, and its doubles in tests |
+//! | [`mod@format`] | bytes to values and back, pure |
+//!
+//! # Invariants
+//! Held at every instant, whatever is lost: take any crash point, keep any subset of the writes
+//! since the last sync, tear any of them at 512 bytes, reopen:
+//!
+//! 1. every reference has its refcount on disk (leaks are allowed);
+//! 2. what was written before the last completed flush reads back; every later sector reads old or
+//!    new, never another sector's data, never a freed cluster's old content;
+//! 3. a discarded range reads zeros (old or zeros until flushed);
+//! 4. a cluster is linked on disk again only after the table write that dropped its last reference
+//!    is durable, and after it durably reads as zeros;
+//! 5. nothing is written outside the image, and no metadata cluster is overwritten with data.
+//!
+//! # Locks
+//! In this order, each optional: catalog, [`image`]'s flush lock, guest clusters ([`locks`]),
+//! [`tables`], [`alloc`]'s refcounts, [`recycler`]'s cluster map, the recycler's wake flag. No data
+//! I/O happens under tables, refcounts or the map. Nobody who holds guest clusters starts a flush.
+
+pub mod alloc;
+pub mod catalog;
+pub mod check;
+pub mod cli;
+mod error;
+pub mod format;
+pub mod fs;
+pub mod image;
+pub mod locks;
+pub mod recycler;
+pub mod storage;
+pub mod tables;
+
+pub use error::{Error, ErrorKind, Result};

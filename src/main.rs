@@ -1,0 +1,2 @@
+//! qcow2fs: parse, log, run, exit code.
+fn main() {}
