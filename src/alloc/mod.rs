@@ -225,27 +225,28 @@ impl Refcounts {
     /// Host errors.
     pub fn cut_tail(&self) -> Result<u64> {
         let mut state = self.state.lock();
-        while state.end > 1 {
-            let last = state.end - 1;
-            if self.read(&mut state, last)? != 0 {
-                break;
-            }
-            state.end = last;
+        let mut end = state.end;
+        while end > 1 && self.read(&mut state, end - 1)? == 0 {
+            end -= 1;
         }
-        self.set_file_length(&state, |old, end| end < old)
+        let cut = self.set_file_length(end, |old, new| new < old)?;
+        state.end = end;
+        Ok(cut)
     }
 
     /// Makes the file as long as its last allocated cluster reaches, so that no reference can ever
     /// be durable that points past its end.
     pub fn extend_file(&self) -> Result<()> {
-        self.set_file_length(&self.state.lock(), |old, end| end > old).map(|_| ())
+        let state = self.state.lock();
+        self.set_file_length(state.end, |old, new| new > old).map(|_| ())
     }
 
-    /// Gives the file the length of `state.end` clusters where `applies` to its old length and
-    /// that one. All writes are to clusters before the end, so this cannot cut one off.
-    fn set_file_length(&self, state: &State, applies: impl Fn(u64, u64) -> bool) -> Result<u64> {
+    /// Gives the file the length of `end` clusters where `applies` to its old length and that one;
+    /// returns the bytes that it is shorter. All writes are to clusters before the end, so this
+    /// cannot cut one off.
+    fn set_file_length(&self, end: u64, applies: impl Fn(u64, u64) -> bool) -> Result<u64> {
         let old = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
-        let new = state.end << self.geometry.cluster_bits();
+        let new = end << self.geometry.cluster_bits();
         if !applies(old, new) {
             return Ok(0);
         }
@@ -268,11 +269,6 @@ impl Refcounts {
             at += 1;
         }
         Ok(true)
-    }
-
-    /// One more than the last cluster that may be used.
-    pub fn end(&self) -> u64 {
-        self.state.lock().end
     }
 
     /// Whether anything waits for a flush.
@@ -306,8 +302,8 @@ impl Refcounts {
     }
 
     /// How the flush of `dirty` went. Where it failed, all of it is due again; where it succeeded,
-    /// the places are returned that a refcount table has left: free to be released as soon as the
-    /// switch is durable.
+    /// the places are returned that a refcount table has left. They are free once the switch is
+    /// durable.
     pub fn collected(&self, dirty: DirtyRefcounts, succeeded: bool) -> Vec<Range<u64>> {
         let mut state = self.state.lock();
         state.cache.written(&dirty.blocks[..dirty.block_writes], succeeded);

@@ -34,14 +34,6 @@ pub(super) struct FlushLock {
     syncs: AtomicU64,
 }
 
-/// Refcounts that were written.
-pub(super) struct Refcounts {
-    /// Whether there were any.
-    any: bool,
-    /// Places of refcount tables that are free once the next sync has succeeded.
-    pub(super) replaced: Vec<std::ops::Range<u64>>,
-}
-
 impl FlushLock {
     pub(super) fn flushes(&self) -> u64 {
         self.flushes.load(Ordering::Relaxed)
@@ -110,17 +102,17 @@ impl Image {
         barrier: bool,
         must_sync: bool,
     ) -> Result<()> {
-        let refcounts = self.write_refcounts(writer, barrier)?;
+        let wrote_refcounts = self.write_refcounts(writer, barrier)?;
         self.write_all(tables, "writing a table")?;
-        if must_sync || barrier || refcounts.any || !tables.is_empty() {
+        if must_sync || barrier || wrote_refcounts || !tables.is_empty() {
             self.sync(writer)?;
         }
-        refcounts.replaced.into_iter().for_each(|clusters| writer.recycler.release(clusters));
         Ok(())
     }
 
     /// Writes all refcounts; with `barrier` they and everything before are durable afterwards.
-    pub(super) fn write_refcounts(&self, writer: &Writer, barrier: bool) -> Result<Refcounts> {
+    /// Whether there were any.
+    pub(super) fn write_refcounts(&self, writer: &Writer, barrier: bool) -> Result<bool> {
         let dirty = writer.refcounts.collect();
         let any = !dirty.blocks.is_empty() || !dirty.links.is_empty();
         let result = self.write_all(&dirty.blocks, "writing a refcount block").and_then(|()| {
@@ -132,8 +124,10 @@ impl Image {
             }
             if barrier { self.sync(writer) } else { Ok(()) }
         });
-        let replaced = writer.refcounts.collected(dirty, result.is_ok());
-        result.map(|()| Refcounts { any, replaced })
+        let left = writer.refcounts.collected(dirty, result.is_ok());
+        // Junk like any other: released once the next flush has made the switch durable for sure.
+        let dropped = left.into_iter().try_for_each(|place| writer.recycler.drop_used(place));
+        result.and(dropped).map(|()| any)
     }
 
     fn write_all(&self, writes: &[Write], what: &str) -> Result<()> {

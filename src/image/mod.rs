@@ -163,6 +163,10 @@ impl Image {
             return if self.needs_flush() { self.flush() } else { Ok(()) };
         }
         self.flush()?;
+        if writer.recycler.awaits_flush() {
+            // What the flush itself dropped: the place of a table that it moved.
+            self.flush()?;
+        }
         writer.recycler.give_back()?;
         self.flush()
     }

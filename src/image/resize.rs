@@ -80,10 +80,8 @@ impl Image {
                 .write_at(bytes, offset.0)
                 .map_err(|e| Error::io(format!("writing the new L1 table at {offset}"), e))?;
             // With everything that the table refers to, and its own clusters' refcounts.
-            let replaced = self.write_refcounts(writer, true)?.replaced;
-            self.patch_header(writer, &Header::patch_l1(entries, offset))?;
-            replaced.into_iter().for_each(|clusters| writer.recycler.release(clusters));
-            Ok(())
+            self.write_refcounts(writer, true)?;
+            self.patch_header(writer, &Header::patch_l1(entries, offset))
         });
         match switched {
             Ok(old) => writer.recycler.release(old),

@@ -157,14 +157,19 @@ impl Tables {
     /// # Errors
     /// Host errors. Malformed L1 entries are passed over.
     pub fn any_compressed(&self) -> Result<bool> {
-        let state = self.state.read();
+        let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        // Each table once, however many entries lead to it.
+        let tables: BTreeSet<HostOffset> = self
+            .state
+            .read()
+            .l1
+            .iter()
+            .filter_map(|&raw| L1Entry::decode(raw, &self.geometry).ok()?.table)
+            .map(|table| self.geometry.host_offset(table))
+            .filter(|at| at.0 < length)
+            .collect();
         let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-        for &raw in &state.l1 {
-            let Some(table) = L1Entry::decode(raw, &self.geometry).ok().and_then(|e| e.table)
-            else {
-                continue;
-            };
-            let at = self.geometry.host_offset(table);
+        for at in tables {
             self.storage
                 .read_at(&mut bytes, at.0)
                 .map_err(|e| Error::io(format!("reading an L2 table at {at}"), e))?;
@@ -196,16 +201,6 @@ impl Tables {
             }
             self.load(clusters.start)?;
         }
-    }
-
-    /// The entry of one guest cluster, whole.
-    pub fn entry(&self, cluster: GuestCluster) -> Result<L2Entry> {
-        let mut found = L2Entry::Unallocated;
-        self.update(cluster.0..cluster.0 + 1, LinkOrder::Any, |_, entry| {
-            found = entry;
-            Ok(None)
-        })?;
-        Ok(found)
     }
 
     /// Shows `change` each of `clusters` with its entry, in ascending order; where it answers an
