@@ -1,1 +1,3 @@
-//! (room)
+//! Refcounts: allocate, free, grow, rebuild.
+
+pub mod rebuild;
