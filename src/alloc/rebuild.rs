@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::check::{ReferenceCounts, copied};
+use crate::check::{ReferenceCounts, copied, references};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Header, HostCluster, HostOffset, INCOMPATIBLE_DIRTY, MAX_REFCOUNT_TABLE_BYTES, Patch, refcount,
@@ -17,6 +17,14 @@ use crate::storage::Storage;
 
 /// What a change of the header is written in: old or new, never half.
 const SECTOR: usize = 512;
+
+/// Makes the refcounts of an image whose dirty bit is set right. Returns the new header.
+///
+/// # Errors
+/// As [`rebuild`], and where the references cannot be counted at all.
+pub fn rebuild_dirty(storage: &dyn Storage, header: &Header) -> Result<Header> {
+    rebuild(storage, header, &references::count(storage, header)?)
+}
 
 /// Builds a new refcount structure that says what `references` says, of itself that it is used and
 /// of the old one nothing, and clears the dirty bit. Durable on return. Returns the new header.
