@@ -1,1 +1,3 @@
-//! (room)
+//! One file a command: arguments in, exit code out.
+
+pub mod check;
