@@ -109,10 +109,7 @@ pub fn check_allowing_leaks(path: &Path) -> Result<(), String> {
 pub fn assert_same(path: &Path, expected: &[u8]) {
     let raw = path.with_extension("expected");
     std::fs::write(&raw, expected).unwrap();
-    run(Command::new("qemu-img")
-        .args(["compare", "-f", "raw", "-F", "qcow2"])
-        .arg(&raw)
-        .arg(path));
+    run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "qcow2"]).arg(&raw).arg(path));
     std::fs::remove_file(&raw).unwrap();
     // Without strict mode, which also compares what is allocated, zeros at the end are no
     // difference.

@@ -240,6 +240,11 @@ impl Replay {
         Ok(Some(entry))
     }
 
+    /// The next entry, without walking past it.
+    pub fn peek(&self) -> Option<&Entry> {
+        self.log.get(self.at)
+    }
+
     /// Entries walked past.
     pub fn position(&self) -> usize {
         self.at
