@@ -1,1 +1,408 @@
-//! (room)
+//! Refcounts: which host clusters of the image file are used. Allocate, free, grow, rebuild.
+//!
+//! The counts in memory are never lower than what any table that may be on disk refers to: they go
+//! up before a cluster is handed out, and down only after the write that dropped the last reference
+//! is durable (the caller sees to that). So refcount blocks may be written at any time, in any
+//! order; only *new* blocks and a *new* refcount table have an order, and a flush keeps it:
+//!
+//! 1. contents of refcount blocks, new ones included, and a whole new refcount table;
+//! 2. sync, when 3 has anything to do;
+//! 3. entries of the refcount table, or the one header write that switches to the new table;
+//! 4. sync, before any L1 or L2 entry that depends on it.
+//!
+//! **Self-describing blocks.** A new block lies in the range that it describes, so making one never
+//! needs another one. A new table lies at the end of the file, behind the blocks that its own
+//! clusters need, which describe themselves and the table; they are referenced only from the new
+//! table, so an error anywhere before the header write leaves the old structure whole. Nothing
+//! recurses. (After Kevin Wolf's rewrite of QEMU's `alloc_refcount_block`.)
+
+mod grow;
+pub mod rebuild;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, refcount,
+};
+use crate::storage::Storage;
+use crate::tables::{MetadataMap, SliceCache, Write};
+
+/// Memory for clean parts of refcount blocks, in bytes.
+const CACHE_BYTES: u64 = 4 << 20;
+/// Host offsets in tables have 56 bits.
+const MAX_HOST_OFFSET: u64 = 1 << 56;
+
+/// The refcounts of one image.
+pub struct Refcounts {
+    geometry: Geometry,
+    storage: Arc<dyn Storage>,
+    metadata: Arc<MetadataMap>,
+    /// Lock order: after the tables, before the cluster map.
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Offsets of refcount blocks, 0 where there is none.
+    table: Vec<u64>,
+    /// Where the table is, or will be once the flush has moved it there.
+    table_offset: HostOffset,
+    /// Entries whose blocks were made since the last flush.
+    table_dirty: BTreeSet<usize>,
+    /// The table has moved in memory: the places it leaves, where one of them is it on disk.
+    moved_from: Vec<Range<u64>>,
+    cache: SliceCache,
+    /// Nothing at or after this cluster is known to be used; the file may end before it.
+    end: u64,
+    /// No cluster before this one is free.
+    first_free: u64,
+}
+
+/// Consecutive clusters whose refcount has just become 1.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allocated {
+    /// The clusters.
+    pub clusters: Range<u64>,
+    /// They lie past the old end of the file, so they read as zeros; others hold old content.
+    pub is_new: bool,
+}
+
+/// What a flush writes for the refcounts, in the order of the module's documentation.
+#[derive(Debug, Default)]
+pub struct DirtyRefcounts {
+    /// Step 1.
+    pub blocks: Vec<Write>,
+    /// Step 3: entries of the table, or the header's new pointer.
+    pub links: Vec<Write>,
+    block_writes: usize,
+    entries: BTreeSet<usize>,
+    moved_from: Vec<Range<u64>>,
+}
+
+impl Refcounts {
+    /// The refcounts of the image that `header` belongs to.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn open(
+        storage: Arc<dyn Storage>,
+        header: &Header,
+        metadata: Arc<MetadataMap>,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
+        let at = header.refcount_table_offset;
+        let clusters = u64::from(header.refcount_table_clusters);
+        let mut bytes = vec![0; (clusters << geometry.cluster_bits()) as usize];
+        storage
+            .read_at(&mut bytes, at.0)
+            .map_err(|e| Error::io(format!("reading the refcount table at {at}"), e))?;
+        let len = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let table = bytes.chunks_exact(8).map(be64).collect();
+        let state = State {
+            table,
+            table_offset: at,
+            table_dirty: BTreeSet::new(),
+            moved_from: Vec::new(),
+            cache: SliceCache::new(geometry.cluster_size(), CACHE_BYTES),
+            end: geometry.clusters_for(len).0.max(1),
+            first_free: 0,
+        };
+        Ok(Refcounts { geometry, storage, metadata, state: Mutex::new(state) })
+    }
+
+    /// Enters the refcount table and its blocks into the map of metadata.
+    ///
+    /// # Errors
+    /// `Corrupt`: a malformed entry, or a block that is also something else.
+    pub fn register_metadata(&self) -> Result<()> {
+        let state = self.state.lock();
+        let first = self.geometry.host_cluster(state.table_offset).0;
+        let clusters = self.geometry.clusters_for(state.table.len() as u64 * 8).0;
+        for cluster in first..first + clusters {
+            if !self.metadata.insert(HostCluster(cluster)) {
+                return Err(Error::corrupt("the refcount table overlaps other metadata"));
+            }
+        }
+        for (index, &entry) in state.table.iter().enumerate().filter(|(_, e)| **e != 0) {
+            if entry & !REFCOUNT_TABLE_OFFSET_MASK != 0 || !self.geometry.is_aligned(entry) {
+                return Err(Error::corrupt(format!(
+                    "refcount table entry {index} ({entry:#x}) is malformed"
+                )));
+            }
+            if !self.metadata.insert(self.geometry.host_cluster(HostOffset(entry))) {
+                return Err(Error::corrupt(format!(
+                    "refcount table entry {index} points to {entry:#x}, which is other metadata"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The refcount of a cluster.
+    pub fn get(&self, cluster: HostCluster) -> Result<u64> {
+        self.read(&mut self.state.lock(), cluster.0)
+    }
+
+    /// Takes the first free clusters of the file: consecutive ones, at least 1 and at most
+    /// `wanted`, the file growing where nothing before its end is free. Their refcount is 1 from
+    /// now on, in memory.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where metadata is found free; `TooBig` at the format's limits.
+    pub fn allocate(&self, wanted: u64) -> Result<Allocated> {
+        let mut state = self.state.lock();
+        let first = loop {
+            let from = state.first_free;
+            let first = self.first_free(&mut state, from)?;
+            state.first_free = first;
+            if !self.make_block_for(&mut state, first)? {
+                break first;
+            }
+            // The new block took a place of its own range: look again.
+        };
+        let is_new = first >= state.end;
+        let limit = if is_new { first + wanted } else { (first + wanted).min(state.end) };
+        let mut last = first;
+        while last < limit && self.has_block(&state, last) && self.read(&mut state, last)? == 0 {
+            self.check_unused(last)?;
+            self.write(&mut state, last, 1)?;
+            last += 1;
+        }
+        state.first_free = last;
+        state.end = state.end.max(last);
+        Ok(Allocated { clusters: first..last, is_new })
+    }
+
+    /// Takes `wanted` consecutive clusters at the end of the file.
+    ///
+    /// # Errors
+    /// As [`Refcounts::allocate`].
+    pub fn allocate_at_end(&self, wanted: u64) -> Result<Range<u64>> {
+        let mut state = self.state.lock();
+        self.append(&mut state, wanted)
+    }
+
+    /// Drops one reference from each of `clusters`. What comes to 0 is free at once: no table on
+    /// disk may refer to it any more.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where a refcount is 0 already. The clusters before it are freed.
+    pub fn release(&self, clusters: Range<u64>) -> Result<()> {
+        let mut state = self.state.lock();
+        for cluster in clusters {
+            let count = self.read(&mut state, cluster)?;
+            let Some(less) = count.checked_sub(1) else {
+                return Err(Error::corrupt(format!(
+                    "cluster at {} is freed but its refcount is 0",
+                    self.geometry.host_offset(HostCluster(cluster))
+                )));
+            };
+            self.write(&mut state, cluster, less)?;
+            if less == 0 {
+                state.first_free = state.first_free.min(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// One more than the last cluster that is in use and not `spare`.
+    pub fn used_end(&self, spare: impl Fn(u64) -> bool) -> Result<u64> {
+        let mut state = self.state.lock();
+        let mut end = state.end;
+        while end > 1 && (spare(end - 1) || self.read(&mut state, end - 1)? == 0) {
+            end -= 1;
+        }
+        Ok(end)
+    }
+
+    /// Cuts the free clusters at the end of the file off; returns the bytes that it is shorter.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn cut_tail(&self) -> Result<u64> {
+        let mut state = self.state.lock();
+        let mut end = state.end;
+        while end > 1 && self.read(&mut state, end - 1)? == 0 {
+            end -= 1;
+        }
+        let cut = self.set_file_length(end, |old, new| new < old)?;
+        state.end = end;
+        Ok(cut)
+    }
+
+    /// Makes the file as long as its last allocated cluster reaches, so that no reference can ever
+    /// be durable that points past its end.
+    pub fn extend_file(&self) -> Result<()> {
+        let state = self.state.lock();
+        self.set_file_length(state.end, |old, new| new > old).map(|_| ())
+    }
+
+    /// Gives the file the length of `end` clusters where `applies` to its old length and that one;
+    /// returns the bytes that it is shorter. All writes are to clusters before the end, so this
+    /// cannot cut one off.
+    fn set_file_length(&self, end: u64, applies: impl Fn(u64, u64) -> bool) -> Result<u64> {
+        let old = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let new = end << self.geometry.cluster_bits();
+        if !applies(old, new) {
+            return Ok(0);
+        }
+        self.storage
+            .set_len(new)
+            .map_err(|e| Error::io(format!("making the image {new} bytes long"), e))?;
+        Ok(old.saturating_sub(new))
+    }
+
+    /// Whether at least `wanted` clusters before `end` are free.
+    pub fn has_free_before(&self, end: u64, wanted: u64) -> Result<bool> {
+        let mut state = self.state.lock();
+        let (mut at, mut found) = (state.first_free, 0);
+        while found < wanted {
+            at = self.first_free(&mut state, at)?;
+            if at >= end {
+                return Ok(false);
+            }
+            found += 1;
+            at += 1;
+        }
+        Ok(true)
+    }
+
+    /// Whether anything waits for a flush.
+    pub fn is_dirty(&self) -> bool {
+        let state = self.state.lock();
+        state.cache.dirty_slices() > 0
+            || !state.table_dirty.is_empty()
+            || !state.moved_from.is_empty()
+    }
+
+    /// Takes a copy of all that changed. [`Refcounts::collected`] must follow.
+    pub fn collect(&self) -> DirtyRefcounts {
+        let mut state = self.state.lock();
+        let mut dirty = DirtyRefcounts { blocks: state.cache.take_dirty(), ..Default::default() };
+        dirty.block_writes = dirty.blocks.len();
+        dirty.entries = std::mem::take(&mut state.table_dirty);
+        dirty.moved_from = std::mem::take(&mut state.moved_from);
+        if !dirty.moved_from.is_empty() {
+            let bytes: Vec<u8> = state.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+            let clusters = self.geometry.clusters_for(bytes.len() as u64).0 as u32;
+            let patch = Header::patch_refcount_table(state.table_offset, clusters);
+            dirty.blocks.push((state.table_offset.0, bytes));
+            dirty.links.push((patch.offset.0, patch.bytes));
+        } else {
+            let entry = |&i: &usize| {
+                (state.table_offset.0 + i as u64 * 8, state.table[i].to_be_bytes().to_vec())
+            };
+            dirty.links = dirty.entries.iter().map(entry).collect();
+        }
+        dirty
+    }
+
+    /// How the flush of `dirty` went. Where it failed, all of it is due again; where it succeeded,
+    /// the places are returned that a refcount table has left. They are free once the switch is
+    /// durable.
+    pub fn collected(&self, dirty: DirtyRefcounts, succeeded: bool) -> Vec<Range<u64>> {
+        let mut state = self.state.lock();
+        state.cache.written(&dirty.blocks[..dirty.block_writes], succeeded);
+        if !succeeded {
+            state.table_dirty.extend(dirty.entries);
+            state.moved_from.extend(dirty.moved_from);
+            return Vec::new();
+        }
+        for cluster in dirty.moved_from.iter().cloned().flatten() {
+            self.metadata.remove(HostCluster(cluster));
+        }
+        dirty.moved_from
+    }
+
+    /// The first cluster from `from` on whose refcount is 0; clusters without a block are free.
+    fn first_free(&self, state: &mut State, from: u64) -> Result<u64> {
+        let order = self.geometry.refcount_order();
+        let mut cluster = from;
+        while let Some((key, index)) = self.locate(state, cluster) {
+            self.load(state, key)?;
+            let per_slice = ((state.cache.slice_size() * 8) >> order) as usize;
+            let counts = state.cache.get(key).unwrap_or_default();
+            match (index..per_slice).find(|&i| refcount::get(counts, i, order) == 0) {
+                Some(free) => return Ok(cluster + (free - index) as u64),
+                None => cluster += (per_slice - index) as u64,
+            }
+        }
+        Ok(cluster)
+    }
+
+    fn has_block(&self, state: &State, cluster: u64) -> bool {
+        let index = cluster / self.geometry.refcounts_per_block();
+        state.table.get(index as usize).is_some_and(|offset| *offset != 0)
+    }
+
+    /// Where the refcount of `cluster` is: the slice, and the entry within the slice.
+    fn locate(&self, state: &State, cluster: u64) -> Option<(u64, usize)> {
+        let per_block = self.geometry.refcounts_per_block();
+        let block = *state.table.get((cluster / per_block) as usize)?;
+        if block & REFCOUNT_TABLE_OFFSET_MASK == 0 {
+            return None;
+        }
+        let slice_size = state.cache.slice_size();
+        let per_slice = (slice_size * 8) >> self.geometry.refcount_order();
+        let index = cluster % per_block;
+        Some((block + index / per_slice * slice_size, (index % per_slice) as usize))
+    }
+
+    fn read(&self, state: &mut State, cluster: u64) -> Result<u64> {
+        let Some((key, index)) = self.locate(state, cluster) else { return Ok(0) };
+        self.load(state, key)?;
+        let order = self.geometry.refcount_order();
+        Ok(state.cache.get(key).map_or(0, |bytes| refcount::get(bytes, index, order)))
+    }
+
+    /// Sets the refcount of a cluster that has a block.
+    fn write(&self, state: &mut State, cluster: u64, value: u64) -> Result<()> {
+        let Some((key, index)) = self.locate(state, cluster) else {
+            return Err(Error::corrupt(format!("cluster {cluster:#x} has no refcount block")));
+        };
+        if value > self.geometry.max_refcount() {
+            return Err(Error::new(
+                ErrorKind::TooBig,
+                format!("refcount {value} does not fit the image's refcount width"),
+            ));
+        }
+        self.load(state, key)?;
+        let order = self.geometry.refcount_order();
+        let byte = (index << order) / 8;
+        let width = 1 << order.saturating_sub(3);
+        if let Some(bytes) = state.cache.get_mut(key, byte..byte + width) {
+            refcount::set(bytes, index, order, value);
+        }
+        Ok(())
+    }
+
+    fn load(&self, state: &mut State, key: u64) -> Result<()> {
+        if state.cache.get(key).is_some() {
+            return Ok(());
+        }
+        let mut bytes = vec![0; state.cache.slice_size() as usize].into_boxed_slice();
+        self.storage
+            .read_at(&mut bytes, key)
+            .map_err(|e| Error::io(format!("reading a refcount block at {key:#x}"), e))?;
+        state.cache.insert(key, bytes);
+        Ok(())
+    }
+
+    fn check_unused(&self, cluster: u64) -> Result<()> {
+        if !self.metadata.contains(HostCluster(cluster)) {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!(
+            "the cluster at {} holds metadata but its refcount is 0",
+            self.geometry.host_offset(HostCluster(cluster))
+        )))
+    }
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}

@@ -108,7 +108,7 @@ impl Geometry {
 
     /// Refcounts in one refcount block.
     pub fn refcounts_per_block(&self) -> u64 {
-        self.cluster_size() * 8 >> self.refcount_order
+        (self.cluster_size() * 8) >> self.refcount_order
     }
 
     /// Whether L2 entries are 16 bytes with a subcluster bitmap.

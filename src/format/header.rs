@@ -175,7 +175,7 @@ impl Header {
         }
         self.header_length = be32(fixed, 100);
         let length = self.header_length as usize;
-        if length < V3_LENGTH || length % 8 != 0 || length > bytes.len() {
+        if length < V3_LENGTH || !length.is_multiple_of(8) || length > bytes.len() {
             return Err(Error::corrupt(format!(
                 "header: header_length is {length}, allowed are multiples of 8 from 104 to the \
                  end of the first cluster"

@@ -47,7 +47,7 @@ mod tests {
         for order in 0..=6 {
             let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
             let mut block = [0u8; 64];
-            let entries = 64 * 8 >> order;
+            let entries = (64 * 8) >> order;
             for i in 0..entries {
                 set(&mut block, i, order, max);
                 for j in 0..entries {

@@ -1,14 +1,34 @@
 //! One open image: read, write, discard, zero, flush, resize, close.
+//!
+//! This room puts the others together and owns the rules between them: which guest clusters are
+//! held while what is done, what is durable before what ([`flush`](Image::flush)), and when an
+//! image stops taking writes. It knows nothing of FUSE, names or inodes.
 
-use std::io;
-use std::ops::Range;
+mod clear;
+mod flush;
+mod health;
+mod open;
+mod read;
+mod resize;
+mod write;
+
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::error::Result;
+use crate::alloc::Refcounts;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Geometry;
+use crate::locks::GuestLocks;
+use crate::recycler::{Recycler, StateCounts, WorkDone};
 use crate::storage::Storage;
+use crate::tables::{Run, Tables};
+
+pub use open::Summary;
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -19,23 +39,19 @@ pub struct Options {
     pub keep_erased: u64,
     /// How long changes wait for a flush by a client before the recycler flushes by itself.
     pub flush_after: Duration,
+    /// Bytes of memory for parts of L2 tables that could be read again.
+    pub metadata_cache: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { writable: false, keep_erased: 16 << 20, flush_after: Duration::from_secs(5) }
+        Options {
+            writable: false,
+            keep_erased: 64 << 20,
+            flush_after: Duration::from_secs(5),
+            metadata_cache: 32 << 20,
+        }
     }
-}
-
-/// What can be told of an image from its header alone.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    /// Bytes of the virtual disk.
-    pub virtual_size: u64,
-    /// Bytes in a cluster.
-    pub cluster_size: u64,
-    /// Why the image cannot be opened, in one line; `None` when it can.
-    pub refusal: Option<String>,
 }
 
 /// The state of an open image, for `status`.
@@ -51,98 +67,152 @@ pub struct Status {
     pub allocated: u64,
     /// `ok`, or why the image is read-only.
     pub health: String,
-    // cluster states follow
+    /// Whether it is open for writing.
+    pub writable: bool,
+    /// Clusters by state.
+    pub clusters: StateCounts,
+    /// What the recycler has done since the image was opened.
+    pub recycled: WorkDone,
+    /// Completed flushes, those that several callers shared counted once.
+    pub flushes: u64,
+    /// Syncs of the host file.
+    pub syncs: u64,
 }
 
 /// An open image. All methods may be called from several threads at once; each is atomic towards
 /// the others on the clusters that it touches.
-pub struct Image {}
+pub struct Image {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    size: AtomicU64,
+    locks: GuestLocks,
+    tables: Tables,
+    health: health::Health,
+    /// What only a writable image has.
+    writer: Option<Writer>,
+}
+
+struct Writer {
+    refcounts: Arc<Refcounts>,
+    recycler: Recycler,
+    /// Lock order: before guest clusters.
+    flush: flush::FlushLock,
+    features: Mutex<open::Features>,
+    /// The header is as the first write wants it.
+    prepared: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
 
 impl Image {
-    /// Reads the header only.
-    ///
-    /// # Errors
-    /// A file that is not qcow2, or a header that makes no sense.
-    pub fn summarize(_storage: &dyn Storage) -> Result<Summary> {
-        todo!()
-    }
-
-    /// Opens an image. A writable image gets its recycler thread.
-    ///
-    /// # Errors
-    /// As [`Image::summarize`], `Unsupported` with a feature that is not served (the line names
-    /// it), `Corrupt` with tables that make no sense.
-    pub fn open(_storage: Arc<dyn Storage>, _options: &Options) -> Result<Arc<Image>> {
-        todo!()
-    }
-
     /// Bytes of the virtual disk.
     pub fn virtual_size(&self) -> u64 {
-        todo!()
+        self.size.load(Ordering::Acquire)
     }
 
     /// Bytes in a cluster.
     pub fn cluster_size(&self) -> u64 {
-        todo!()
+        self.geometry.cluster_size()
     }
 
-    /// Fills `buf` from guest offset `offset`. What lies past the end reads as zeros.
-    pub fn read(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
-        todo!()
-    }
-
-    /// Writes all of `data` at guest offset `offset`. Errors: `Invalid` past the end, `ReadOnly`,
-    /// host errors.
-    pub fn write(&self, _offset: u64, _data: &[u8]) -> Result<()> {
-        todo!()
-    }
-
-    /// Gives the range back: it reads zeros from now on. Any alignment; what lies past the end is
-    /// ignored.
-    pub fn discard(&self, _range: Range<u64>) -> Result<()> {
-        todo!()
-    }
-
-    /// Makes the range read zeros. Any alignment; what lies past the end is ignored.
-    pub fn write_zeroes(&self, _range: Range<u64>) -> Result<()> {
-        todo!()
-    }
-
-    /// Reserves clusters and host blocks for the range, so that writing there cannot run out of
-    /// space. Contents stay.
-    pub fn preallocate(&self, _range: Range<u64>) -> Result<()> {
-        todo!()
-    }
-
-    /// Returns when everything written before the call is on stable storage.
-    pub fn flush(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// Changes the virtual size; growing adds zeros, shrinking cuts.
-    pub fn resize(&self, _size: u64) -> Result<()> {
-        todo!()
-    }
-
-    /// The first offset at or after `offset` that is allocated data, `None` past the last.
-    pub fn next_data(&self, _offset: u64) -> Result<Option<u64>> {
-        todo!()
-    }
-
-    /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
-    /// size where data goes on to the end.
-    pub fn next_hole(&self, _offset: u64) -> Result<u64> {
-        todo!()
+    /// Whether writes are taken; if not, [`Status::health`] says why.
+    pub fn is_writable(&self) -> bool {
+        self.writer.is_some() && self.health.is_good()
     }
 
     /// What `status` shows.
-    pub fn status(&self) -> io::Result<Status> {
-        todo!()
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn status(&self) -> Result<Status> {
+        let host = |e| Error::io("reading the image's length", e);
+        let writer = self.writer.as_ref();
+        Ok(Status {
+            virtual_size: self.virtual_size(),
+            cluster_size: self.cluster_size(),
+            file_length: self.storage.len().map_err(host)?,
+            allocated: self.storage.allocated().map_err(host)?,
+            health: self.health.reason().unwrap_or_else(|| "ok".into()),
+            writable: self.is_writable(),
+            clusters: writer.map(|w| w.recycler.counts()).unwrap_or_default(),
+            recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),
+            flushes: writer.map_or(0, |w| w.flush.flushes()),
+            syncs: writer.map_or(0, |w| w.flush.syncs()),
+        })
     }
 
     /// Recycles what is due, flushes, gives the pool back, cuts the file's end, and stops the
-    /// recycler. After it every call but `close` fails.
+    /// recycler. Nothing may be read or written afterwards; a second close does nothing.
+    ///
+    /// # Errors
+    /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
-        todo!()
+        let Some(writer) = &self.writer else { return Ok(()) };
+        writer.recycler.wake_signal().stop();
+        if let Some(thread) = writer.thread.lock().take()
+            && thread.join().is_err()
+        {
+            self.health.latch("its recycler thread ended by a defect in this program");
+        }
+        let result = self.settle_everything(writer);
+        self.health.latch("it is closed");
+        self.note(result)
+    }
+
+    fn settle_everything(&self, writer: &Writer) -> Result<()> {
+        if !self.health.is_good() {
+            return if self.needs_flush() { self.flush() } else { Ok(()) };
+        }
+        self.flush()?;
+        if writer.recycler.awaits_flush() {
+            // What the flush itself dropped: the place of a table that it moved.
+            self.flush()?;
+        }
+        writer.recycler.give_back()?;
+        self.flush()
+    }
+
+    fn writer(&self) -> Result<&Writer> {
+        match &self.writer {
+            Some(writer) if self.health.is_good() => Ok(writer),
+            _ => Err(Error::new(
+                ErrorKind::ReadOnly,
+                match self.health.reason() {
+                    Some(reason) => format!("the image is read-only: {reason}"),
+                    None => "the image is open read-only".into(),
+                },
+            )),
+        }
+    }
+
+    /// The run at guest offset `at` and the offset where it ends, at most `end`; the guest clusters
+    /// are held.
+    fn run_at(&self, at: u64, end: u64) -> Result<(Run, u64)> {
+        let clusters = self.geometry.guest_clusters(&(at..end));
+        let (run, count) = self.tables.lookup(clusters.clone())?;
+        Ok((run, end.min((clusters.start + count) << self.geometry.cluster_bits())))
+    }
+
+    /// The part of `range` that lies within the virtual disk.
+    fn within_disk(&self, range: std::ops::Range<u64>) -> std::ops::Range<u64> {
+        let size = self.virtual_size();
+        range.start.min(size)..range.end.min(size)
+    }
+
+    /// Where guest offset `at` is in the file when its cluster is `cluster`.
+    fn host_offset(&self, cluster: crate::format::HostCluster, at: u64) -> u64 {
+        self.geometry.host_offset(cluster).0 + self.geometry.within(at)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if let Some(writer) = &self.writer {
+            writer.recycler.wake_signal().stop();
+            if self.needs_flush() && self.health.is_good() {
+                log::error!(
+                    "an image was dropped without being closed: unflushed changes are lost"
+                );
+            }
+        }
     }
 }

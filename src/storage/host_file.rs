@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use super::Storage;
 
 /// Zeros written where the host can neither punch nor zero.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A regular file of the host, opened by the caller.
 #[derive(Debug)]

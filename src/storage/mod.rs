@@ -16,6 +16,7 @@ pub use host_file::HostFile;
 /// A file that can be read, written, synced, cut and punched, from several threads at once.
 ///
 /// Errors are the host's own, with its errno.
+#[allow(clippy::len_without_is_empty)] // an image is never empty
 pub trait Storage: Send + Sync {
     /// The length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -54,4 +55,21 @@ pub trait Storage: Send + Sync {
 
     /// Bytes of host blocks that the file occupies.
     fn allocated(&self) -> io::Result<u64>;
+}
+
+/// Makes `range` read as zeros, giving its blocks back where the host can.
+pub fn erase(storage: &dyn Storage, range: Range<u64>) -> io::Result<()> {
+    match storage.punch_hole(range.clone()) {
+        Err(e) if host_file::is_unsupported(&e) => storage.zero_range(range),
+        other => other,
+    }
+}
+
+/// Takes host blocks for metadata, so that writing it at a flush cannot run out of space. A host
+/// that cannot do so is no error.
+pub fn reserve_metadata(storage: &dyn Storage, range: Range<u64>) -> io::Result<()> {
+    match storage.allocate(range) {
+        Err(e) if host_file::is_unsupported(&e) => Ok(()),
+        other => other,
+    }
 }

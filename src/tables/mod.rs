@@ -1,1 +1,528 @@
-//! (room)
+//! The L1 and L2 tables of an open image: lookup, change, and what a flush has to write.
+//!
+//! The L1 table is in memory whole; L2 tables are cached by slices. Nothing here allocates
+//! clusters, knows refcounts, or decides when to flush. A change is in memory only until a flush
+//! collects it ([`Tables::collect`]), writes it and reports back ([`Tables::collected`]).
+//!
+//! Whoever changes the mapping of a guest cluster holds it exclusively in [`crate::locks`]; who
+//! only looks it up and goes on to use the result holds it shared.
+
+mod cache;
+mod metadata_map;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+pub use cache::{SliceCache, Write};
+pub use metadata_map::MetadataMap;
+
+use crate::error::{Error, Result};
+use crate::format::{Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry};
+use crate::storage::Storage;
+
+/// L1 entries in one 512-byte sector, the unit in which the L1 table is written back.
+const L1_ENTRIES_PER_SECTOR: usize = 64;
+/// Loads of different slices wait for each other only when they meet in one of these.
+const LOADERS: usize = 16;
+
+/// What consecutive guest clusters are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// Nothing allocated: reads zeros.
+    Unallocated,
+    /// Reads zeros by flag. A preallocated host cluster may stand behind it.
+    Zero,
+    /// Data in consecutive host clusters from `first`.
+    Data {
+        /// The host cluster of the first guest cluster.
+        first: HostCluster,
+        /// All of them are referenced exactly once: they may be written in place.
+        copied: bool,
+    },
+}
+
+/// When a changed entry may reach the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkOrder {
+    /// At any time: what it refers to is durably counted and reads as zeros or as what it should.
+    Any,
+    /// Only after all that was written before the change is durable: the flush syncs first.
+    AfterSync,
+}
+
+/// The tables of one image.
+pub struct Tables {
+    geometry: Geometry,
+    storage: Arc<dyn Storage>,
+    metadata: Arc<MetadataMap>,
+    /// Lock order: after guest clusters, before refcounts and the cluster map.
+    state: RwLock<State>,
+    /// Who loads a slice holds its loader, so that one slice is loaded by one thread at a time and
+    /// what was evicted and changed meanwhile is never replaced by something older.
+    loaders: [Mutex<()>; LOADERS],
+}
+
+struct State {
+    l1: Vec<u64>,
+    l1_offset: HostOffset,
+    /// Sectors of the L1 table that changed since the last flush.
+    l1_dirty: BTreeSet<usize>,
+    cache: SliceCache,
+    /// Something linked since the last flush must not be on disk before what it refers to is: the
+    /// flush syncs first.
+    barrier: bool,
+}
+
+/// What a flush writes.
+#[derive(Debug, Default)]
+pub struct DirtyTables {
+    /// Writes, in no particular order among each other.
+    pub writes: Vec<Write>,
+    /// Everything before must be on stable storage before the writes are made.
+    pub barrier: bool,
+    l1_sectors: BTreeSet<usize>,
+    l2_writes: usize,
+}
+
+impl Tables {
+    /// The tables of an image whose L1 table of `l1_entries` entries starts at `l1_offset`.
+    /// `cache_bytes` bounds the memory for clean parts of L2 tables.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` with a table that overlaps other metadata or is no cluster.
+    pub fn open(
+        storage: Arc<dyn Storage>,
+        geometry: Geometry,
+        metadata: Arc<MetadataMap>,
+        l1_offset: HostOffset,
+        l1_entries: u32,
+        cache_bytes: u64,
+    ) -> Result<Self> {
+        let l1 = read_l1(&*storage, l1_offset, l1_entries)?;
+        let tables = Tables {
+            geometry,
+            metadata,
+            state: RwLock::new(State {
+                l1,
+                l1_offset,
+                l1_dirty: BTreeSet::new(),
+                cache: SliceCache::new(geometry.cluster_size(), cache_bytes),
+                barrier: false,
+            }),
+            loaders: Default::default(),
+            storage,
+        };
+        Ok(tables)
+    }
+
+    /// Enters the L1 table and the L2 tables into the map of metadata.
+    ///
+    /// # Errors
+    /// `Corrupt`: an L1 entry that is malformed, or whose table is also something else. Everything
+    /// is entered all the same, so that the image can be served read-only.
+    pub fn register_metadata(&self) -> Result<()> {
+        let state = self.state.read();
+        let mut result = Ok(());
+        let l1_bytes = state.l1.len() as u64 * 8;
+        for i in 0..self.geometry.clusters_for(l1_bytes).0 {
+            let cluster = HostCluster(self.geometry.host_cluster(state.l1_offset).0 + i);
+            if !self.metadata.insert(cluster) && result.is_ok() {
+                result = Err(Error::corrupt(format!(
+                    "the L1 table at {} overlaps other metadata",
+                    state.l1_offset
+                )));
+            }
+        }
+        for (index, &raw) in state.l1.iter().enumerate() {
+            let registered =
+                self.decode_l1(index as u64, raw).and_then(|entry| match entry.table {
+                    Some(table) if !self.metadata.insert(table) => Err(Error::corrupt(format!(
+                        "L1 entry {index} points to {}, which is other metadata",
+                        self.geometry.host_offset(table)
+                    ))),
+                    _ => Ok(()),
+                });
+            if result.is_ok() {
+                result = registered;
+            }
+        }
+        result
+    }
+
+    /// Whether any L2 table has a compressed entry. Reads all of them: nothing in the header tells.
+    ///
+    /// # Errors
+    /// Host errors. Malformed L1 entries are passed over.
+    pub fn any_compressed(&self) -> Result<bool> {
+        let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        // Each table once, however many entries lead to it.
+        let tables: BTreeSet<HostOffset> = self
+            .state
+            .read()
+            .l1
+            .iter()
+            .filter_map(|&raw| L1Entry::decode(raw, &self.geometry).ok()?.table)
+            .map(|table| self.geometry.host_offset(table))
+            .filter(|at| at.0 < length)
+            .collect();
+        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        for at in tables {
+            self.storage
+                .read_at(&mut bytes, at.0)
+                .map_err(|e| Error::io(format!("reading an L2 table at {at}"), e))?;
+            let mut entries = bytes.chunks_exact(self.geometry.l2_entry_size() as usize);
+            if entries.any(|entry| L2Entry::is_compressed(read_u64(entry, 0))) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What the first of `clusters` is, and how many from there on are the same; at least 1, at
+    /// most as far as one read of the tables tells. `clusters` must not be empty.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` with a malformed entry or one that points to metadata.
+    pub fn lookup(&self, clusters: Range<u64>) -> Result<(Run, u64)> {
+        loop {
+            {
+                let state = self.state.read();
+                let Some(table) = self.table_of(&state, clusters.start)? else {
+                    return Ok((Run::Unallocated, self.absent_tables(&state, &clusters)));
+                };
+                let key = state.cache.key(self.entry_offset(table, clusters.start));
+                if let Some(bytes) = state.cache.get(key) {
+                    let in_slice = self.clusters_in_slice(&state.cache, &clusters);
+                    return self.run_of(bytes, key, in_slice);
+                }
+            }
+            self.load(clusters.start)?;
+        }
+    }
+
+    /// Shows `change` each of `clusters` with its entry, in ascending order; where it answers an
+    /// entry, that one takes its place. Clusters without an L2 table are shown as unallocated and
+    /// must stay so ([`Tables::has_table`] first).
+    ///
+    /// The caller holds the clusters exclusively (shared, when nothing changes). What `change` does
+    /// beside (moving clusters between states) happens under the same lock as the change, so a
+    /// flush sees both or neither. `order` holds for all that changes.
+    ///
+    /// # Errors
+    /// Host errors, `Corrupt`, and what `change` returns; the clusters before the one it failed at
+    /// are changed.
+    pub fn update(
+        &self,
+        clusters: Range<u64>,
+        order: LinkOrder,
+        mut change: impl FnMut(GuestCluster, L2Entry) -> Result<Option<L2Entry>>,
+    ) -> Result<()> {
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let mut state = self.state.write();
+            let Some(table) = self.table_of(&state, at)? else {
+                let absent = self.absent_tables(&state, &(at..clusters.end));
+                for cluster in at..at + absent {
+                    let entry = change(GuestCluster(cluster), L2Entry::Unallocated)?;
+                    debug_assert_eq!(entry, None, "no table for {cluster}");
+                }
+                at += absent;
+                continue;
+            };
+            let key = state.cache.key(self.entry_offset(table, at));
+            if state.cache.get(key).is_none() {
+                drop(state);
+                self.load(at)?;
+                continue;
+            }
+            state.barrier |= order == LinkOrder::AfterSync;
+            let end = self.clusters_in_slice(&state.cache, &(at..clusters.end)).end;
+            for cluster in at..end {
+                self.update_one(&mut state.cache, table, GuestCluster(cluster), &mut change)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn update_one(
+        &self,
+        cache: &mut SliceCache,
+        table: HostCluster,
+        cluster: GuestCluster,
+        change: &mut impl FnMut(GuestCluster, L2Entry) -> Result<Option<L2Entry>>,
+    ) -> Result<()> {
+        let offset = self.entry_offset(table, cluster.0);
+        let key = cache.key(offset);
+        let at = (offset - key) as usize;
+        let Some(bytes) = cache.get(key) else { return Ok(()) };
+        let entry = self.decode_l2(read_u64(bytes, at), offset)?;
+        if let Some(new) = change(cluster, entry)?
+            && let Some(bytes) = cache.get_mut(key, at..at + 8)
+        {
+            bytes[at..at + 8].copy_from_slice(&new.encode(&self.geometry).to_be_bytes());
+        }
+        Ok(())
+    }
+
+    /// Whether a guest cluster has an L2 table.
+    pub fn has_table(&self, cluster: GuestCluster) -> Result<bool> {
+        Ok(self.table_of(&self.state.read(), cluster.0)?.is_some())
+    }
+
+    /// Makes `table`, a cluster that reads as zeros and whose refcount is 1, the L2 table of a
+    /// guest cluster; `false` when it has one meanwhile.
+    pub fn install_table(
+        &self,
+        cluster: GuestCluster,
+        table: HostCluster,
+        order: LinkOrder,
+    ) -> Result<bool> {
+        let mut state = self.state.write();
+        if self.table_of(&state, cluster.0)?.is_some() {
+            return Ok(false);
+        }
+        let index = self.geometry.l1_index(cluster) as usize;
+        let entry = L1Entry { table: Some(table), copied: true };
+        let Some(slot) = state.l1.get_mut(index) else {
+            return Err(Error::invalid(format!("guest cluster {cluster} is past the L1 table")));
+        };
+        *slot = entry.encode(&self.geometry);
+        state.l1_dirty.insert(index / L1_ENTRIES_PER_SECTOR);
+        state.barrier |= order == LinkOrder::AfterSync;
+        self.metadata.insert(table);
+        Ok(true)
+    }
+
+    /// Whether anything waits for a flush.
+    pub fn is_dirty(&self) -> bool {
+        let state = self.state.read();
+        state.cache.dirty_slices() > 0 || !state.l1_dirty.is_empty()
+    }
+
+    /// Whether so much waits for a flush that the cache is short of room.
+    pub fn is_crowded(&self) -> bool {
+        self.state.read().cache.is_crowded()
+    }
+
+    /// Takes a copy of all that changed. `seal` runs under the same lock: what it sees of the
+    /// clusters' states belongs to exactly these changes. [`Tables::collected`] must follow.
+    pub fn collect(&self, seal: impl FnOnce()) -> DirtyTables {
+        let mut state = self.state.write();
+        let mut writes = state.cache.take_dirty();
+        let l2_writes = writes.len();
+        let l1_sectors = std::mem::take(&mut state.l1_dirty);
+        writes.extend(l1_sectors.iter().map(|&sector| {
+            let first = sector * L1_ENTRIES_PER_SECTOR;
+            let last = (first + L1_ENTRIES_PER_SECTOR).min(state.l1.len());
+            let bytes = state.l1[first..last].iter().flat_map(|e| e.to_be_bytes()).collect();
+            (state.l1_offset.0 + sector as u64 * 512, bytes)
+        }));
+        let barrier = std::mem::take(&mut state.barrier);
+        seal();
+        DirtyTables { writes, barrier, l1_sectors, l2_writes }
+    }
+
+    /// How the flush of `dirty` went. Where it failed, all of it is due again.
+    pub fn collected(&self, dirty: DirtyTables, succeeded: bool) {
+        let mut state = self.state.write();
+        state.cache.written(&dirty.writes[..dirty.l2_writes], succeeded);
+        if !succeeded {
+            state.l1_dirty.extend(dirty.l1_sectors);
+            state.barrier |= dirty.barrier;
+        }
+    }
+
+    /// The number of L1 entries.
+    pub fn l1_entries(&self) -> usize {
+        self.state.read().l1.len()
+    }
+
+    /// Moves the L1 table to `offset` with room for `entries`, under the tables' lock: `switch`
+    /// makes durable what the bytes it gets refer to, writes them to the new place, makes the
+    /// header point there, and makes that durable. The old place is returned; it is free then.
+    ///
+    /// The caller holds the flush lock.
+    pub fn relocate_l1(
+        &self,
+        offset: HostOffset,
+        entries: u32,
+        switch: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<Range<u64>> {
+        let mut state = self.state.write();
+        let mut l1 = state.l1.clone();
+        l1.resize((entries as usize).max(l1.len()), 0);
+        let bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
+        switch(&bytes)?;
+        let clusters = |offset: HostOffset, entries: usize| {
+            let first = self.geometry.host_cluster(offset).0;
+            first..first + self.geometry.clusters_for(entries as u64 * 8).0
+        };
+        let old = clusters(state.l1_offset, state.l1.len());
+        clusters(offset, l1.len()).for_each(|c| {
+            self.metadata.insert(HostCluster(c));
+        });
+        old.clone().for_each(|c| self.metadata.remove(HostCluster(c)));
+        state.l1 = l1;
+        state.l1_offset = offset;
+        // Entries that had changed went along with the table.
+        state.l1_dirty.clear();
+        Ok(old)
+    }
+
+    /// Brings the slice of a guest cluster into the cache.
+    fn load(&self, cluster: u64) -> Result<()> {
+        let Some(table) = self.table_of(&self.state.read(), cluster)? else { return Ok(()) };
+        let offset = self.entry_offset(table, cluster);
+        let (key, size) = {
+            let state = self.state.read();
+            (state.cache.key(offset), state.cache.slice_size())
+        };
+        let _loader = self.loaders[(key / size) as usize % LOADERS].lock();
+        if self.state.read().cache.get(key).is_some() {
+            return Ok(());
+        }
+        let mut bytes = vec![0; size as usize].into_boxed_slice();
+        self.storage
+            .read_at(&mut bytes, key)
+            .map_err(|e| Error::io(format!("reading an L2 table at {key:#x}"), e))?;
+        self.state.write().cache.insert(key, bytes);
+        Ok(())
+    }
+
+    /// The L2 table of a guest cluster.
+    fn table_of(&self, state: &State, cluster: u64) -> Result<Option<HostCluster>> {
+        let index = self.geometry.l1_index(GuestCluster(cluster));
+        match state.l1.get(index as usize) {
+            Some(0) | None => Ok(None),
+            Some(&raw) => Ok(self.decode_l1(index, raw)?.table),
+        }
+    }
+
+    fn decode_l1(&self, index: u64, raw: u64) -> Result<L1Entry> {
+        L1Entry::decode(raw, &self.geometry)
+            .map_err(|bad| Error::corrupt(format!("L1 entry {index} {bad}")))
+    }
+
+    fn decode_l2(&self, raw: u64, entry_offset: u64) -> Result<L2Entry> {
+        let entry = L2Entry::decode(raw, &self.geometry)
+            .map_err(|bad| Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))?;
+        let cluster = match entry {
+            L2Entry::Data { cluster, .. } => cluster,
+            L2Entry::Zero { preallocated: Some(cluster), .. } => cluster,
+            L2Entry::Compressed { .. } => {
+                return Err(Error::corrupt(format!(
+                    "{} is compressed, which is not served",
+                    self.name_entry(entry_offset)
+                )));
+            }
+            _ => return Ok(entry),
+        };
+        if self.metadata.contains(cluster) {
+            return Err(self.points_to_metadata(cluster, entry_offset));
+        }
+        Ok(entry)
+    }
+
+    fn points_to_metadata(&self, cluster: HostCluster, entry_offset: u64) -> Error {
+        Error::corrupt(format!(
+            "{} points to {}, which is metadata",
+            self.name_entry(entry_offset),
+            self.geometry.host_offset(cluster)
+        ))
+    }
+
+    fn name_entry(&self, entry_offset: u64) -> String {
+        let within = self.geometry.within(entry_offset);
+        let index = within / self.geometry.l2_entry_size();
+        format!("L2 entry {index} of table {:#x}", entry_offset - within)
+    }
+
+    fn entry_offset(&self, table: HostCluster, cluster: u64) -> u64 {
+        let index = self.geometry.l2_index(GuestCluster(cluster));
+        self.geometry.host_offset(table).0 + index * self.geometry.l2_entry_size()
+    }
+
+    /// How many of `clusters` from the first, which has none, have no L2 table.
+    fn absent_tables(&self, state: &State, clusters: &Range<u64>) -> u64 {
+        let entries = self.geometry.l2_entries();
+        let first = clusters.start / entries;
+        let last = clusters.end.div_ceil(entries);
+        let end = (first + 1..last)
+            .find(|&index| state.l1.get(index as usize).is_some_and(|&raw| raw != 0))
+            .map_or(clusters.end, |index| (index * entries).min(clusters.end));
+        end - clusters.start
+    }
+
+    /// Those of `clusters` whose entries are in the slice of the first.
+    fn clusters_in_slice(&self, cache: &SliceCache, clusters: &Range<u64>) -> Range<u64> {
+        let per_slice = cache.slice_size() / self.geometry.l2_entry_size();
+        let end = (clusters.start / per_slice + 1) * per_slice;
+        clusters.start..clusters.end.min(end)
+    }
+
+    /// The run at the start of `clusters`, all of whose entries are in the slice `bytes` at `key`.
+    fn run_of(&self, bytes: &[u8], key: u64, clusters: Range<u64>) -> Result<(Run, u64)> {
+        let size = self.geometry.l2_entry_size();
+        let start = (clusters.start * size % bytes.len() as u64) as usize;
+        let mut entries = bytes[start..]
+            .chunks_exact(size as usize)
+            .take((clusters.end - clusters.start) as usize)
+            .enumerate()
+            .map(|(i, entry)| {
+                L2Entry::decode(read_u64(entry, 0), &self.geometry)
+                    .map_err(|_| key + start as u64 + i as u64 * size)
+            });
+        let first_offset = key + start as u64;
+        let first = match entries.next() {
+            Some(Ok(entry)) => entry,
+            _ => return Err(self.bad_entry(read_u64(bytes, start), first_offset)),
+        };
+        let rest = entries.enumerate();
+        match first {
+            L2Entry::Unallocated => {
+                let same = rest.take_while(|(_, e)| *e == Ok(L2Entry::Unallocated)).count();
+                Ok((Run::Unallocated, 1 + same as u64))
+            }
+            L2Entry::Zero { .. } => {
+                let same = rest.take_while(|(_, e)| matches!(e, Ok(L2Entry::Zero { .. }))).count();
+                Ok((Run::Zero, 1 + same as u64))
+            }
+            L2Entry::Data { cluster, copied } => {
+                let next = |i: usize| HostCluster(cluster.0 + 1 + i as u64);
+                let count = 1 + rest
+                    .take_while(|(i, e)| *e == Ok(L2Entry::Data { cluster: next(*i), copied }))
+                    .count() as u64;
+                match self.metadata.first_in(cluster, count) {
+                    Some(bad) if bad == cluster => Err(self.points_to_metadata(bad, first_offset)),
+                    Some(bad) => Ok((Run::Data { first: cluster, copied }, bad.0 - cluster.0)),
+                    None => Ok((Run::Data { first: cluster, copied }, count)),
+                }
+            }
+            L2Entry::Compressed { .. } => Err(self.bad_entry(read_u64(bytes, start), first_offset)),
+        }
+    }
+
+    fn bad_entry(&self, raw: u64, entry_offset: u64) -> Error {
+        self.decode_l2(raw, entry_offset).err().unwrap_or_else(|| {
+            Error::corrupt(format!("{} is not understood", self.name_entry(entry_offset)))
+        })
+    }
+}
+
+fn read_u64(bytes: &[u8], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_be_bytes(word)
+}
+
+fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; entries as usize * 8];
+    storage
+        .read_at(&mut bytes, offset.0)
+        .map_err(|e| Error::io(format!("reading the L1 table at {offset}"), e))?;
+    Ok(bytes.chunks_exact(8).map(|word| read_u64(word, 0)).collect())
+}

@@ -1,0 +1,149 @@
+//! Discarding and zeroing. Both make a range read as zeros and give back what they can.
+//!
+//! Whole clusters are unmapped. Parts of a cluster are punched out of the host file in place; a
+//! cluster that has become a hole as a whole is unmapped too, so trims smaller than a cluster add
+//! up.
+
+use std::ops::Range;
+
+use super::{Image, Writer};
+use crate::error::{Error, Result};
+use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry};
+use crate::tables::{LinkOrder, Run};
+
+impl Image {
+    /// Gives `range` back: it reads zeros from now on. Any alignment; what lies past the end of the
+    /// disk is ignored.
+    ///
+    /// # Errors
+    /// `ReadOnly`, host errors, `Corrupt`. What was done before the error stays done.
+    pub fn discard(&self, range: Range<u64>) -> Result<()> {
+        self.clear(range)
+    }
+
+    /// Makes `range` read zeros. Any alignment; what lies past the end of the disk is ignored.
+    ///
+    /// # Errors
+    /// As [`Image::discard`].
+    pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
+        self.clear(range)
+    }
+
+    fn clear(&self, range: Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let writer = self.begin_change()?;
+            let end = range.end.min(self.step_end(at));
+            let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
+            // Within the disk as it is now that the clusters are held.
+            let step = self.within_disk(at..end);
+            if step.is_empty() {
+                return Ok(());
+            }
+            self.note(self.clear_held(writer, step))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Clears a range whose clusters are held exclusively.
+    pub(super) fn clear_held(&self, writer: &Writer, range: Range<u64>) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let first = range.start.next_multiple_of(size);
+        // The last cluster of the disk counts as whole where the disk ends within it.
+        let last = match range.end == self.virtual_size() {
+            true => range.end.next_multiple_of(size),
+            false => range.end - self.geometry.within(range.end),
+        };
+        if first >= last {
+            // Within one cluster, or the end of one and the start of the next.
+            let middle = first.min(range.end);
+            self.clear_part(writer, range.start..middle)?;
+            return self.clear_part(writer, middle..range.end);
+        }
+        self.clear_part(writer, range.start..first)?;
+        self.unmap(writer, self.geometry.guest_clusters(&(first..last)))?;
+        self.clear_part(writer, last.min(range.end)..range.end)
+    }
+
+    /// Unmaps whole guest clusters, which are held exclusively.
+    fn unmap(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let (run, count) = self.tables.lookup(at..clusters.end)?;
+            if run != Run::Unallocated {
+                self.unmap_run(writer, at..at + count)?;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    fn unmap_run(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        let mut dropped: Vec<Range<u64>> = Vec::new();
+        let mut uncertain = Vec::new();
+        let result = self.tables.update(clusters, LinkOrder::Any, |_, entry| {
+            match entry {
+                L2Entry::Unallocated => return Ok(None),
+                L2Entry::Data { cluster, copied: true }
+                | L2Entry::Zero { preallocated: Some(cluster), copied: true } => {
+                    match dropped.last_mut() {
+                        Some(run) if run.end == cluster.0 => run.end += 1,
+                        _ => dropped.push(cluster.0..cluster.0 + 1),
+                    }
+                }
+                L2Entry::Data { cluster, .. }
+                | L2Entry::Zero { preallocated: Some(cluster), .. } => uncertain.push(cluster),
+                L2Entry::Zero { preallocated: None, .. } | L2Entry::Compressed { .. } => {}
+            }
+            Ok(Some(L2Entry::Unallocated))
+        });
+        // After the tables: what is junk when a flush looks has gone from the tables it takes.
+        let dropped = dropped
+            .into_iter()
+            .try_for_each(|run| writer.recycler.drop_used(run))
+            .and_then(|()| uncertain.into_iter().try_for_each(|c| self.drop_reference(writer, c)));
+        writer.recycler.note_change();
+        result.and(dropped)
+    }
+
+    /// Makes a part of one guest cluster, which is held exclusively, read zeros.
+    fn clear_part(&self, writer: &Writer, range: Range<u64>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let guest = self.geometry.guest_cluster(GuestOffset(range.start));
+        match self.run_at(range.start, range.end)?.0 {
+            Run::Unallocated | Run::Zero => Ok(()),
+            Run::Data { first, copied: true } => self.punch_part(writer, guest, first, range),
+            Run::Data { first, copied: false } => {
+                let zeros = vec![0; (range.end - range.start) as usize];
+                self.write_shared(writer, range.start, first, &zeros)
+            }
+        }
+    }
+
+    fn punch_part(
+        &self,
+        writer: &Writer,
+        guest: GuestCluster,
+        cluster: HostCluster,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let host = self.host_offset(cluster, range.start);
+        let length = range.end - range.start;
+        let erased = crate::storage::erase(&*self.storage, host..host + length)
+            .map_err(|e| Error::io(format!("erasing data at {host:#x}"), e));
+        self.mark_unsynced();
+        erased?;
+        let start = self.geometry.host_offset(cluster).0;
+        let data = self
+            .storage
+            .seek_data(start)
+            .map_err(|e| Error::io(format!("looking for data at {start:#x}"), e))?;
+        if data.is_none_or(|at| at >= start + self.geometry.cluster_size()) {
+            return self.unmap_run(writer, guest.0..guest.0 + 1);
+        }
+        Ok(())
+    }
+}

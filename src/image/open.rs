@@ -1,0 +1,210 @@
+//! Opening an image: what is served, what is refused, and what has to be put in order first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::flush::FlushLock;
+use super::health::Health;
+use super::{Image, Options, Writer};
+use crate::alloc::Refcounts;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    AUTOCLEAR_BITMAPS, Header, HostCluster, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2,
+};
+use crate::locks::GuestLocks;
+use crate::recycler::{Recycler, thread};
+use crate::storage::Storage;
+use crate::tables::{MetadataMap, Tables};
+
+/// What can be told of an image from its header alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Bytes of the virtual disk.
+    pub virtual_size: u64,
+    /// Bytes in a cluster.
+    pub cluster_size: u64,
+    /// Why the image cannot be opened, in one line; `None` when it can.
+    pub refusal: Option<String>,
+}
+
+/// The feature words as they stand in the header.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Features {
+    pub(super) incompatible: u64,
+    pub(super) compatible: u64,
+    pub(super) autoclear: u64,
+}
+
+impl Image {
+    /// Reads the header only.
+    ///
+    /// # Errors
+    /// A file that is not qcow2, or a header that makes no sense.
+    pub fn summarize(storage: &dyn Storage) -> Result<Summary> {
+        let header = read_header(storage)?;
+        Ok(Summary {
+            virtual_size: header.size,
+            cluster_size: header.geometry.cluster_size(),
+            refusal: refusal(&header),
+        })
+    }
+
+    /// Opens an image. A writable image gets its recycler thread; one that is marked dirty gets its
+    /// refcounts rebuilt first. One that is corrupt is opened read-only ([`Image::is_writable`]).
+    ///
+    /// # Errors
+    /// As [`Image::summarize`]; `Unsupported` with a feature that is not served (the line names
+    /// it); `Corrupt` with a dirty image whose refcounts cannot be rebuilt; host errors.
+    pub fn open(storage: Arc<dyn Storage>, options: &Options) -> Result<Arc<Image>> {
+        let mut header = read_header(&*storage)?;
+        if let Some(reason) = refusal(&header) {
+            return Err(Error::new(ErrorKind::Unsupported, reason));
+        }
+        let health = Health::default();
+        if header.incompatible_features & INCOMPATIBLE_CORRUPT != 0 {
+            health.latch("it is marked as corrupt: run `qcow2fs check --repair all` on it");
+        }
+        let writable = options.writable && health.is_good();
+        if writable && header.incompatible_features & INCOMPATIBLE_DIRTY != 0 {
+            log::info!("the image was not closed cleanly: rebuilding its refcounts");
+            header = crate::alloc::rebuild::rebuild_dirty(&*storage, &header)?;
+        }
+        let metadata = Arc::new(MetadataMap::default());
+        metadata.insert(HostCluster(0));
+        let tables = Tables::open(
+            storage.clone(),
+            header.geometry,
+            metadata.clone(),
+            header.l1_table_offset,
+            header.l1_size,
+            options.metadata_cache,
+        )?;
+        if tables.any_compressed()? {
+            let reason = not_served("compressed clusters", CONVERT);
+            return Err(Error::new(ErrorKind::Unsupported, reason));
+        }
+        let mut sound = tables.register_metadata();
+        let mut writer = None;
+        if writable {
+            let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata)?);
+            sound = sound.and(refcounts.register_metadata());
+            writer = Some(Writer {
+                recycler: Recycler::new(
+                    header.geometry,
+                    storage.clone(),
+                    refcounts.clone(),
+                    options.keep_erased,
+                ),
+                refcounts,
+                flush: FlushLock::default(),
+                features: Mutex::new(Features {
+                    incompatible: header.incompatible_features,
+                    compatible: header.compatible_features,
+                    autoclear: header.autoclear_features,
+                }),
+                prepared: AtomicBool::new(false),
+                thread: Mutex::new(None),
+            });
+        }
+        let image = Arc::new(Image {
+            storage,
+            geometry: header.geometry,
+            size: AtomicU64::new(header.size),
+            locks: GuestLocks::default(),
+            tables,
+            health,
+            writer,
+        });
+        match sound {
+            Ok(()) => image.start_recycler(options)?,
+            Err(e) => image.found_corrupt(&e),
+        }
+        Ok(image)
+    }
+
+    fn start_recycler(self: &Arc<Self>, options: &Options) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let thread = thread::spawn(self, options.flush_after)
+            .map_err(|e| Error::io("starting the recycler", e))?;
+        *writer.thread.lock() = Some(thread);
+        Ok(())
+    }
+
+    /// Before the first write: autoclear bits that this program does not maintain go.
+    pub(super) fn prepare_to_write(&self, writer: &Writer) -> Result<()> {
+        if writer.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut features = writer.features.lock();
+        if features.autoclear != 0 {
+            let cleared = Features { autoclear: 0, ..*features };
+            let patch = cleared.patch();
+            self.storage
+                .write_at(&patch.bytes, patch.offset.0)
+                .and_then(|()| self.storage.sync())
+                .map_err(|e| Error::io("clearing autoclear feature bits in the header", e))?;
+            *features = cleared;
+        }
+        writer.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+const CONVERT: &str = "`qemu-img convert -O qcow2` makes an image without it";
+
+fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let io = |e| Error::io("reading the header", e);
+    let len = storage.len().map_err(io)?;
+    // Most headers are short; the rest of a large first cluster is read only where it matters.
+    let short = len.min(4096) as usize;
+    let mut bytes = vec![0; short];
+    storage.read_at(&mut bytes, 0).map_err(io)?;
+    match Header::parse(&bytes) {
+        Ok(header) => Ok(header),
+        Err(e) if e.kind() == ErrorKind::NotQcow2 => Err(e),
+        Err(_) => {
+            let mut bytes = vec![0; len.min(Header::READ_LENGTH as u64) as usize];
+            storage.read_at(&mut bytes, 0).map_err(io)?;
+            Header::parse(&bytes)
+        }
+    }
+}
+
+/// Why an image is not served: one line that names the feature and what to do.
+fn refusal(header: &Header) -> Option<String> {
+    let incompatible = header.incompatible_features;
+    let known = INCOMPATIBLE_DIRTY
+        | INCOMPATIBLE_CORRUPT
+        | INCOMPATIBLE_DATA_FILE
+        | INCOMPATIBLE_COMPRESSION
+        | INCOMPATIBLE_EXTENDED_L2;
+    let unknown = incompatible & !known;
+    if unknown != 0 {
+        let bit = unknown.trailing_zeros();
+        let name = header.incompatible_feature_name(bit).unwrap_or_else(|| "no name given".into());
+        return Some(format!("incompatible feature bit {bit} ({name}) is not known: {CONVERT}"));
+    }
+    let (feature, remedy) = if header.backing_file.is_some() {
+        ("a backing file", "`qemu-img rebase -b ''` makes the image independent of it")
+    } else if header.crypt_method != 0 {
+        ("encryption", "`qemu-img convert` with the key makes an image without it")
+    } else if incompatible & INCOMPATIBLE_DATA_FILE != 0 {
+        ("an external data file", CONVERT)
+    } else if incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 {
+        ("extended L2 entries (subclusters)", CONVERT)
+    } else if header.snapshot_count != 0 {
+        ("internal snapshots", "`qemu-img snapshot -d` deletes them")
+    } else if header.autoclear_features & AUTOCLEAR_BITMAPS != 0 {
+        ("persistent bitmaps", "`qemu-img bitmap --remove` deletes them")
+    } else {
+        return None;
+    };
+    Some(not_served(feature, remedy))
+}
+
+fn not_served(feature: &str, remedy: &str) -> String {
+    format!("{feature}: not served yet; {remedy}")
+}

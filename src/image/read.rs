@@ -1,0 +1,67 @@
+//! Reading, and telling data from holes.
+
+use super::Image;
+use crate::error::{Error, Result};
+use crate::tables::Run;
+
+impl Image {
+    /// Fills `buf` from guest offset `offset`. What lies past the end reads as zeros.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where the tables make no sense.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let range = self.within_disk(offset..offset.saturating_add(buf.len() as u64));
+        let (buf, past_end) = buf.split_at_mut((range.end - range.start) as usize);
+        past_end.fill(0);
+        let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
+        let mut at = range.start;
+        while at < range.end {
+            let (run, end) = self.note(self.run_at(at, range.end))?;
+            let piece = &mut buf[(at - range.start) as usize..(end - range.start) as usize];
+            match run {
+                Run::Data { first, .. } => {
+                    let host = self.host_offset(first, at);
+                    self.storage
+                        .read_at(piece, host)
+                        .map_err(|e| Error::io(format!("reading data at {host:#x}"), e))?;
+                }
+                Run::Unallocated | Run::Zero => piece.fill(0),
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// The first offset at or after `offset` that is allocated; `None` where only holes follow.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
+        self.find(offset, |run| matches!(run, Run::Data { .. }))
+    }
+
+    /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
+    /// size where data goes on to the end.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub fn next_hole(&self, offset: u64) -> Result<u64> {
+        let found = self.find(offset, |run| !matches!(run, Run::Data { .. }))?;
+        Ok(found.unwrap_or_else(|| self.virtual_size()))
+    }
+
+    fn find(&self, offset: u64, wanted: impl Fn(Run) -> bool) -> Result<Option<u64>> {
+        let size = self.virtual_size();
+        let mut at = offset;
+        while at < size {
+            // Entries are decoded whole under the tables' lock and nothing is read through them,
+            // so no guest clusters need to be held.
+            let (run, end) = self.note(self.run_at(at, size))?;
+            if wanted(run) {
+                return Ok(Some(at));
+            }
+            at = end;
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,310 @@
+//! Writing: in place where the cluster is ours alone, else into new clusters.
+
+use std::ops::Range;
+
+use super::{Image, Writer};
+use crate::error::{Error, Result};
+use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry};
+use crate::recycler::Rooted;
+use crate::storage::reserve_metadata;
+use crate::tables::{LinkOrder, Run};
+
+impl Image {
+    /// Writes all of `data` at guest offset `offset`. Zeros onto unallocated clusters allocate
+    /// nothing.
+    ///
+    /// # Errors
+    /// `Invalid` past the end of the disk, `ReadOnly`, host errors, `Corrupt`. What was written
+    /// before the error stays; no cluster is half linked.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let writer = self.begin_change()?;
+        let end =
+            offset
+                .checked_add(data.len() as u64)
+                .filter(|end| *end <= self.virtual_size())
+                .ok_or_else(|| Error::invalid(format!("a write at {offset:#x} is past the end")))?;
+        let range = offset..end;
+        let mut at = {
+            let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
+            self.note(self.write_in_place(&range, data))?
+        };
+        if at < end {
+            let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
+            // The disk may have been cut while nothing was held.
+            let end = end.min(self.virtual_size()).max(at);
+            while at < end {
+                let rest = &data[(at - offset) as usize..(end - offset) as usize];
+                at = self.note(self.write_some(writer, at, rest))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What every change of the disk begins with: the image takes writes, its header is ready for
+    /// them, and the table cache has room. No guest clusters are held.
+    pub(super) fn begin_change(&self) -> Result<&Writer> {
+        let writer = self.writer()?;
+        self.prepare_to_write(writer)?;
+        if self.tables.is_crowded() {
+            self.flush()?;
+        }
+        Ok(writer)
+    }
+
+    /// Writes the start of `range` as far as its clusters may be written in place; returns where
+    /// that ends. The clusters are held.
+    fn write_in_place(&self, range: &Range<u64>, data: &[u8]) -> Result<u64> {
+        let mut at = range.start;
+        while at < range.end {
+            let (run, end) = self.run_at(at, range.end)?;
+            let Run::Data { first, copied: true } = run else { break };
+            let piece = &data[(at - range.start) as usize..(end - range.start) as usize];
+            self.write_host(piece, self.host_offset(first, at))?;
+            at = end;
+        }
+        Ok(at)
+    }
+
+    /// Writes the first run of `data` at `at`, whatever is there; returns where that ends. The
+    /// clusters are held exclusively.
+    fn write_some(&self, writer: &Writer, at: u64, data: &[u8]) -> Result<u64> {
+        let (run, end) = self.run_at(at, at + data.len() as u64)?;
+        let data = &data[..(end - at) as usize];
+        match run {
+            Run::Data { first, copied: true } => {
+                self.write_host(data, self.host_offset(first, at))?;
+                Ok(end)
+            }
+            Run::Data { first, copied: false } => {
+                let end = end.min(self.cluster_end(at));
+                self.write_shared(writer, at, first, &data[..(end - at) as usize])?;
+                Ok(end)
+            }
+            Run::Unallocated | Run::Zero => self.write_new(writer, at, data),
+        }
+    }
+
+    /// Writes `data` at `at`, where nothing is allocated, as far as consecutive clusters were to be
+    /// had.
+    fn write_new(&self, writer: &Writer, at: u64, data: &[u8]) -> Result<u64> {
+        let (zeros, data_end) = self.measure_zeros(at, data);
+        if zeros > 0 {
+            return Ok(at + zeros);
+        }
+        let first = self.geometry.guest_cluster(GuestOffset(at));
+        self.ensure_table(writer, first)?;
+        // One table holds all that is linked at a time.
+        let table_end = (self.geometry.l1_index(first) + 1) * self.geometry.l2_entries();
+        let wanted = self.geometry.guest_clusters(&(at..data_end)).end.min(table_end) - first.0;
+        let rooted = writer.recycler.take(wanted)?;
+        let taken_end = (first.0 + rooted.count()) << self.geometry.cluster_bits();
+        let end = data_end.min(taken_end);
+        self.write_host(&data[..(end - at) as usize], self.host_offset(rooted.first(), at))?;
+        self.link(writer, first, rooted)?;
+        Ok(end)
+    }
+
+    /// How many bytes at the start of `data`, which begins at guest offset `at`, are whole clusters'
+    /// parts of nothing but zeros; and the guest offset where the non-zero ones after them end.
+    fn measure_zeros(&self, at: u64, data: &[u8]) -> (u64, u64) {
+        let end = at + data.len() as u64;
+        let is_zero = |from: u64| {
+            let to = self.cluster_end(from).min(end);
+            is_all_zero(&data[(from - at) as usize..(to - at) as usize])
+        };
+        let next = |from: u64| self.cluster_end(from).min(end);
+        let mut from = at;
+        while from < end && is_zero(from) {
+            from = next(from);
+        }
+        let zeros = from - at;
+        while from < end && !is_zero(from) {
+            from = next(from);
+        }
+        (zeros, from)
+    }
+
+    /// Makes `rooted` the clusters of the guest clusters from `first` on, which have a table and no
+    /// data.
+    pub(super) fn link(
+        &self,
+        writer: &Writer,
+        first: GuestCluster,
+        rooted: Rooted<'_>,
+    ) -> Result<()> {
+        let (host, count) = (rooted.first(), rooted.count());
+        let mut linked = 0;
+        let mut replaced = Vec::new();
+        let guest = first.0..first.0 + count;
+        let result = self.tables.update(guest, rooted.order(), |_, entry| {
+            if let L2Entry::Zero { preallocated: Some(old), .. } = entry {
+                replaced.push(old);
+            }
+            let cluster = HostCluster(host.0 + linked);
+            linked += 1;
+            Ok(Some(L2Entry::Data { cluster, copied: true }))
+        });
+        rooted.linked(linked);
+        writer.recycler.note_change();
+        let dropped = replaced.into_iter().try_for_each(|old| self.drop_reference(writer, old));
+        result.and(dropped)
+    }
+
+    /// Sees to it that a guest cluster has an L2 table.
+    pub(super) fn ensure_table(&self, writer: &Writer, cluster: GuestCluster) -> Result<()> {
+        if self.tables.has_table(cluster)? {
+            return Ok(());
+        }
+        let rooted = writer.recycler.take(1)?;
+        let table = rooted.first();
+        // Host blocks now, so that a flush cannot run out of space for them.
+        let start = self.geometry.host_offset(table).0;
+        reserve_metadata(&*self.storage, start..start + self.geometry.cluster_size())
+            .map_err(|e| Error::io(format!("reserving an L2 table at {start:#x}"), e))?;
+        if self.tables.install_table(cluster, table, rooted.order())? {
+            rooted.linked(1);
+            writer.recycler.note_change();
+        }
+        Ok(())
+    }
+
+    /// Writes `data` at `at` into a cluster that is not marked as ours alone.
+    pub(super) fn write_shared(
+        &self,
+        writer: &Writer,
+        at: u64,
+        cluster: HostCluster,
+        data: &[u8],
+    ) -> Result<()> {
+        let guest = self.geometry.guest_cluster(GuestOffset(at));
+        let references = writer.refcounts.get(cluster)?;
+        if references == 0 {
+            return Err(self.uncounted(cluster));
+        }
+        if references == 1 {
+            // It is ours, only the flag was missing.
+            self.set_entry(guest, LinkOrder::Any, L2Entry::Data { cluster, copied: true })?;
+            writer.recycler.note_change();
+            return self.write_host(data, self.host_offset(cluster, at));
+        }
+        let mut copy = vec![0; self.geometry.cluster_size() as usize];
+        let source = self.geometry.host_offset(cluster).0;
+        self.storage
+            .read_at(&mut copy, source)
+            .map_err(|e| Error::io(format!("reading data at {source:#x}"), e))?;
+        let within = self.geometry.within(at) as usize;
+        copy[within..within + data.len()].copy_from_slice(data);
+        let rooted = writer.recycler.take(1)?;
+        let target = rooted.first();
+        self.write_host(&copy, self.geometry.host_offset(target).0)?;
+        // The copy must be durable before the entry that replaces the original.
+        let entry = L2Entry::Data { cluster: target, copied: true };
+        self.set_entry(guest, LinkOrder::AfterSync, entry)?;
+        rooted.linked(1);
+        self.drop_reference(writer, cluster)
+    }
+
+    pub(super) fn set_entry(
+        &self,
+        cluster: GuestCluster,
+        order: LinkOrder,
+        entry: L2Entry,
+    ) -> Result<()> {
+        self.tables.update(cluster.0..cluster.0 + 1, order, |_, _| Ok(Some(entry)))
+    }
+
+    /// The tables refer to a host cluster one time less. What else refers to it, its refcount says.
+    pub(super) fn drop_reference(&self, writer: &Writer, cluster: HostCluster) -> Result<()> {
+        match writer.refcounts.get(cluster)? {
+            0 => Err(self.uncounted(cluster)),
+            1 => writer.recycler.drop_used(cluster.0..cluster.0 + 1),
+            _ => {
+                writer.recycler.drop_shared(cluster);
+                Ok(())
+            }
+        }
+    }
+
+    fn uncounted(&self, cluster: HostCluster) -> Error {
+        Error::corrupt(format!(
+            "the cluster at {} is referenced but its refcount is 0",
+            self.geometry.host_offset(cluster)
+        ))
+    }
+
+    /// Reserves clusters and host blocks for `range`, so that writing there cannot run out of
+    /// space. Contents stay; what lies past the end of the disk is ignored.
+    ///
+    /// # Errors
+    /// `ReadOnly`, host errors, `Corrupt`.
+    pub fn preallocate(&self, range: Range<u64>) -> Result<()> {
+        let range = self.within_disk(range);
+        let mut at = range.start;
+        while at < range.end {
+            let writer = self.begin_change()?;
+            let end = range.end.min(self.step_end(at));
+            let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
+            while at < end {
+                at = self.note(self.preallocate_some(writer, at, end))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn preallocate_some(&self, writer: &Writer, at: u64, end: u64) -> Result<u64> {
+        let (run, run_end) = self.run_at(at, end)?;
+        let first = self.geometry.guest_cluster(GuestOffset(at));
+        let clusters = self.geometry.guest_clusters(&(at..run_end));
+        if let Run::Data { first: host, .. } = run {
+            self.reserve_host(host, clusters.end - clusters.start)?;
+            return Ok(run_end);
+        }
+        self.ensure_table(writer, first)?;
+        let rooted = writer.recycler.take(clusters.end - clusters.start)?;
+        let linked = rooted.count();
+        self.reserve_host(rooted.first(), linked)?;
+        self.link(writer, first, rooted)?;
+        Ok(run_end.min((first.0 + linked) << self.geometry.cluster_bits()))
+    }
+
+    fn reserve_host(&self, first: HostCluster, count: u64) -> Result<()> {
+        let start = self.geometry.host_offset(first).0;
+        let end = start + (count << self.geometry.cluster_bits());
+        match self.storage.allocate(start..end) {
+            Ok(()) => {
+                self.mark_unsynced();
+                Ok(())
+            }
+            Err(e) => Err(Error::io(format!("reserving host blocks at {start:#x}"), e)),
+        }
+    }
+
+    pub(super) fn write_host(&self, data: &[u8], offset: u64) -> Result<()> {
+        let written = self
+            .storage
+            .write_at(data, offset)
+            .map_err(|e| Error::io(format!("writing data at {offset:#x}"), e));
+        self.mark_unsynced();
+        written
+    }
+
+    /// The end of the cluster that guest offset `at` lies in.
+    pub(super) fn cluster_end(&self, at: u64) -> u64 {
+        at - self.geometry.within(at) + self.geometry.cluster_size()
+    }
+
+    /// Where a change of a large range that starts at `at` lets go of the clusters and goes on with
+    /// the next: at the end of the L2 table, or earlier.
+    pub(super) fn step_end(&self, at: u64) -> u64 {
+        const MAX_CLUSTERS: u64 = 8192;
+        let step = self.geometry.l2_entries().min(MAX_CLUSTERS) << self.geometry.cluster_bits();
+        (at / step + 1) * step
+    }
+}
+
+fn is_all_zero(bytes: &[u8]) -> bool {
+    // Chunks, so that the compiler compares many bytes at a time; data usually ends it at once.
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}

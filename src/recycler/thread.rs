@@ -1,0 +1,135 @@
+//! The recycler's thread: which step is next.
+//!
+//! In this order: what is released is freed; the pool is filled; a flush is made when it is due or
+//! the pool waits for it; the end of the file is cut when allocation has paused. Otherwise it
+//! sleeps. It does not keep the image alive, and an error does not end it: the image is told (which
+//! may latch it), and the step is tried again later.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::Recycler;
+use crate::error::{Error, Result};
+
+/// An error is followed by a pause, so that a full disk is not asked a thousand times a second.
+const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(2);
+/// The pool alone causes at most one flush in so long: a flush also waits for guest data.
+const PAUSE_BETWEEN_POOL_FLUSHES: Duration = Duration::from_secs(1);
+
+/// An image that has a recycler.
+pub trait Recycled: Send + Sync + 'static {
+    /// Its recycler.
+    fn recycler(&self) -> &Recycler;
+    /// Whether the recycler may still write.
+    fn is_writable(&self) -> bool;
+    /// Whether changes wait for a flush.
+    fn needs_flush(&self) -> bool;
+    /// Makes everything durable and lets the states advance.
+    fn flush(&self) -> Result<()>;
+    /// A step of the recycler failed.
+    fn recycler_failed(&self, error: Error);
+}
+
+/// What the thread remembers between two steps.
+#[derive(Debug, Default)]
+struct Agenda {
+    flush_due: Option<Instant>,
+    last_pool_flush: Option<Instant>,
+    not_before: Option<Instant>,
+}
+
+/// What comes after a step.
+enum Next {
+    Again,
+    SleepUntil(Option<Instant>),
+}
+
+/// Starts the thread, which ends when the wake signal is stopped or the image is gone. Changes wait
+/// at most `flush_after` for a flush.
+///
+/// # Errors
+/// The host cannot start another thread.
+pub fn spawn<T: Recycled>(image: &Arc<T>, flush_after: Duration) -> io::Result<JoinHandle<()>> {
+    let wake = image.recycler().wake_signal().clone();
+    let image = Arc::downgrade(image);
+    std::thread::Builder::new().name("recycler".into()).spawn(move || {
+        let mut agenda = Agenda::default();
+        let mut deadline = None;
+        while wake.wait(deadline) {
+            deadline = match work(&image, &mut agenda, flush_after) {
+                Some(deadline) => deadline,
+                None => return,
+            };
+        }
+    })
+}
+
+/// Does what is due; until when to sleep then, or `None` when the image is gone.
+fn work<T: Recycled>(
+    image: &Weak<T>,
+    agenda: &mut Agenda,
+    flush_after: Duration,
+) -> Option<Option<Instant>> {
+    loop {
+        let image = image.upgrade()?;
+        if !image.is_writable() {
+            return Some(None);
+        }
+        let now = Instant::now();
+        if let Some(at) = agenda.not_before.filter(|at| *at > now) {
+            return Some(Some(at));
+        }
+        match agenda.step(&*image, now, flush_after) {
+            Ok(Next::Again) => {}
+            Ok(Next::SleepUntil(deadline)) => return Some(deadline),
+            Err(e) => {
+                image.recycler_failed(e);
+                agenda.not_before = Some(Instant::now() + PAUSE_AFTER_ERROR);
+            }
+        }
+        if image.recycler().wake_signal().is_stopped() {
+            return None;
+        }
+    }
+}
+
+impl Agenda {
+    fn step(&mut self, image: &impl Recycled, now: Instant, flush_after: Duration) -> Result<Next> {
+        let recycler = image.recycler();
+        if recycler.free_some()? {
+            return Ok(Next::Again);
+        }
+        if recycler.is_pool_low() {
+            recycler.refill()?;
+        }
+        let mut pool_due = None;
+        if recycler.is_pool_short() {
+            let due = self.last_pool_flush.map_or(now, |at| at + PAUSE_BETWEEN_POOL_FLUSHES);
+            if due <= now {
+                self.last_pool_flush = Some(now);
+                self.flush_due = None;
+                image.flush()?;
+                return Ok(Next::Again);
+            }
+            pool_due = Some(due);
+        }
+        if self.flush_due.is_none() {
+            recycler.forget_changes();
+        }
+        if !image.needs_flush() {
+            self.flush_due = None;
+        } else if *self.flush_due.get_or_insert(now + flush_after) <= now {
+            self.flush_due = None;
+            image.flush()?;
+            return Ok(Next::Again);
+        }
+        let tail_due = recycler.tail_due();
+        if tail_due.is_some_and(|at| at <= now) {
+            recycler.cut_tail()?;
+            return Ok(Next::Again);
+        }
+        Ok(Next::SleepUntil([self.flush_due, pool_due, tail_due].into_iter().flatten().min()))
+    }
+}
