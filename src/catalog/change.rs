@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::Path;
 
 use super::{Catalog, Node, SetTime, errno, host, names};
 use crate::error::{Error, Result};
@@ -37,8 +37,7 @@ impl Catalog {
         if overridden(change.uid, self.options.uid) || overridden(change.gid, self.options.gid) {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
-        let failed =
-            |e| Error::io(format!("changing attributes of {}", node.path().display()), e);
+        let failed = |e| Error::io(format!("changing attributes of {}", node.path().display()), e);
         match node.peek(|_, file, _| self.apply(file, change)) {
             Some(done) => done.map_err(failed),
             None => self.apply(&self.place_of(node)?.0, change).map_err(failed),
@@ -107,12 +106,7 @@ impl Catalog {
     ///
     /// # Errors
     /// `EINVAL` for an image that would not be called `.raw`, and those of the host.
-    pub fn rename(
-        &self,
-        from: (&Node, &OsStr),
-        to: (&Node, &OsStr),
-        flags: u32,
-    ) -> Result<()> {
+    pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         let (path, _, metadata) = self.find(from.0, from.1)?;
         let new_name = match (metadata.is_dir(), names::image_name(to.1)) {
             (true, _) => to.1.to_owned(),
@@ -139,7 +133,7 @@ impl Catalog {
         Ok(())
     }
 
-    fn names_moved(&self, from: &PathBuf, to: &PathBuf, flags: u32) {
+    fn names_moved(&self, from: &Path, to: &Path, flags: u32) {
         if flags & libc::RENAME_EXCHANGE == 0 {
             self.each_node(|node| {
                 node.remove_name(to);
@@ -148,10 +142,10 @@ impl Catalog {
             return;
         }
         // An impossible name keeps the one side while the other one moves.
-        let aside = PathBuf::from("/");
-        self.each_node(|node| node.move_names(to, &aside));
+        let aside = Path::new("/");
+        self.each_node(|node| node.move_names(to, aside));
         self.each_node(|node| node.move_names(from, to));
-        self.each_node(|node| node.move_names(&aside, from));
+        self.each_node(|node| node.move_names(aside, from));
     }
 
     fn each_node(&self, mut change: impl FnMut(&Node)) {
@@ -160,5 +154,5 @@ impl Catalog {
 }
 
 fn shown(name: &OsStr) -> std::path::Display<'_> {
-    std::path::Path::new(name).display()
+    Path::new(name).display()
 }

@@ -260,7 +260,7 @@ impl Catalog {
         if node.is_directory() {
             return Ok(self.attributes_of(node, Header::default(), host, false));
         }
-        if let Some(header) = node.peek(|image, _, _| image_header(image)) {
+        if let Some(header) = node.try_peek(image_header) {
             return Ok(self.attributes_of(node, header, host, true));
         }
         let header = self.header(node, place, &host);
@@ -279,10 +279,9 @@ impl Catalog {
             .map_err(|e| Error::io("opening the image file", e))
             .and_then(|file| Image::summarize(&HostFile::new(file)));
         let header = match read {
-            Ok(summary) => Header {
-                virtual_size: summary.virtual_size,
-                cluster_size: summary.cluster_size,
-            },
+            Ok(summary) => {
+                Header { virtual_size: summary.virtual_size, cluster_size: summary.cluster_size }
+            }
             Err(e) => {
                 node.log(&e);
                 Header::default()

@@ -5,7 +5,7 @@
 //! hold the slot alone.
 
 use std::fs::{File, Metadata};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
@@ -14,8 +14,8 @@ use super::host::{self, HostId, Stamp};
 use super::names;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Options};
-use crate::storage::image_lock::{self, Access};
 use crate::storage::HostFile;
+use crate::storage::image_lock::{self, Access};
 
 /// A file or directory beneath the image directory.
 pub struct Node {
@@ -27,7 +27,7 @@ pub struct Node {
     /// Never held while another lock but the growth lock is taken.
     slot: RwLock<Slot>,
     /// Serializes changes of the virtual size. Taken before the slot.
-    pub(super) size_change: Mutex<()>,
+    pub(crate) size_change: Mutex<()>,
     /// What the header says, and under which stamp it said so.
     pub(super) header: Mutex<Option<(Stamp, Header)>>,
     /// What was logged of it last: the same line is not logged twice in a row.
@@ -131,7 +131,7 @@ impl Node {
     }
 
     /// Takes a name away, unless it is the last one: an open file keeps its name for the log.
-    pub(super) fn remove_name(&self, name: &PathBuf) {
+    pub(super) fn remove_name(&self, name: &Path) {
         let mut names = self.names.lock();
         if names.len() > 1 {
             names.retain(|known| known != name);
@@ -139,10 +139,10 @@ impl Node {
     }
 
     /// Names that lie in `from`, or are it, now lie in `to`.
-    pub(super) fn move_names(&self, from: &PathBuf, to: &PathBuf) {
+    pub(super) fn move_names(&self, from: &Path, to: &Path) {
         for name in self.names.lock().iter_mut() {
             if let Ok(rest) = name.strip_prefix(from) {
-                *name = if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) };
+                *name = if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) };
             }
         }
     }
@@ -185,6 +185,12 @@ impl Node {
         verb(&image)
     }
 
+    /// As [`Node::peek`], but nothing while the image is being opened or closed.
+    pub(super) fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
+        let slot = self.slot.try_read()?;
+        Some(look(&slot.open.as_ref()?.image))
+    }
+
     /// The host file and the image while they are open.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
         let slot = self.slot.read();
@@ -216,6 +222,9 @@ impl Node {
             Some(opened) if how.write && !opened.writable => slot.make_writable(options)?,
             Some(_) => {}
         }
+        if how.write {
+            slot.takes_writes()?;
+        }
         slot.handles += 1;
         Ok(HandleMode { keep_cache, direct: slot.direct })
     }
@@ -239,6 +248,20 @@ fn gone() -> Error {
 }
 
 impl Slot {
+    /// Fails when the image that was opened for writing takes no writes: it is corrupt, or a write
+    /// went wrong for good. An image that nobody has open yet is closed again.
+    fn takes_writes(&mut self) -> Result<()> {
+        let Some(opened) = &self.open else { return Err(gone()) };
+        if opened.image.is_writable() {
+            return Ok(());
+        }
+        let reason = opened.image.status().map_or_else(|e| e.to_string(), |status| status.health);
+        if self.handles == 0 {
+            self.close()?;
+        }
+        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
+    }
+
     /// Replaces an image that is only read by the same one, writable; on failure it is only read
     /// again. The lock on the file is never given up in between.
     fn make_writable(&mut self, options: &Options) -> Result<()> {
