@@ -82,6 +82,7 @@ impl Image {
     fn unmap_run(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
         let mut dropped: Vec<Range<u64>> = Vec::new();
         let mut uncertain = Vec::new();
+        let mut compressed = Vec::new();
         let result = self.tables.update(clusters, LinkOrder::Any, |_, entry| {
             match entry {
                 L2Entry::Unallocated => return Ok(None),
@@ -94,7 +95,8 @@ impl Image {
                 }
                 L2Entry::Data { cluster, .. }
                 | L2Entry::Zero { preallocated: Some(cluster), .. } => uncertain.push(cluster),
-                L2Entry::Zero { preallocated: None, .. } | L2Entry::Compressed { .. } => {}
+                L2Entry::Compressed { offset, length } => compressed.push((offset, length)),
+                L2Entry::Zero { preallocated: None, .. } => {}
             }
             Ok(Some(L2Entry::Unallocated))
         });
@@ -102,7 +104,12 @@ impl Image {
         let dropped = dropped
             .into_iter()
             .try_for_each(|run| writer.recycler.drop_used(run))
-            .and_then(|()| uncertain.into_iter().try_for_each(|c| self.drop_reference(writer, c)));
+            .and_then(|()| uncertain.into_iter().try_for_each(|c| self.drop_reference(writer, c)))
+            .and_then(|()| {
+                compressed
+                    .into_iter()
+                    .try_for_each(|(offset, length)| self.drop_compressed(writer, offset, length))
+            });
         writer.recycler.note_change();
         result.and(dropped)
     }
@@ -113,12 +120,13 @@ impl Image {
             return Ok(());
         }
         let guest = self.geometry.guest_cluster(GuestOffset(range.start));
-        match self.run_at(range.start, range.end)?.0 {
+        let run = self.run_at(range.start, range.end)?.0;
+        match run {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => self.punch_part(writer, guest, first, range),
-            Run::Data { first, copied: false } => {
+            Run::Data { copied: false, .. } | Run::Compressed { .. } => {
                 let zeros = vec![0; (range.end - range.start) as usize];
-                self.write_shared(writer, range.start, first, &zeros)
+                self.rewrite(writer, range.start, run, &zeros)
             }
         }
     }

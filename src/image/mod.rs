@@ -7,6 +7,7 @@
 mod clear;
 mod flush;
 mod health;
+mod inflate;
 mod open;
 mod read;
 mod resize;
@@ -88,6 +89,8 @@ pub struct Image {
     locks: GuestLocks,
     tables: Tables,
     health: health::Health,
+    compression: inflate::Compression,
+    inflated: inflate::InflateCache,
     /// What only a writable image has.
     writer: Option<Writer>,
 }

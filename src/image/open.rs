@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::flush::FlushLock;
 use super::health::Health;
+use super::inflate::{Compression, InflateCache};
 use super::{Image, Options, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
@@ -63,6 +64,10 @@ impl Image {
         if let Some(reason) = refusal(&header) {
             return Err(Error::new(ErrorKind::Unsupported, reason));
         }
+        let compression = match header.compression_type {
+            0 => Compression::Deflate,
+            _ => Compression::Zstd,
+        };
         let health = Health::default();
         if header.incompatible_features & INCOMPATIBLE_CORRUPT != 0 {
             health.latch("it is marked as corrupt: run `qcow2fs check --repair all` on it");
@@ -82,10 +87,6 @@ impl Image {
             header.l1_size,
             options.metadata_cache,
         )?;
-        if tables.any_compressed()? {
-            let reason = not_served("compressed clusters", CONVERT);
-            return Err(Error::new(ErrorKind::Unsupported, reason));
-        }
         let mut sound = tables.register_metadata();
         let mut writer = None;
         if writable {
@@ -116,6 +117,8 @@ impl Image {
             locks: GuestLocks::default(),
             tables,
             health,
+            compression,
+            inflated: InflateCache::new(header.geometry.cluster_size()),
             writer,
         });
         match sound {
@@ -186,6 +189,10 @@ fn refusal(header: &Header) -> Option<String> {
         let bit = unknown.trailing_zeros();
         let name = header.incompatible_feature_name(bit).unwrap_or_else(|| "no name given".into());
         return Some(format!("incompatible feature bit {bit} ({name}) is not known: {CONVERT}"));
+    }
+    if header.compression_type > 1 {
+        let kind = header.compression_type;
+        return Some(format!("compression type {kind} is not known: {CONVERT}"));
     }
     let (feature, remedy) = if header.backing_file.is_some() {
         ("a backing file", "`qemu-img rebase -b ''` makes the image independent of it")

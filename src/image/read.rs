@@ -1,7 +1,10 @@
 //! Reading, and telling data from holes.
 
-use super::Image;
+use std::cell::RefCell;
+
+use super::{Image, inflate};
 use crate::error::{Error, Result};
+use crate::format::HostOffset;
 use crate::tables::Run;
 
 impl Image {
@@ -25,6 +28,9 @@ impl Image {
                         .read_at(piece, host)
                         .map_err(|e| Error::io(format!("reading data at {host:#x}"), e))?;
                 }
+                Run::Compressed { offset, length } => {
+                    self.read_compressed(offset, length, self.geometry.within(at), piece)?;
+                }
                 Run::Unallocated | Run::Zero => piece.fill(0),
             }
             at = end;
@@ -37,7 +43,7 @@ impl Image {
     /// # Errors
     /// As [`Image::read`].
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        self.find(offset, |run| matches!(run, Run::Data { .. }))
+        self.find(offset, has_data)
     }
 
     /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
@@ -46,8 +52,42 @@ impl Image {
     /// # Errors
     /// As [`Image::read`].
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
-        let found = self.find(offset, |run| !matches!(run, Run::Data { .. }))?;
+        let found = self.find(offset, |run| !has_data(run))?;
         Ok(found.unwrap_or_else(|| self.virtual_size()))
+    }
+
+    /// Fills `buf` from the compressed cluster at `offset`, from its byte `within` on.
+    pub(super) fn read_compressed(
+        &self,
+        offset: HostOffset,
+        length: u64,
+        within: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        if buf.len() as u64 == self.cluster_size() {
+            return self.inflate(offset, length, buf);
+        }
+        let inflate = || {
+            let mut cluster = vec![0; self.cluster_size() as usize].into_boxed_slice();
+            self.inflate(offset, length, &mut cluster).map(|()| cluster)
+        };
+        let within = within as usize;
+        self.inflated.with(offset, inflate, |cluster| {
+            buf.copy_from_slice(&cluster[within..within + buf.len()])
+        })
+    }
+
+    /// Reads and inflates a whole cluster into `cluster`.
+    fn inflate(&self, offset: HostOffset, length: u64, cluster: &mut [u8]) -> Result<()> {
+        thread_local!(static COMPRESSED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+        COMPRESSED.with_borrow_mut(|compressed| {
+            compressed.resize(length as usize, 0);
+            self.storage
+                .read_at(compressed, offset.0)
+                .map_err(|e| Error::io(format!("reading compressed data at {offset}"), e))?;
+            inflate::inflate(self.compression, compressed, cluster)
+                .map_err(|e| Error::io(format!("inflating the compressed cluster at {offset}"), e))
+        })
     }
 
     fn find(&self, offset: u64, wanted: impl Fn(Run) -> bool) -> Result<Option<u64>> {
@@ -64,4 +104,8 @@ impl Image {
         }
         Ok(None)
     }
+}
+
+fn has_data(run: Run) -> bool {
+    matches!(run, Run::Data { .. } | Run::Compressed { .. })
 }

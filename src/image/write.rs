@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Image, Writer};
 use crate::error::{Error, Result};
-use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry};
+use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry};
 use crate::recycler::Rooted;
 use crate::storage::reserve_metadata;
 use crate::tables::{LinkOrder, Run};
@@ -75,9 +75,9 @@ impl Image {
                 self.write_host(data, self.host_offset(first, at))?;
                 Ok(end)
             }
-            Run::Data { first, copied: false } => {
+            Run::Data { copied: false, .. } | Run::Compressed { .. } => {
                 let end = end.min(self.cluster_end(at));
-                self.write_shared(writer, at, first, &data[..(end - at) as usize])?;
+                self.rewrite(writer, at, run, &data[..(end - at) as usize])?;
                 Ok(end)
             }
             Run::Unallocated | Run::Zero => self.write_new(writer, at, data),
@@ -168,40 +168,77 @@ impl Image {
         Ok(())
     }
 
-    /// Writes `data` at `at` into a cluster that is not marked as ours alone.
-    pub(super) fn write_shared(
-        &self,
-        writer: &Writer,
-        at: u64,
-        cluster: HostCluster,
-        data: &[u8],
-    ) -> Result<()> {
+    /// Writes `data` at `at` into a cluster that may not be written in place: it is not marked as
+    /// ours alone, or compressed. `old` is the run that starts with it.
+    pub(super) fn rewrite(&self, writer: &Writer, at: u64, old: Run, data: &[u8]) -> Result<()> {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
-        let references = writer.refcounts.get(cluster)?;
-        if references == 0 {
-            return Err(self.uncounted(cluster));
-        }
-        if references == 1 {
-            // It is ours, only the flag was missing.
-            self.set_entry(guest, LinkOrder::Any, L2Entry::Data { cluster, copied: true })?;
-            writer.recycler.note_change();
-            return self.write_host(data, self.host_offset(cluster, at));
+        if let Run::Data { first, .. } = old {
+            match writer.refcounts.get(first)? {
+                0 => return Err(self.uncounted(first)),
+                1 => {
+                    // It is ours, only the flag was missing.
+                    let entry = L2Entry::Data { cluster: first, copied: true };
+                    self.set_entry(guest, LinkOrder::Any, entry)?;
+                    writer.recycler.note_change();
+                    return self.write_host(data, self.host_offset(first, at));
+                }
+                _ => {}
+            }
         }
         let mut copy = vec![0; self.geometry.cluster_size() as usize];
-        let source = self.geometry.host_offset(cluster).0;
-        self.storage
-            .read_at(&mut copy, source)
-            .map_err(|e| Error::io(format!("reading data at {source:#x}"), e))?;
+        if data.len() < copy.len() {
+            self.read_cluster(old, &mut copy)?;
+        }
         let within = self.geometry.within(at) as usize;
         copy[within..within + data.len()].copy_from_slice(data);
         let rooted = writer.recycler.take(1)?;
-        let target = rooted.first();
-        self.write_host(&copy, self.geometry.host_offset(target).0)?;
+        let cluster = rooted.first();
+        self.write_host(&copy, self.geometry.host_offset(cluster).0)?;
         // The copy must be durable before the entry that replaces the original.
-        let entry = L2Entry::Data { cluster: target, copied: true };
+        let entry = L2Entry::Data { cluster, copied: true };
         self.set_entry(guest, LinkOrder::AfterSync, entry)?;
         rooted.linked(1);
-        self.drop_reference(writer, cluster)
+        self.drop_old(writer, old)
+    }
+
+    /// Fills `cluster` with what the first guest cluster of `run` holds.
+    fn read_cluster(&self, run: Run, cluster: &mut [u8]) -> Result<()> {
+        match run {
+            Run::Data { first, .. } => {
+                let source = self.geometry.host_offset(first);
+                self.storage
+                    .read_at(cluster, source.0)
+                    .map_err(|e| Error::io(format!("reading data at {source}"), e))
+            }
+            Run::Compressed { offset, length } => self.read_compressed(offset, length, 0, cluster),
+            Run::Unallocated | Run::Zero => {
+                cluster.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// The first guest cluster of `run` refers to its data no more.
+    fn drop_old(&self, writer: &Writer, run: Run) -> Result<()> {
+        match run {
+            Run::Data { first, .. } => self.drop_reference(writer, first),
+            Run::Compressed { offset, length } => self.drop_compressed(writer, offset, length),
+            Run::Unallocated | Run::Zero => Ok(()),
+        }
+    }
+
+    /// The tables refer to compressed data one time less: one reference for each host cluster that
+    /// it touches.
+    pub(super) fn drop_compressed(
+        &self,
+        writer: &Writer,
+        offset: HostOffset,
+        length: u64,
+    ) -> Result<()> {
+        self.inflated.forget(offset);
+        self.geometry
+            .host_clusters(offset, length)
+            .try_for_each(|cluster| self.drop_reference(writer, HostCluster(cluster)))
     }
 
     pub(super) fn set_entry(
@@ -255,9 +292,16 @@ impl Image {
         let (run, run_end) = self.run_at(at, end)?;
         let first = self.geometry.guest_cluster(GuestOffset(at));
         let clusters = self.geometry.guest_clusters(&(at..run_end));
-        if let Run::Data { first: host, .. } = run {
-            self.reserve_host(host, clusters.end - clusters.start)?;
-            return Ok(run_end);
+        match run {
+            Run::Data { first: host, .. } => {
+                self.reserve_host(host, clusters.end - clusters.start)?;
+                return Ok(run_end);
+            }
+            Run::Compressed { .. } => {
+                self.rewrite(writer, at, run, &[])?;
+                return Ok(run_end);
+            }
+            Run::Unallocated | Run::Zero => {}
         }
         self.ensure_table(writer, first)?;
         let rooted = writer.recycler.take(clusters.end - clusters.start)?;

@@ -42,6 +42,13 @@ pub enum Run {
         /// All of them are referenced exactly once: they may be written in place.
         copied: bool,
     },
+    /// One guest cluster, compressed.
+    Compressed {
+        /// The first byte of the compressed data.
+        offset: HostOffset,
+        /// The bytes up to the end of the last sector that the data may reach into.
+        length: u64,
+    },
 }
 
 /// When a changed entry may reach the disk.
@@ -150,35 +157,6 @@ impl Tables {
             }
         }
         result
-    }
-
-    /// Whether any L2 table has a compressed entry. Reads all of them: nothing in the header tells.
-    ///
-    /// # Errors
-    /// Host errors. Malformed L1 entries are passed over.
-    pub fn any_compressed(&self) -> Result<bool> {
-        let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
-        // Each table once, however many entries lead to it.
-        let tables: BTreeSet<HostOffset> = self
-            .state
-            .read()
-            .l1
-            .iter()
-            .filter_map(|&raw| L1Entry::decode(raw, &self.geometry).ok()?.table)
-            .map(|table| self.geometry.host_offset(table))
-            .filter(|at| at.0 < length)
-            .collect();
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-        for at in tables {
-            self.storage
-                .read_at(&mut bytes, at.0)
-                .map_err(|e| Error::io(format!("reading an L2 table at {at}"), e))?;
-            let mut entries = bytes.chunks_exact(self.geometry.l2_entry_size() as usize);
-            if entries.any(|entry| L2Entry::is_compressed(read_u64(entry, 0))) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     /// What the first of `clusters` is, and how many from there on are the same; at least 1, at
@@ -410,21 +388,20 @@ impl Tables {
     fn decode_l2(&self, raw: u64, entry_offset: u64) -> Result<L2Entry> {
         let entry = L2Entry::decode(raw, &self.geometry)
             .map_err(|bad| Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))?;
-        let cluster = match entry {
-            L2Entry::Data { cluster, .. } => cluster,
-            L2Entry::Zero { preallocated: Some(cluster), .. } => cluster,
-            L2Entry::Compressed { .. } => {
-                return Err(Error::corrupt(format!(
-                    "{} is compressed, which is not served",
-                    self.name_entry(entry_offset)
-                )));
+        let bad = match entry {
+            L2Entry::Data { cluster, .. } | L2Entry::Zero { preallocated: Some(cluster), .. } => {
+                self.metadata.first_in(cluster, 1)
             }
-            _ => return Ok(entry),
+            L2Entry::Compressed { offset, length } => {
+                let clusters = self.geometry.host_clusters(offset, length);
+                self.metadata.first_in(HostCluster(clusters.start), clusters.end - clusters.start)
+            }
+            _ => None,
         };
-        if self.metadata.contains(cluster) {
-            return Err(self.points_to_metadata(cluster, entry_offset));
+        match bad {
+            Some(cluster) => Err(self.points_to_metadata(cluster, entry_offset)),
+            None => Ok(entry),
         }
-        Ok(entry)
     }
 
     fn points_to_metadata(&self, cluster: HostCluster, entry_offset: u64) -> Error {
@@ -502,7 +479,10 @@ impl Tables {
                     None => Ok((Run::Data { first: cluster, copied }, count)),
                 }
             }
-            L2Entry::Compressed { .. } => Err(self.bad_entry(read_u64(bytes, start), first_offset)),
+            L2Entry::Compressed { offset, length } => {
+                self.decode_l2(read_u64(bytes, start), first_offset)?;
+                Ok((Run::Compressed { offset, length }, 1))
+            }
         }
     }
 
