@@ -29,24 +29,27 @@ require_machine() {
 
 # need "COMMAND=PACKAGE [PACKAGE...]"...: installs the packages of the commands that are missing.
 need() {
-    local pair packages missing=()
+    local pair packages log missing=()
     for pair in "$@"; do
-        command -v "${pair%%=*}" >/dev/null || read -ra packages <<<"${pair#*=}" && missing+=("${packages[@]}")
+        command -v "${pair%%=*}" >/dev/null && continue
+        read -ra packages <<<"${pair#*=}"
+        missing+=("${packages[@]}")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     command -v apt-get >/dev/null || die "please install: ${missing[*]}"
     [ "$(id -u)" = 0 ] || die "please install (or run as root): ${missing[*]}"
     echo "installing ${missing[*]}"
+    log=$(mktemp)
     {
         timeout 300 apt-get -q update &&
             DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -q -y --no-install-recommends \
                 install "${missing[@]}"
-    } </dev/null >/tmp/apt.$$.log 2>&1 || {
-        tail -n 15 /tmp/apt.$$.log >&2
-        rm -f /tmp/apt.$$.log
+    } </dev/null >"$log" 2>&1 || {
+        tail -n 15 "$log" >&2
+        rm -f "$log"
         die "cannot install ${missing[*]}"
     }
-    rm -f /tmp/apt.$$.log
+    rm -f "$log"
     for pair in "$@"; do
         command -v "${pair%%=*}" >/dev/null || die "${pair#*=} is installed, ${pair%%=*} is still missing"
     done
