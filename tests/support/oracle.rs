@@ -28,16 +28,28 @@ pub enum Kind {
     Flush,
 }
 
-/// What sector `sector` holds after operation `number` wrote it.
+/// What sector `sector` holds after operation `number` wrote it: both numbers, then words that say
+/// each for itself which operation they are from ([`number_of`]).
 pub fn pattern(number: u64, sector: u64) -> [u8; SECTOR as usize] {
     let mut bytes = [0; SECTOR as usize];
-    let filler = mix(number << 32 ^ sector) | 1;
-    for word in bytes.chunks_exact_mut(8) {
-        word.copy_from_slice(&filler.to_le_bytes());
+    for (n, word) in (0..).zip(bytes.chunks_exact_mut(8)) {
+        let value = match n {
+            0 => number,
+            1 => sector,
+            _ => number ^ mask(sector, n),
+        };
+        word.copy_from_slice(&value.to_le_bytes());
     }
-    bytes[..8].copy_from_slice(&number.to_le_bytes());
-    bytes[8..16].copy_from_slice(&sector.to_le_bytes());
     bytes
+}
+
+/// The number of the operation that wrote word `n` (not the second) of a sector's pattern.
+pub fn number_of(word: u64, n: u64, sector: u64) -> u64 {
+    if n == 0 { word } else { word ^ mask(sector, n) }
+}
+
+fn mask(sector: u64, n: u64) -> u64 {
+    mix((sector << 6 | n) + 1)
 }
 
 /// The data that operation `number` writes to `sectors`.
