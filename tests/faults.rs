@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qcow2fs::image::{Image, Options};
-use qcow2fs::storage::testing::{FailingStorage, Fault, MemoryStorage, Operation as Host};
+use qcow2fs::storage::testing::{
+    FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
+};
 use qcow2fs::{Error, ErrorKind};
 use support::oracle::{After, Kind, Operation, Oracle, data};
 use support::qemu::Shape;
@@ -23,7 +25,7 @@ use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify};
 struct Client {
     image: Arc<Image>,
     file: Arc<FailingStorage>,
-    inner: Arc<MemoryStorage>,
+    inner: Arc<RecordingStorage>,
     fault: Option<Fault>,
     oracle: Oracle,
     next: u64,
@@ -32,7 +34,7 @@ struct Client {
 
 /// The file with nothing wrong yet.
 fn begin(initial: &MemoryStorage, keep_erased: u64) -> Client {
-    let inner = Arc::new(initial.fork());
+    let inner = Arc::new(RecordingStorage::new(initial.fork()));
     let file = Arc::new(FailingStorage::new(inner.clone()));
     let flush_after = Duration::from_millis(3);
     let metadata_cache = 4096;
@@ -166,10 +168,23 @@ impl Client {
         }
     }
 
-    /// The image is closed; the file must be sound and hold what it may.
-    fn assert_sound_file(&self) {
-        verify(&*self.inner).unwrap();
-        let image = open_read_only(self.inner.clone()).unwrap();
+    /// A crash now, the fault's traces still fresh, leaves a sound file too.
+    fn assert_sound_after_crash(&self, rng: &mut Rng) {
+        let mut replay = self.inner.replay();
+        while replay.step().unwrap().is_some() {}
+        let fates = [Fate::Kept, Fate::Lost];
+        self.assert_sound_file(replay.crash(|_| Fate::Kept).unwrap());
+        self.assert_sound_file(replay.crash(|_| Fate::Lost).unwrap());
+        for _ in 0..6 {
+            self.assert_sound_file(replay.crash(|_| *rng.pick(&fates)).unwrap());
+        }
+    }
+
+    /// What is left of the image must be sound and hold what it may.
+    fn assert_sound_file(&self, file: MemoryStorage) {
+        let file = Arc::new(file);
+        verify(&*file).unwrap();
+        let image = open_read_only(file).unwrap();
         let mut disk = vec![0xee; (self.sectors * SECTOR) as usize];
         image.read(0, &mut disk).unwrap();
         self.oracle.check(&disk, 0, After::Crash).unwrap();
@@ -198,11 +213,13 @@ fn suffer(initial: &MemoryStorage, keep_erased: u64, scene: Scene, recover_first
     client.fault = Some(scene.fault.clone());
     client.file.arm(scene.fault.clone());
     client.run(scene.seed);
+    client.assert_sound_after_crash(&mut Rng::new(scene.seed ^ scene.fault.after));
     if recover_first {
         client.assert_recovers();
     }
     let _may_fail = client.close();
-    client.assert_sound_file();
+    client.assert_sound_after_crash(&mut Rng::new(scene.seed ^ scene.fault.after));
+    client.assert_sound_file(client.inner.current().fork());
     !client.file.strikes().is_empty()
 }
 
