@@ -343,11 +343,12 @@ impl Catalog {
         let options =
             image::Options { writable: !self.options.read_only, ..self.options.image.clone() };
         let opened = node.open(how, &options, || self.place_of(node));
-        opened.inspect_err(|e| {
-            if e.errno() != libc::ESTALE {
-                node.log(e);
-            }
-        })
+        match &opened {
+            Ok(_) => node.is_well(),
+            Err(e) if e.errno() == libc::ESTALE => {}
+            Err(e) => node.log(e),
+        }
+        opened
     }
 
     /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.

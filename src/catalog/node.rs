@@ -157,6 +157,11 @@ impl Node {
         }
     }
 
+    /// What was logged no longer holds: the image was opened.
+    pub(super) fn is_well(&self) {
+        *self.logged.lock() = None;
+    }
+
     /// The last line that was logged of this file.
     pub(super) fn last_logged(&self) -> Option<String> {
         self.logged.lock().clone()
@@ -293,7 +298,7 @@ impl Slot {
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         self.closed = stamp.filter(|_| closed.is_ok() && !self.direct);
-        closed
+        closed.and(unlock(opened.file.file()))
     }
 }
 
@@ -303,8 +308,14 @@ impl Opened {
         let file = open_host_file(place, write, options.writable)?;
         image_lock::acquire(&file, None, access)?;
         let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
-        let opened = Opened::on(Arc::new(HostFile::new(file)), write, options)?;
-        Ok((opened, Stamp::of(&metadata)))
+        let file = Arc::new(HostFile::new(file));
+        match Opened::on(Arc::clone(&file), write, options) {
+            Ok(opened) => Ok((opened, Stamp::of(&metadata))),
+            Err(e) => {
+                unlock(file.file())?;
+                Err(e)
+            }
+        }
     }
 
     fn on(file: Arc<HostFile>, writable: bool, options: &Options) -> Result<Opened> {
@@ -326,6 +337,11 @@ fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
         Err(e) if write => Err(failed(e)),
         Err(_) => host::open_file(place, false).map_err(failed),
     }
+}
+
+/// Gives the lock up at once: a process that we are just starting may still share the descriptor.
+fn unlock(file: &File) -> Result<()> {
+    image_lock::release_down_to(file, None)
 }
 
 fn is_open_for_writing(file: &File) -> Result<()> {
