@@ -225,10 +225,8 @@ impl Node {
                 slot.direct = how.direct;
             }
             Some(opened) if how.write && !opened.writable => slot.make_writable(options)?,
+            Some(opened) if how.write => opened.takes_writes()?,
             Some(_) => {}
-        }
-        if how.write {
-            slot.takes_writes()?;
         }
         slot.handles += 1;
         Ok(HandleMode { keep_cache, direct: slot.direct })
@@ -253,20 +251,6 @@ fn gone() -> Error {
 }
 
 impl Slot {
-    /// Fails when the image that was opened for writing takes no writes: it is corrupt, or a write
-    /// went wrong for good. An image that nobody has open yet is closed again.
-    fn takes_writes(&mut self) -> Result<()> {
-        let Some(opened) = &self.open else { return Err(gone()) };
-        if opened.image.is_writable() {
-            return Ok(());
-        }
-        let reason = opened.image.status().map_or_else(|e| e.to_string(), |status| status.health);
-        if self.handles == 0 {
-            self.close()?;
-        }
-        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
-    }
-
     /// Replaces an image that is only read by the same one, writable; on failure it is only read
     /// again. The lock on the file is never given up in between.
     fn make_writable(&mut self, options: &Options) -> Result<()> {
@@ -321,7 +305,22 @@ impl Opened {
     fn on(file: Arc<HostFile>, writable: bool, options: &Options) -> Result<Opened> {
         let options = Options { writable, ..options.clone() };
         let image = Image::open(Arc::clone(&file) as _, &options)?;
-        Ok(Opened { image, file, writable })
+        let opened = Opened { image, file, writable };
+        if writable && let Err(e) = opened.takes_writes() {
+            opened.image.close()?;
+            return Err(e);
+        }
+        Ok(opened)
+    }
+
+    /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for
+    /// good since it was opened.
+    fn takes_writes(&self) -> Result<()> {
+        if self.image.is_writable() {
+            return Ok(());
+        }
+        let reason = self.image.status()?.health;
+        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
     }
 }
 

@@ -168,6 +168,21 @@ fn a_writer_that_is_refused_leaves_the_readers_alone() {
 }
 
 #[test]
+fn an_image_that_is_marked_corrupt_is_read_and_never_written() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let file = File::options().write(true).open(tree.path("a.qcow2")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[2], 79).unwrap();
+    let node = tree.node("a.raw");
+    assert_eq!(tree.catalog.open(&node, WRITE).unwrap_err().errno(), libc::EROFS);
+    assert!(tree.is_free("a.qcow2", Access::Write));
+    tree.catalog.open(&node, READ).unwrap();
+    assert_eq!(tree.catalog.open(&node, WRITE).unwrap_err().errno(), libc::EROFS);
+    node.with_image(|image| image.read(0, &mut [0; 512])).unwrap();
+    assert!(tree.is_free("a.qcow2", Access::Read), "readers are kept away");
+}
+
+#[test]
 fn what_the_kernel_has_cached_counts_until_somebody_else_writes() {
     let tree = Tree::new();
     tree.image("a.qcow2", "1M");
