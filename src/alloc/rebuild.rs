@@ -63,7 +63,8 @@ fn refuse_shared_copied(
             return Err(Error::corrupt(format!(
                 "{} is COPIED, but there are {} references to its cluster; repair the image with \
                  `qcow2fs check --repair all`",
-                wrong.name, wrong.refcount
+                wrong.name(),
+                wrong.refcount
             )));
         }
         Ok(())

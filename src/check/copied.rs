@@ -17,13 +17,23 @@ pub(crate) struct WrongFlag {
     pub(crate) right: u64,
     /// The refcount of what it points to.
     pub(crate) refcount: u64,
-    /// `L2 entry 17 of table 0x50000`.
-    pub(crate) name: String,
+    /// Its number in its table.
+    index: u64,
+    /// The L2 table that it stands in; none for an entry of the L1 table.
+    l2_table: Option<u64>,
     /// How many L1 entries lead there.
     pub(crate) times: u64,
 }
 
 impl WrongFlag {
+    /// `L2 entry 17 of table 0x50000`.
+    pub(crate) fn name(&self) -> String {
+        match self.l2_table {
+            Some(table) => format!("L2 entry {} of table {table:#x}", self.index),
+            None => format!("L1 entry {}", self.index),
+        }
+    }
+
     /// Whether the flag is set and should not be.
     pub(crate) fn is_set(&self) -> bool {
         self.right & COPIED == 0
@@ -59,8 +69,8 @@ pub(crate) fn for_each_wrong(
             if raw == right {
                 return Ok(());
             }
-            let name = format!("L1 entry {}", (at - table.0) / 8);
-            visit(WrongFlag { at: HostOffset(at), right, refcount, name, times: 1 })
+            let (index, l2_table) = ((at - table.0) / 8, None);
+            visit(WrongFlag { at: HostOffset(at), right, refcount, index, l2_table, times: 1 })
         },
     )?;
     let data_file = header.incompatible_features & INCOMPATIBLE_DATA_FILE != 0;
@@ -80,9 +90,9 @@ pub(crate) fn for_each_wrong(
                     let right = with_flag(raw, refcount);
                     if raw != right {
                         let at = HostOffset(at + i * size);
-                        let name =
-                            format!("L2 entry {} of table {table:#x}", (at.0 - table) / size);
-                        visit(WrongFlag { at, right, refcount, name, times: uses.active })?;
+                        let (index, l2_table) = ((at.0 - table) / size, Some(table));
+                        let times = uses.active;
+                        visit(WrongFlag { at, right, refcount, index, l2_table, times })?;
                     }
                 }
                 Ok(())
