@@ -171,9 +171,11 @@ fn a_rebuild_for_refcounts_that_are_too_low() {
 #[test]
 fn a_rebuild_for_a_lost_refcount_block() {
     for options in ["refcount_bits=16", "refcount_bits=1", "refcount_bits=64"] {
-        let (mut bytes, _, _) = image(options);
+        let (mut bytes, _, l2) = image(options);
         let table = u64_at(&bytes, 48) as usize;
         bytes[table..table + 8].fill(0);
+        // A flag that has to be set, and must not be before the refcount is there.
+        bytes[l2 as usize] &= 0x7f;
         cut_off(options, bytes, Repair::All);
     }
 }

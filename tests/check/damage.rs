@@ -89,6 +89,10 @@ fn damage(map: &mut Map, kind: u64, random: &mut Random) -> String {
             let (from, to) = (pick(map.l1(), random), pick(map.l1(), random));
             (to, map.u64(from) ^ map.u64(to), "L1 entry copied")
         }
+        9 => {
+            let at = pick(map.refcount_table(), random);
+            (at, map.u64(at), "refcount block forgotten")
+        }
         _ => {
             let at = pick(map.l2(), random);
             (at, map.u64(at), "L2 entry forgotten")
@@ -98,7 +102,7 @@ fn damage(map: &mut Map, kind: u64, random: &mut Random) -> String {
     format!("{what} at {at:#x} ^ {value:#x}")
 }
 
-const KINDS: u64 = 10;
+const KINDS: u64 = 11;
 
 fn base(directory: &Path, shape: u64) -> PathBuf {
     let options = ["cluster_size=4k", "cluster_size=64k", "cluster_size=512", "cluster_size=4k"];

@@ -7,4 +7,5 @@ mod common;
 mod crash;
 mod damage;
 mod hostile;
+mod rebuild;
 mod shapes;
