@@ -4,11 +4,12 @@ use std::fmt;
 
 use super::{Geometry, HostCluster, HostOffset};
 
-const COPIED: u64 = 1 << 63;
+/// Bit 63 of an L1 or L2 entry: the refcount of what it points to is exactly 1.
+pub const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
-/// Bits 9 to 55 of a table entry: a host offset.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits 9 to 55 of an L1 or L2 entry (unless compressed) or of a bitmap table's entry: a host offset.
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits 9 to 63 of a refcount table entry: the offset of a refcount block.
 pub const REFCOUNT_TABLE_OFFSET_MASK: u64 = !0x1ff;
 

@@ -28,6 +28,12 @@ pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 pub const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 /// L2 entries are 16 bytes, with subclusters.
 pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+/// Every incompatible feature that this program knows.
+pub const INCOMPATIBLE_KNOWN: u64 = INCOMPATIBLE_DIRTY
+    | INCOMPATIBLE_CORRUPT
+    | INCOMPATIBLE_DATA_FILE
+    | INCOMPATIBLE_COMPRESSION
+    | INCOMPATIBLE_EXTENDED_L2;
 /// Refcounts may be left behind while the dirty bit is set.
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 /// The bitmaps extension is consistent with the data.
@@ -346,12 +352,12 @@ fn not_qcow2(why: &str) -> Error {
 }
 
 /// The big-endian u32 at `at`; 0 past the end.
-fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
 }
 
 /// The big-endian u64 at `at`; 0 past the end.
-fn be64(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at + 4))
 }
 

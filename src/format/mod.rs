@@ -5,16 +5,22 @@
 //! `docs/interop/qcow2.rst`.
 
 mod address;
+mod bitmap;
 mod entry;
 mod header;
 pub mod refcount;
+mod snapshot;
 
 pub use address::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
-pub use entry::{BadEntry, L1Entry, L2Entry, REFCOUNT_TABLE_OFFSET_MASK};
+pub use bitmap::{BitmapEntry, BitmapsExtension, bitmap_table_cluster};
+pub use entry::{BadEntry, COPIED, L1Entry, L2Entry, OFFSET_MASK, REFCOUNT_TABLE_OFFSET_MASK};
 pub use header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS,
     EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS, EXTENSION_DATA_FILE, EXTENSION_FEATURE_NAMES,
     EXTENSION_LUKS, Extension, Header, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, MAX_L1_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, Patch,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN,
+    MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, Patch,
 };
+pub use snapshot::{MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, Snapshot};
+
+pub(crate) use header::be64;

@@ -1,6 +1,7 @@
 //! Reading, and telling data from holes.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::{Image, inflate};
 use crate::error::{Error, Result};
@@ -16,7 +17,9 @@ impl Image {
         let range = self.within_disk(offset..offset.saturating_add(buf.len() as u64));
         let (buf, past_end) = buf.split_at_mut((range.end - range.start) as usize);
         past_end.fill(0);
-        let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
+        // Where nothing is ever written, as in a backing file, no mapping needs to be pinned.
+        let _guard =
+            self.writer.is_some().then(|| self.locks.shared(self.geometry.guest_clusters(&range)));
         let mut at = range.start;
         while at < range.end {
             let (run, end) = self.note(self.run_at(at, range.end))?;
@@ -31,6 +34,7 @@ impl Image {
                 Run::Compressed { offset, length } => {
                     self.read_compressed(offset, length, self.geometry.within(at), piece)?;
                 }
+                Run::Backing => self.read_backing(at, piece)?,
                 Run::Unallocated | Run::Zero => piece.fill(0),
             }
             at = end;
@@ -38,12 +42,13 @@ impl Image {
         Ok(())
     }
 
-    /// The first offset at or after `offset` that is allocated; `None` where only holes follow.
+    /// The first offset at or after `offset` that is data, here or in the backing file; `None`
+    /// where only holes follow.
     ///
     /// # Errors
     /// As [`Image::read`].
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        self.find(offset, has_data)
+        Ok(self.next_extent(offset)?.map(|extent| extent.start))
     }
 
     /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
@@ -52,8 +57,36 @@ impl Image {
     /// # Errors
     /// As [`Image::read`].
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
-        let found = self.find(offset, |run| !has_data(run))?;
-        Ok(found.unwrap_or_else(|| self.virtual_size()))
+        let mut at = offset;
+        while let Some(extent) = self.next_extent(at)? {
+            if extent.start > at {
+                break;
+            }
+            at = extent.end;
+        }
+        Ok(at.min(self.virtual_size()))
+    }
+
+    /// The first range of data that ends after `offset`, as far as one look tells.
+    fn next_extent(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let size = self.virtual_size();
+        let mut at = offset;
+        while at < size {
+            // Entries are decoded whole under the tables' lock and nothing is read through them,
+            // so no guest clusters need to be held.
+            let (run, end) = self.note(self.run_at(at, size))?;
+            match run {
+                Run::Data { .. } | Run::Compressed { .. } => return Ok(Some(at..end)),
+                Run::Backing => {
+                    if let Some((start, end)) = self.backing_data(at, end)? {
+                        return Ok(Some(start..end));
+                    }
+                }
+                Run::Unallocated | Run::Zero => {}
+            }
+            at = end;
+        }
+        Ok(None)
     }
 
     /// Fills `buf` from the compressed cluster at `offset`, from its byte `within` on.
@@ -89,23 +122,4 @@ impl Image {
                 .map_err(|e| Error::io(format!("inflating the compressed cluster at {offset}"), e))
         })
     }
-
-    fn find(&self, offset: u64, wanted: impl Fn(Run) -> bool) -> Result<Option<u64>> {
-        let size = self.virtual_size();
-        let mut at = offset;
-        while at < size {
-            // Entries are decoded whole under the tables' lock and nothing is read through them,
-            // so no guest clusters need to be held.
-            let (run, end) = self.note(self.run_at(at, size))?;
-            if wanted(run) {
-                return Ok(Some(at));
-            }
-            at = end;
-        }
-        Ok(None)
-    }
-}
-
-fn has_data(run: Run) -> bool {
-    matches!(run, Run::Data { .. } | Run::Compressed { .. })
 }

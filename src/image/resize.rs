@@ -56,6 +56,15 @@ impl Image {
         if entries > self.tables.l1_entries() as u64 {
             self.grow_l1(writer, entries as u32)?;
         }
+        // Nor does a backing file that is longer than the disk was show through.
+        let backed = self.backed_clusters() << self.geometry.cluster_bits();
+        let hidden = added.start..added.end.min(backed);
+        if !hidden.is_empty() {
+            self.clear_held(
+                writer,
+                hidden.start..hidden.end.next_multiple_of(self.cluster_size()),
+            )?;
+        }
         self.flush_held(writer)?;
         self.patch_header(writer, &Header::patch_size(added.end))?;
         self.size.store(added.end, Ordering::Release);

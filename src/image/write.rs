@@ -75,7 +75,7 @@ impl Image {
                 self.write_host(data, self.host_offset(first, at))?;
                 Ok(end)
             }
-            Run::Data { copied: false, .. } | Run::Compressed { .. } => {
+            Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
                 let end = end.min(self.cluster_end(at));
                 self.rewrite(writer, at, run, &data[..(end - at) as usize])?;
                 Ok(end)
@@ -94,7 +94,7 @@ impl Image {
         let first = self.geometry.guest_cluster(GuestOffset(at));
         self.ensure_table(writer, first)?;
         // One table holds all that is linked at a time.
-        let table_end = (self.geometry.l1_index(first) + 1) * self.geometry.l2_entries();
+        let table_end = self.table_end(first);
         let wanted = self.geometry.guest_clusters(&(at..data_end)).end.min(table_end) - first.0;
         let rooted = writer.recycler.take(wanted)?;
         let taken_end = (first.0 + rooted.count()) << self.geometry.cluster_bits();
@@ -169,7 +169,7 @@ impl Image {
     }
 
     /// Writes `data` at `at` into a cluster that may not be written in place: it is not marked as
-    /// ours alone, or compressed. `old` is the run that starts with it.
+    /// ours alone, compressed, or in the backing file. `old` is the run that starts with it.
     pub(super) fn rewrite(&self, writer: &Writer, at: u64, old: Run, data: &[u8]) -> Result<()> {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
         if let Run::Data { first, .. } = old {
@@ -187,10 +187,11 @@ impl Image {
         }
         let mut copy = vec![0; self.geometry.cluster_size() as usize];
         if data.len() < copy.len() {
-            self.read_cluster(old, &mut copy)?;
+            self.read_cluster(at, old, &mut copy)?;
         }
         let within = self.geometry.within(at) as usize;
         copy[within..within + data.len()].copy_from_slice(data);
+        self.ensure_table(writer, guest)?;
         let rooted = writer.recycler.take(1)?;
         let cluster = rooted.first();
         self.write_host(&copy, self.geometry.host_offset(cluster).0)?;
@@ -201,8 +202,8 @@ impl Image {
         self.drop_old(writer, old)
     }
 
-    /// Fills `cluster` with what the first guest cluster of `run` holds.
-    fn read_cluster(&self, run: Run, cluster: &mut [u8]) -> Result<()> {
+    /// Fills `cluster` with the guest cluster that `at` lies in and `run` starts with.
+    fn read_cluster(&self, at: u64, run: Run, cluster: &mut [u8]) -> Result<()> {
         match run {
             Run::Data { first, .. } => {
                 let source = self.geometry.host_offset(first);
@@ -211,6 +212,7 @@ impl Image {
                     .map_err(|e| Error::io(format!("reading data at {source}"), e))
             }
             Run::Compressed { offset, length } => self.read_compressed(offset, length, 0, cluster),
+            Run::Backing => self.read_backing(at - self.geometry.within(at), cluster),
             Run::Unallocated | Run::Zero => {
                 cluster.fill(0);
                 Ok(())
@@ -219,11 +221,11 @@ impl Image {
     }
 
     /// The first guest cluster of `run` refers to its data no more.
-    fn drop_old(&self, writer: &Writer, run: Run) -> Result<()> {
+    pub(super) fn drop_old(&self, writer: &Writer, run: Run) -> Result<()> {
         match run {
             Run::Data { first, .. } => self.drop_reference(writer, first),
             Run::Compressed { offset, length } => self.drop_compressed(writer, offset, length),
-            Run::Unallocated | Run::Zero => Ok(()),
+            Run::Unallocated | Run::Zero | Run::Backing => Ok(()),
         }
     }
 
@@ -297,9 +299,9 @@ impl Image {
                 self.reserve_host(host, clusters.end - clusters.start)?;
                 return Ok(run_end);
             }
-            Run::Compressed { .. } => {
+            Run::Compressed { .. } | Run::Backing => {
                 self.rewrite(writer, at, run, &[])?;
-                return Ok(run_end);
+                return Ok(run_end.min(self.cluster_end(at)));
             }
             Run::Unallocated | Run::Zero => {}
         }
@@ -330,6 +332,11 @@ impl Image {
             .map_err(|e| Error::io(format!("writing data at {offset:#x}"), e));
         self.mark_unsynced();
         written
+    }
+
+    /// The first guest cluster after those that share an L2 table with `cluster`.
+    pub(super) fn table_end(&self, cluster: GuestCluster) -> u64 {
+        (self.geometry.l1_index(cluster) + 1) * self.geometry.l2_entries()
     }
 
     /// The end of the cluster that guest offset `at` lies in.

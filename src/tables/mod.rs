@@ -31,8 +31,10 @@ const LOADERS: usize = 16;
 /// What consecutive guest clusters are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Run {
-    /// Nothing allocated: reads zeros.
+    /// Nothing allocated, and nothing behind it: reads zeros.
     Unallocated,
+    /// Nothing allocated: reads the backing file. Only an image tells this from `Unallocated`.
+    Backing,
     /// Reads zeros by flag. A preallocated host cluster may stand behind it.
     Zero,
     /// Data in consecutive host clusters from `first`.
