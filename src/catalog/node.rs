@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::chain::{Chain, Chains};
 use super::host::{self, HostId, Stamp};
 use super::names;
 use crate::error::{Error, ErrorKind, Result};
@@ -58,6 +59,8 @@ struct Slot {
 struct Opened {
     image: Arc<Image>,
     file: Arc<HostFile>,
+    /// What it is based on, held as long as it is open.
+    chain: Option<Arc<Chain>>,
     writable: bool,
 }
 
@@ -212,14 +215,24 @@ impl Node {
         &self,
         how: Opening,
         options: &Options,
+        chains: &Chains,
         place: impl FnOnce() -> Result<(File, Metadata)>,
     ) -> Result<HandleMode> {
+        if how.write
+            && let Some(user) = chains.user_of(self.id)
+        {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("it is the backing file of {}, which is open", user.display()),
+            ));
+        }
         let mut slot = self.slot.write();
         let mut keep_cache = true;
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
-                let (opened, stamp) = Opened::new(&place()?.0, how.write, options)?;
+                let (opened, stamp) =
+                    Opened::new(&place()?.0, how.write, options, chains, &self.path())?;
                 keep_cache = slot.closed == Some(stamp);
                 slot.open = Some(opened);
                 slot.direct = how.direct;
@@ -261,16 +274,15 @@ impl Slot {
         if let Err(e) = image.close() {
             log::warn!("closing an image that was only read: {e}");
         }
-        self.open = None;
-        let writable = Opened::on(Arc::clone(&file), true, options);
-        match writable {
+        let chain = self.open.take().and_then(|opened| opened.chain);
+        match Opened::on(Arc::clone(&file), true, options, chain.clone()) {
             Ok(opened) => {
                 self.open = Some(opened);
                 Ok(())
             }
             Err(e) => {
                 image_lock::release_down_to(file.file(), Some(Access::Read))?;
-                self.open = Some(Opened::on(file, false, options)?);
+                self.open = Some(Opened::on(file, false, options, chain)?);
                 Err(e)
             }
         }
@@ -287,13 +299,22 @@ impl Slot {
 }
 
 impl Opened {
-    fn new(place: &File, write: bool, options: &Options) -> Result<(Opened, Stamp)> {
+    fn new(
+        place: &File,
+        write: bool,
+        options: &Options,
+        chains: &Chains,
+        path: &Path,
+    ) -> Result<(Opened, Stamp)> {
         let access = if write { Access::Write } else { Access::Read };
         let file = open_host_file(place, write, options.writable)?;
         image_lock::acquire(&file, None, access)?;
         let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
         let file = Arc::new(HostFile::new(file));
-        match Opened::on(Arc::clone(&file), write, options) {
+        let opened = chains
+            .open(path, &file, options)
+            .and_then(|chain| Opened::on(Arc::clone(&file), write, options, chain.map(Arc::new)));
+        match opened {
             Ok(opened) => Ok((opened, Stamp::of(&metadata))),
             Err(e) => {
                 unlock(file.file())?;
@@ -302,10 +323,16 @@ impl Opened {
         }
     }
 
-    fn on(file: Arc<HostFile>, writable: bool, options: &Options) -> Result<Opened> {
+    fn on(
+        file: Arc<HostFile>,
+        writable: bool,
+        options: &Options,
+        chain: Option<Arc<Chain>>,
+    ) -> Result<Opened> {
         let options = Options { writable, ..options.clone() };
-        let image = Image::open(Arc::clone(&file) as _, &options)?;
-        let opened = Opened { image, file, writable };
+        let backing = chain.as_ref().map(|chain| Arc::clone(&chain.backing));
+        let image = Image::open_over(Arc::clone(&file) as _, &options, backing)?;
+        let opened = Opened { image, file, chain, writable };
         if writable && let Err(e) = opened.takes_writes() {
             opened.image.close()?;
             return Err(e);
