@@ -12,6 +12,7 @@ mod inflate;
 mod open;
 mod read;
 mod resize;
+mod snapshots;
 mod write;
 
 use std::sync::Arc;
@@ -104,6 +105,9 @@ struct Writer {
     /// Lock order: before guest clusters.
     flush: flush::FlushLock,
     features: Mutex<open::Features>,
+    has_snapshots: bool,
+    /// Nothing is mapped past the end of the disk, on disk neither: it can grow without more ado.
+    clear_past_end: AtomicBool,
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,

@@ -136,11 +136,13 @@ fn discards_smaller_than_a_cluster_add_up() {
     assert_sound(&image);
 }
 
+/// What the kernel's discards leave at the file's end is cut off, with no flush by anybody: the
+/// recycler makes its own. A small pool, so that it is not what makes the file long.
 #[test]
 fn discarding_the_end_shortens_the_file() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "256M", "");
-    let mount = lab.mount();
+    let mount = lab.mount_with("--keep-erased 1M");
     let file = open(&mount.path("disk.raw"));
     for chunk in 0..64 {
         file.write_all_at(&pattern(chunk, 1 << 20), chunk << 20).unwrap();
@@ -151,7 +153,7 @@ fn discarding_the_end_shortens_the_file() {
     assert_eq!(fallocate(&file, mode, 8 << 20, 56 << 20), Ok(()));
     eventually(
         Duration::from_secs(10),
-        || length(&image) < 28 << 20 && allocated(&image) < 11 << 20,
+        || length(&image) < 12 << 20 && allocated(&image) < 11 << 20,
         || format!("{} bytes long, {} allocated", length(&image), allocated(&image)),
     );
     drop(file);

@@ -70,7 +70,8 @@ pub fn attempt(script: &str) -> Outcome {
 /// [`attempt`], with failure as a panic.
 pub fn must(script: &str) -> String {
     let outcome = attempt(script);
-    assert!(outcome.ok(), "{script}\ncode {:?}\n{}", outcome.code, outcome.text());
+    let text: String = outcome.text().chars().take(2000).collect();
+    assert!(outcome.ok(), "{script}\ncode {:?}\n{text}", outcome.code);
     outcome.out
 }
 
@@ -116,7 +117,6 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 
 /// The image is sound and loses no cluster, by QEMU's judgement and by our own.
 pub fn assert_sound(image: &Path) {
-    sh!("qemu-img check -q -f qcow2 {0} || qemu-img check -f qcow2 {0} >&2", image.display());
     sh!("qemu-img check -f qcow2 {}", image.display());
     sh!("$qcow2fs check {}", image.display());
 }

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
 use std::time::Duration;
 
 use crate::discards::{open, read_all};
@@ -49,52 +48,69 @@ fn other_users_read_only_where_allowed() {
     mount.umount();
 }
 
-/// A directory for PATH in which the program is found by its name.
-fn program_directory(lab: &Lab) -> String {
+/// Mounts with `mount`, writes, and unmounts with a plain umount(8).
+///
+/// mount(8) looks for the program in a path of its own, so this happens in a mount namespace of its
+/// own, in which the program under test stands in /usr/local/bin.
+fn mounts_by_type(lab: &Lab, mount: &str) {
+    let image = lab.create("disk.qcow2", "8M", "");
     let bin = lab.subdirectory("bin");
     std::os::unix::fs::symlink(PROGRAM, bin.join("qcow2fs")).unwrap();
-    format!("PATH={}:$PATH", bin.display())
-}
-
-fn write_and_umount(lab: &Lab, image: &Path) {
-    let mount = Mount::adopt(lab.point(), lab.path("log"));
-    let data = pattern(3, 1 << 20);
-    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
-    let pid = mount.pid();
-    sh!("umount {}", mount.point().display());
-    wait_for_end(pid);
-    drop(mount);
-    assert_same(&guest_bytes(image)[..1 << 20], &data, "after a plain umount");
-    assert_sound(image);
+    let (data, source) = (pattern(3, 1 << 20), lab.path("source"));
+    fs::write(&source, &data).unwrap();
+    let script = format!(
+        r#"mount --bind {bin} /usr/local/bin
+           trap 'umount -l {point} 2>/dev/null || true' EXIT
+           {mount}
+           grep '{point} fuse.qcow2fs ' /proc/self/mounts
+           pid=$(qcow2fs status --json {point} | sed -n 's/.*"pid": *\([0-9]*\).*/\1/p')
+           dd if={source} of={point}/disk.raw bs=64k conv=notrunc
+           umount {point}
+           timeout 30 tail --pid="$pid" -f /dev/null"#,
+        bin = bin.display(),
+        point = lab.point().display(),
+        source = source.display(),
+    );
+    let file = lab.path("script");
+    fs::write(&file, script).unwrap();
+    sh!("unshare --mount bash -exo pipefail {}", file.display());
+    assert_same(&guest_bytes(&image)[..1 << 20], &data, "after a plain umount");
+    assert_sound(&image);
 }
 
 #[test]
 fn mount_knows_the_type_fuse_qcow2fs() {
     let lab = Lab::new();
-    let image = lab.create("disk.qcow2", "8M", "");
-    sh!(
-        "{} mount -t fuse.qcow2fs -o allow_other,noatime {} {}",
-        program_directory(&lab),
-        lab.images().display(),
-        lab.point().display()
-    );
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts.lines().find(|line| line.contains(lab.point().to_str().unwrap()));
-    assert!(line.is_some_and(|line| line.contains(" fuse.qcow2fs ")), "type: {line:?}");
-    write_and_umount(&lab, &image);
+    let (images, point) = (lab.images(), lab.point());
+    let options = "allow_other,noatime,nosuid,nodev";
+    let mount =
+        format!("mount -t fuse.qcow2fs -o {options} {} {}", images.display(), point.display());
+    mounts_by_type(&lab, &mount);
 }
 
 #[test]
 fn an_fstab_line_mounts() {
     let lab = Lab::new();
-    let image = lab.create("disk.qcow2", "8M", "");
     let table = lab.path("fstab");
     let options = "allow_other,nofail,_netdev,x-systemd.requires=network.target";
     let (images, point) = (lab.images(), lab.point());
     let line = format!("{} {} fuse.qcow2fs {options} 0 0\n", images.display(), point.display());
     fs::write(&table, line).unwrap();
-    sh!("{} mount -T {} -a", program_directory(&lab), table.display());
-    write_and_umount(&lab, &image);
+    mounts_by_type(&lab, &format!("mount -T {} -a", table.display()));
+}
+
+#[test]
+fn a_plain_umount_leaves_the_image_sound() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let data = pattern(4, 2 << 20);
+    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
+    let pid = mount.pid();
+    sh!("umount {}", mount.point().display());
+    wait_for_end(pid);
+    assert_same(&guest_bytes(&image)[..2 << 20], &data, "after a plain umount");
+    assert_sound(&image);
 }
 
 fn assert_mount_fails(lab: &Lab, arguments: &str, word: &str) {
