@@ -170,7 +170,8 @@ impl Image {
 
     fn settle_everything(&self, writer: &Writer) -> Result<()> {
         if !self.health.is_good() {
-            return if self.needs_flush() { self.flush() } else { Ok(()) };
+            // It says so if a sync failed before, even if nothing but data was to be made durable.
+            return self.flush();
         }
         self.flush()?;
         if writer.recycler.awaits_flush() {
