@@ -1,2 +1,5 @@
 //! qcow2fs: parse, log, run, exit code.
-fn main() {}
+
+fn main() {
+    std::process::exit(qcow2fs::cli::run());
+}

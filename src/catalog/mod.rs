@@ -1,1 +1,424 @@
-//! (room)
+//! The directory of images as a tree of nodes: names, inode numbers, which image is open how often,
+//! and what may be opened at all.
+//!
+//! A host file is a node for as long as the kernel knows it. Nothing is read before it is asked for,
+//! so a directory of ten thousand images costs nothing to mount. Names are looked up on the host
+//! each time; nothing of the tree is cached here but who is who. FUSE is not known here.
+//!
+//! What is shown of an image:
+//! - its size is the virtual size, 0 when its header makes no sense (opening it tells why);
+//! - blocks, times, mode and owner are those of the image file; options may override the owner and
+//!   take mode bits away;
+//! - symbolic links, devices and other files are not shown.
+//!
+//! Lock order: the node table is a leaf, and so is a node's list of names.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+mod chain;
+mod change;
+mod host;
+mod names;
+mod node;
+mod status;
+#[cfg(test)]
+mod tests;
+
+pub use change::AttributeChange;
+pub use host::{HostSpace, SetTime};
+pub use node::{HandleMode, Node, Opening};
+pub use status::{ImageStatus, MountStatus, Refusal};
+
+use crate::error::{Error, Result};
+use crate::image::{self, Image};
+use crate::storage::HostFile;
+use chain::Chains;
+use host::{HostId, Root, Stamp};
+use node::Header;
+
+/// The inode number of the image directory itself.
+pub const ROOT: u64 = 1;
+/// Inode numbers below are for files that are no image.
+const FIRST_INO: u64 = 16;
+
+/// What holds for all images of one mount.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Nothing is ever written.
+    pub read_only: bool,
+    /// The owner that is shown instead of the image file's.
+    pub uid: Option<u32>,
+    /// The group that is shown instead of the image file's.
+    pub gid: Option<u32>,
+    /// Mode bits that are never shown.
+    pub umask: u32,
+    /// Directories beside the image directory that backing files may lie in.
+    pub allow: Vec<PathBuf>,
+    /// How images are opened; `writable` is decided here.
+    pub image: image::Options,
+}
+
+/// The tree of images beneath one directory.
+pub struct Catalog {
+    root: Root,
+    source: PathBuf,
+    chains: Chains,
+    options: Options,
+    nodes: RwLock<Nodes>,
+    /// Closes that failed: data may be lost, and the exit code says so.
+    close_errors: AtomicU64,
+}
+
+struct Nodes {
+    known: HashMap<u64, Known>,
+    by_id: HashMap<HostId, u64>,
+    next: u64,
+}
+
+struct Known {
+    node: Arc<Node>,
+    /// How often the kernel was told of it and has not forgotten it.
+    lookups: u64,
+}
+
+/// What is shown of a file or directory.
+#[derive(Clone, Debug)]
+pub struct Attributes {
+    /// The inode number.
+    pub ino: u64,
+    /// Whether it is a directory.
+    pub directory: bool,
+    /// Bytes in the virtual disk; those of the host's directory for a directory.
+    pub size: u64,
+    /// Bytes in a cluster, 0 where it is unknown.
+    pub cluster_size: u64,
+    /// Whether an image is open in it, so that nobody else changes it.
+    pub open: bool,
+    /// The owner.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// The permission bits.
+    pub mode: u32,
+    /// The file on the host, for blocks and times.
+    pub host: Metadata,
+}
+
+/// One name in a directory.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// The name under the mount point.
+    pub name: OsString,
+    /// Whether it is a directory.
+    pub directory: bool,
+}
+
+impl Catalog {
+    /// The tree beneath `source`, which stays open from now on.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn new(source: &Path, options: Options) -> Result<Catalog> {
+        let failed = |e| Error::io(format!("opening the image directory {}", source.display()), e);
+        let root = Root::open(source).map_err(failed)?;
+        let id = HostId::of(&root.directory().metadata().map_err(failed)?);
+        let node = Arc::new(Node::new(ROOT, id, true, PathBuf::new()));
+        let nodes = Nodes {
+            known: HashMap::from([(ROOT, Known { node, lookups: 1 })]),
+            by_id: HashMap::from([(id, ROOT)]),
+            next: FIRST_INO,
+        };
+        Ok(Catalog {
+            root,
+            source: source.to_owned(),
+            chains: Chains::new(source, &options.allow)?,
+            options,
+            nodes: RwLock::new(nodes),
+            close_errors: AtomicU64::new(0),
+        })
+    }
+
+    /// The node that the kernel knows as `ino`.
+    ///
+    /// # Errors
+    /// `ESTALE` when it does not any more.
+    pub fn node(&self, ino: u64) -> Result<Arc<Node>> {
+        let nodes = self.nodes.read();
+        nodes.known.get(&ino).map(|known| Arc::clone(&known.node)).ok_or_else(stale)
+    }
+
+    /// Finds `name` in a directory; the kernel knows it from now on, until [`Catalog::forget`].
+    ///
+    /// # Errors
+    /// `ENOENT`, and those of the host.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
+        let parent = self.node(parent)?;
+        let (path, place, metadata) = self.find(&parent, name)?;
+        let node = self.remember(&metadata, path);
+        self.shown(&node, &place, metadata)
+    }
+
+    /// The host path, the place and the looks of what is shown as `name` in `parent`.
+    fn find(&self, parent: &Node, name: &OsStr) -> Result<(PathBuf, File, Metadata)> {
+        if !parent.is_directory() {
+            return Err(errno("looking up a name", libc::ENOTDIR));
+        }
+        let directory = parent.path();
+        if let Some(image) = names::image_name(name) {
+            let path = directory.join(image);
+            match self.place(&path) {
+                Ok((place, metadata)) if metadata.is_file() => return Ok((path, place, metadata)),
+                Ok(_) => {}
+                Err(e) if e.errno() == libc::ENOENT || e.errno() == libc::ELOOP => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let path = directory.join(name);
+        match self.place(&path) {
+            Ok((place, metadata)) if metadata.is_dir() => Ok((path, place, metadata)),
+            Ok(_) => Err(errno("looking up a name", libc::ENOENT)),
+            Err(e) if e.errno() == libc::ELOOP => Err(errno("looking up a name", libc::ENOENT)),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn place(&self, path: &Path) -> Result<(File, Metadata)> {
+        let look = || {
+            let place = self.root.place(path)?;
+            let metadata = place.metadata()?;
+            Ok((place, metadata))
+        };
+        look().map_err(|e| Error::io(format!("looking at {}", path.display()), e))
+    }
+
+    fn remember(&self, metadata: &Metadata, path: PathBuf) -> Arc<Node> {
+        let id = HostId::of(metadata);
+        let mut nodes = self.nodes.write();
+        let ino = nodes.by_id.get(&id).copied();
+        if let Some(known) = ino.and_then(|ino| nodes.known.get_mut(&ino)) {
+            known.lookups += 1;
+            known.node.add_name(path);
+            return Arc::clone(&known.node);
+        }
+        let ino = nodes.next;
+        nodes.next += 1;
+        let node = Arc::new(Node::new(ino, id, metadata.is_dir(), path));
+        nodes.known.insert(ino, Known { node: Arc::clone(&node), lookups: 1 });
+        nodes.by_id.insert(id, ino);
+        node
+    }
+
+    /// The kernel has forgotten `lookups` of its lookups.
+    pub fn forget(&self, ino: u64, lookups: u64) {
+        let mut nodes = self.nodes.write();
+        let Some(known) = nodes.known.get_mut(&ino) else { return };
+        known.lookups = known.lookups.saturating_sub(lookups);
+        if known.lookups > 0 || ino == ROOT {
+            return;
+        }
+        let id = known.node.id();
+        nodes.known.remove(&ino);
+        if nodes.by_id.get(&id) == Some(&ino) {
+            nodes.by_id.remove(&id);
+        }
+    }
+
+    /// The node's file by any of its names, as long as it still is the same file.
+    fn place_of(&self, node: &Node) -> Result<(File, Metadata)> {
+        for path in node.paths().iter().rev() {
+            match self.place(path) {
+                Ok((place, metadata)) if HostId::of(&metadata) == node.id() => {
+                    return Ok((place, metadata));
+                }
+                Ok(_) => {}
+                Err(e) if matches!(e.errno(), libc::ENOENT | libc::ENOTDIR | libc::ELOOP) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(stale())
+    }
+
+    /// What is shown of a node. One that is open is shown even when its name is gone.
+    ///
+    /// # Errors
+    /// `ESTALE` when the name is another file's by now, and those of the host.
+    pub fn attributes(&self, node: &Node) -> Result<Attributes> {
+        let open = node.peek(|image, file, _| {
+            let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
+            Ok(self.attributes_of(node, image_header(image), host, true))
+        });
+        if let Some(attributes) = open {
+            return attributes;
+        }
+        let (place, metadata) = self.place_of(node)?;
+        self.shown(node, &place, metadata)
+    }
+
+    fn shown(&self, node: &Node, place: &File, host: Metadata) -> Result<Attributes> {
+        if node.is_directory() {
+            return Ok(self.attributes_of(node, Header::default(), host, false));
+        }
+        if let Some(header) = node.try_peek(image_header) {
+            return Ok(self.attributes_of(node, header, host, true));
+        }
+        let header = self.header(node, place, &host);
+        Ok(self.attributes_of(node, header, host, false))
+    }
+
+    /// What the header of an image that is not open says, read again only after a change.
+    fn header(&self, node: &Node, place: &File, host: &Metadata) -> Header {
+        let stamp = Stamp::of(host);
+        if let Some((seen, header)) = *node.header.lock()
+            && seen == stamp
+        {
+            return header;
+        }
+        let read = host::open_file(place, false)
+            .map_err(|e| Error::io("opening the image file", e))
+            .and_then(|file| Image::summarize(&HostFile::new(file)));
+        let header = match read {
+            Ok(summary) => {
+                Header { virtual_size: summary.virtual_size, cluster_size: summary.cluster_size }
+            }
+            Err(e) => {
+                node.log(&e);
+                Header::default()
+            }
+        };
+        *node.header.lock() = Some((stamp, header));
+        header
+    }
+
+    fn attributes_of(&self, node: &Node, header: Header, host: Metadata, open: bool) -> Attributes {
+        use std::os::unix::fs::MetadataExt;
+        Attributes {
+            ino: node.ino(),
+            directory: node.is_directory(),
+            size: if node.is_directory() { host.size() } else { header.virtual_size },
+            cluster_size: header.cluster_size,
+            open,
+            uid: self.options.uid.unwrap_or(host.uid()),
+            gid: self.options.gid.unwrap_or(host.gid()),
+            mode: host.mode() & 0o777 & !self.options.umask,
+            host,
+        }
+    }
+
+    /// What a directory shows, in the order of names.
+    ///
+    /// # Errors
+    /// `ENOTDIR`, and those of the host.
+    pub fn list(&self, node: &Node) -> Result<Vec<Entry>> {
+        if !node.is_directory() {
+            return Err(errno("listing a directory", libc::ENOTDIR));
+        }
+        let (place, _) = self.place_of(node)?;
+        let names = host::list(&place)
+            .map_err(|e| Error::io(format!("listing {}", node.path().display()), e))?;
+        let shown = |(name, directory): (OsString, bool)| match directory {
+            true => Some(Entry { name, directory }),
+            false => Some(Entry { name: names::raw_name(&name)?, directory }),
+        };
+        let mut entries: Vec<Entry> = names.into_iter().filter_map(shown).collect();
+        entries.sort();
+        // An image hides a directory that has the name of its raw file.
+        entries.dedup_by(|later, earlier| later.name == earlier.name);
+        Ok(entries)
+    }
+
+    /// Opens a node's image for one more handle; [`Catalog::release`] ends it. May block long.
+    ///
+    /// # Errors
+    /// `ReadOnly` for a writer on a read-only mount, `InUse`, those of [`Image::open`] and of the
+    /// host.
+    pub fn open(&self, node: &Node, how: Opening) -> Result<HandleMode> {
+        if node.is_directory() {
+            return Err(errno("opening a directory as a file", libc::EISDIR));
+        }
+        if how.write && self.options.read_only {
+            return Err(read_only());
+        }
+        let options =
+            image::Options { writable: !self.options.read_only, ..self.options.image.clone() };
+        let opened = node.open(how, &options, &self.chains, || self.place_of(node));
+        match &opened {
+            Ok(_) => node.is_well(),
+            Err(e) if e.errno() == libc::ESTALE => {}
+            Err(e) => node.log(e),
+        }
+        opened
+    }
+
+    /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.
+    pub fn release(&self, node: &Node) {
+        self.count_close(node, node.release());
+    }
+
+    fn count_close(&self, node: &Node, closed: Result<()>) {
+        if let Err(e) = closed {
+            self.close_errors.fetch_add(1, Ordering::Relaxed);
+            log::error!("closing {}: {e}", node.path().display());
+        }
+    }
+
+    /// Runs `verb` on a node's image, which is opened for it where it is not open.
+    ///
+    /// # Errors
+    /// Those of [`Catalog::open`] and of `verb`.
+    pub fn with_opened<R>(
+        &self,
+        node: &Node,
+        write: bool,
+        verb: impl FnOnce(&Image) -> Result<R>,
+    ) -> Result<R> {
+        self.open(node, Opening { write, direct: false })?;
+        let done = node.with_image(verb);
+        self.release(node);
+        done
+    }
+
+    /// Closes every image, whoever still uses it. Returns how many closes have failed, over all.
+    pub fn close_all(&self) -> u64 {
+        for node in self.all_nodes() {
+            self.count_close(&node, node.force_close());
+        }
+        self.close_errors.load(Ordering::Relaxed)
+    }
+
+    fn all_nodes(&self) -> Vec<Arc<Node>> {
+        self.nodes.read().known.values().map(|known| Arc::clone(&known.node)).collect()
+    }
+
+    /// The host's space.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn space(&self) -> Result<HostSpace> {
+        host::space(self.root.directory())
+            .map_err(|e| Error::io("asking the host for its space", e))
+    }
+}
+
+fn image_header(image: &Image) -> Header {
+    Header { virtual_size: image.virtual_size(), cluster_size: image.cluster_size() }
+}
+
+fn errno(what: &str, code: i32) -> Error {
+    Error::io(what, io::Error::from_raw_os_error(code))
+}
+
+fn stale() -> Error {
+    errno("looking at a file whose name is gone", libc::ESTALE)
+}
+
+fn read_only() -> Error {
+    Error::new(crate::ErrorKind::ReadOnly, "the images are mounted read-only")
+}

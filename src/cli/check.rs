@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::check::{self, Repair, Report};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::HostFile;
+use crate::storage::image_lock::{self, Access};
 
 /// The check could not be done.
 const FAILED: i32 = 1;
@@ -61,7 +62,8 @@ fn severity(code: i32) -> u8 {
 
 fn check_image(path: &Path, repair: Option<Repair>) -> Result<Report> {
     let file = open(path, repair.is_some())?;
-    lock(&file, repair.is_some())?;
+    let access = if repair.is_some() { Access::Write } else { Access::Read };
+    image_lock::acquire(&file, None, access)?;
     let storage = HostFile::new(file);
     match repair {
         Some(what) => check::repair(&storage, what),
@@ -76,12 +78,6 @@ fn open(path: &Path, writable: bool) -> Result<File> {
     let file = options.open(path).map_err(|e| Error::io("opening the image", e))?;
     let metadata = file.metadata().map_err(|e| Error::io("looking at the image", e))?;
     if metadata.is_file() { Ok(file) } else { Err(Error::invalid("not a regular file")) }
-}
-
-/// Holds QEMU's image lock as long as the file is open, so that nobody writes meanwhile.
-// LOCK: the one place where the image lock is to be taken (storage::image_lock).
-fn lock(_file: &File, _writable: bool) -> Result<()> {
-    Ok(())
 }
 
 fn print(path: &Path, report: &Report, args: &Args) {

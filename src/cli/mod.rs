@@ -1,3 +1,140 @@
-//! One file a command: arguments in, exit code out.
+//! The command line: arguments in, exit code out. One file a command.
 
-pub mod check;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use clap::{Parser, Subcommand};
+
+mod busy;
+mod check;
+mod daemon;
+mod logging;
+mod mount;
+mod options;
+mod signals;
+mod size;
+mod status;
+mod umount;
+mod unmounting;
+
+/// Mounts a directory of qcow2 images as a directory of flat raw files.
+#[derive(Parser)]
+#[command(name = "qcow2fs", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Mount(mount::Args),
+    #[command(visible_alias = "unmount")]
+    Umount(umount::Args),
+    Status(status::Args),
+    Check(check::Args),
+}
+
+/// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
+/// arguments that make no sense.
+pub fn run() -> i32 {
+    let arguments = match as_command(std::env::args_os().collect()) {
+        Some(arguments) => arguments,
+        // `mount -f` only wants to know whether the helper is there.
+        None => return 0,
+    };
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help goes to stdout, errors to stderr; nothing is to be done when that fails.
+            let _ = e.print();
+            return e.exit_code();
+        }
+    };
+    match cli.command {
+        Command::Mount(args) => mount::run(args),
+        Command::Umount(args) => umount::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Check(args) => check::run(&args),
+    }
+}
+
+/// The arguments as a command's: what mount(8) calls without one is `mount`. `None` for a call that
+/// is only pretended.
+fn as_command(mut arguments: Vec<OsString>) -> Option<Vec<OsString>> {
+    let program = arguments.first().map(Path::new).and_then(Path::file_name);
+    let is_helper = program.is_some_and(|name| name.as_encoded_bytes().starts_with(b"mount."));
+    if is_helper {
+        return helper_arguments(arguments);
+    }
+    // `qcow2fs SOURCE MOUNTPOINT ...`, as mount.fuse3 calls it.
+    let is_command = |name: &OsStr| {
+        name.to_str().is_some_and(|name| {
+            use clap::CommandFactory;
+            name == "help" || Cli::command().find_subcommand(name).is_some()
+        })
+    };
+    if let Some(first) = arguments.get(1)
+        && arguments.len() > 2
+        && !first.as_encoded_bytes().starts_with(b"-")
+        && !is_command(first)
+    {
+        arguments.insert(1, "mount".into());
+    }
+    Some(arguments)
+}
+
+/// What mount(8) passes to a helper, `SOURCE DIR [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]`, as
+/// arguments of `mount`.
+fn helper_arguments(arguments: Vec<OsString>) -> Option<Vec<OsString>> {
+    let mut kept: Vec<OsString> = vec!["qcow2fs".into(), "mount".into()];
+    let mut rest = arguments.into_iter().skip(1);
+    while let Some(argument) = rest.next() {
+        match argument.as_encoded_bytes() {
+            b"-N" | b"-t" => drop(rest.next()),
+            b"-o" => kept.extend([Some(argument), rest.next()].into_iter().flatten()),
+            [b'-', flags @ ..] if flags.iter().all(|flag| b"sfnv".contains(flag)) => {
+                if flags.contains(&b'f') {
+                    return None;
+                }
+                if flags.contains(&b'v') {
+                    kept.push("-v".into());
+                }
+            }
+            _ => kept.push(argument),
+        }
+    }
+    Some(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(line: &str) -> Option<String> {
+        let arguments = line.split(' ').map(OsString::from).collect();
+        Some(as_command(arguments)?.join(OsStr::new(" ")).into_string().unwrap())
+    }
+
+    #[test]
+    fn the_ways_in_which_mount_calls_us_are_the_mount_command() {
+        let mounts = [
+            ("qcow2fs /a /b -o ro", "qcow2fs mount /a /b -o ro"),
+            ("qcow2fs mount /a /b", "qcow2fs mount /a /b"),
+            ("/sbin/mount.qcow2fs /a /b -n -o rw,nofail", "qcow2fs mount /a /b -o rw,nofail"),
+            ("mount.fuse.qcow2fs /a /b -sv -t x -N 7", "qcow2fs mount /a /b -v"),
+        ];
+        for (line, meant) in mounts {
+            assert_eq!(arguments(line).unwrap(), meant);
+        }
+        assert_eq!(arguments("mount.qcow2fs /a /b -f"), None);
+        for other in ["qcow2fs status /a", "qcow2fs --help", "qcow2fs mnt", "qcow2fs help mount"] {
+            assert_eq!(arguments(other).unwrap(), other);
+        }
+    }
+
+    #[test]
+    fn the_definition_of_the_arguments_makes_sense() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -167,6 +167,12 @@ impl Geometry {
         HostOffset(cluster.0 << self.cluster_bits)
     }
 
+    /// The host clusters that `length` bytes from `offset` touch.
+    pub fn host_clusters(&self, offset: HostOffset, length: u64) -> Range<u64> {
+        let end = offset.0.saturating_add(length);
+        offset.0 >> self.cluster_bits..end.div_ceil(self.cluster_size())
+    }
+
     /// How far into its cluster a byte offset lies.
     pub fn within(&self, offset: u64) -> u64 {
         offset & (self.cluster_size() - 1)

@@ -1,1 +1,636 @@
-//! (room)
+//! FUSE requests to verbs of the catalog and the images, and the replies.
+//!
+//! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
+//! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so does a read that
+//! meets an image which is being opened. Nothing of qcow2 is known here.
+//!
+//! How the page cache is used: handles go through it, and what it holds is kept from one open to
+//! the next as long as nobody else has touched the image file. The first handle of a file decides
+//! for those that come while it is open: if it was opened with `O_DIRECT`, all bypass the cache and
+//! may write at the same time; if not, none bypasses it, and `O_DIRECT` is the kernel's own, which
+//! keeps the cache right. A mixture would leave stale pages: the kernel drops the pages of a range
+//! before it sends a bypassing write, not after, and a reader may bring them back in between.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents,
+    PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+mod control;
+mod pool;
+mod reply;
+#[cfg(test)]
+mod tests;
+mod verbs;
+
+use crate::catalog::{AttributeChange, Catalog, Node, Opening, SetTime};
+use crate::error::Result;
+use pool::Pool;
+use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
+use verbs::{Handle, Verbs};
+
+/// Threads for what may block.
+const SLOW_THREADS: usize = 8;
+/// Requests that the kernel may have on the way in the background (readahead, asynchronous I/O).
+const MAX_BACKGROUND: u16 = 64;
+/// Bytes in the largest write.
+const MAX_WRITE: u32 = 1 << 20;
+/// What loop devices take for their discard granularity.
+const BLOCK: u64 = 4096;
+/// Inode numbers are never used again, so there is one generation.
+const GENERATION: Generation = Generation(0);
+/// What readdir says for an inode number that is not known before the name is looked up.
+const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
+
+/// The file system that the kernel talks to.
+pub struct Filesys {
+    verbs: Arc<Verbs>,
+    pool: Pool,
+}
+
+impl Filesys {
+    /// Serves `catalog`. Threads are started here: not before the daemon has forked.
+    ///
+    /// # Errors
+    /// Those of the host when it cannot start a thread.
+    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
+        let verbs = Arc::new(Verbs::new(catalog, mountpoint));
+        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+    }
+
+    fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
+        self.verbs.catalog.node(ino.0).map_err(|e| fail(None, &e))
+    }
+
+    /// The image that an open handle stands for.
+    fn image_node(&self, handle: FileHandle) -> Result<Arc<Node>, Errno> {
+        match &*self.verbs.handle(handle.0).map_err(|e| fail(None, &e))? {
+            Handle::Image { node, .. } => Ok(Arc::clone(node)),
+            Handle::Text(_) | Handle::Directory { .. } => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Runs `verb` on the pool and answers with nothing.
+    fn slowly(
+        &self,
+        node: Result<Arc<Node>, Errno>,
+        reply: ReplyEmpty,
+        verb: impl FnOnce(&Verbs, &Node) -> Result<()> + Send + 'static,
+    ) {
+        let node = match node {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run(move || answer(verb(&verbs, &node), Some(&node), reply));
+    }
+}
+
+fn answer(done: Result<()>, node: Option<&Node>, reply: ReplyEmpty) {
+    match done {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(fail(node, &e)),
+    }
+}
+
+fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    if let Some(attr) = control::lookup(parent, name) {
+        return reply.entry(&ENTRY_TTL, &attr, GENERATION);
+    }
+    match verbs.catalog.lookup(parent.0, name) {
+        Ok(found) => {
+            reply.entry_with_ttls(
+                &attribute_ttl(&found),
+                &ENTRY_TTL,
+                &file_attr(&found),
+                GENERATION,
+            );
+        }
+        Err(e) => reply.error(fail(None, &e)),
+    }
+}
+
+fn answer_attributes(verbs: &Verbs, node: &Node, reply: ReplyAttr) {
+    match verbs.catalog.attributes(node) {
+        Ok(found) => reply.attr(&attribute_ttl(&found), &file_attr(&found)),
+        Err(e) => reply.error(fail(Some(node), &e)),
+    }
+}
+
+fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyData) {
+    verbs.read(node, offset, size, |read| match read {
+        Ok(bytes) => reply.data(bytes),
+        Err(e) => reply.error(fail(Some(node), &e)),
+    });
+}
+
+impl Filesystem for Filesys {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Where the kernel offers less, it stays with less.
+        let _ = config.set_max_write(MAX_WRITE);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        for wanted in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ] {
+            let _ = config.add_capabilities(wanted);
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        answer_entry(&self.verbs, parent, name, reply);
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
+        self.verbs.catalog.forget(ino.0, lookups);
+    }
+
+    fn getattr(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
+        if let Some(attr) = control::attributes(ino) {
+            return reply.attr(&ENTRY_TTL, &attr);
+        }
+        match self.node(ino) {
+            Ok(node) if node.is_busy() => {
+                let verbs = Arc::clone(&self.verbs);
+                self.pool.run(move || answer_attributes(&verbs, &node, reply));
+            }
+            Ok(node) => answer_attributes(&self.verbs, &node, reply),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let node = match self.node(ino) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let set = |time: TimeOrNow| match time {
+            TimeOrNow::SpecificTime(time) => SetTime::At(time),
+            TimeOrNow::Now => SetTime::Now,
+        };
+        let (accessed, modified) = (atime.map(set), mtime.map(set));
+        let change = AttributeChange { mode, uid, gid, accessed, modified };
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run(move || match verbs.set_attributes(&node, size, change) {
+            Ok(()) => answer_attributes(&verbs, &node, reply),
+            Err(e) => reply.error(fail(Some(&node), &e)),
+        });
+    }
+
+    fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run(move || {
+            if ino == control::STATUS {
+                return match verbs.open_status() {
+                    Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
+                    Err(e) => reply.error(fail(None, &e)),
+                };
+            }
+            let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
+            let direct = flags.0 & libc::O_DIRECT != 0;
+            match verbs.open(ino.0, Opening { write, direct }) {
+                Ok((handle, mode)) => {
+                    let mut flags = FopenFlags::empty();
+                    flags.set(FopenFlags::FOPEN_KEEP_CACHE, mode.keep_cache);
+                    let bypass =
+                        FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+                    flags.set(bypass, mode.direct);
+                    reply.opened(FileHandle(handle), flags);
+                }
+                // Logged where it was opened.
+                Err(e) => reply.error(fail(None, &e)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        match self.verbs.handle(handle.0).as_deref() {
+            Ok(Handle::Image { node, .. }) if node.is_busy() => {
+                let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
+                self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));
+            }
+            Ok(Handle::Image { node, .. }) => answer_read(&self.verbs, node, offset, size, reply),
+            Ok(Handle::Text(text)) => {
+                let rest = text.get(offset as usize..).unwrap_or_default();
+                reply.data(&rest[..rest.len().min(size as usize)]);
+            }
+            Ok(Handle::Directory { .. }) => reply.error(Errno::EISDIR),
+            Err(e) => reply.error(fail(None, e)),
+        }
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let node = match self.image_node(handle) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        match self.verbs.write(&node, offset, data) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(e) => reply.error(fail(Some(&node), &e)),
+        }
+    }
+
+    fn flush(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        let closing = self.verbs.handle(handle.0).and_then(|open| self.verbs.closing(&open));
+        answer(closing, None, reply);
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run(move || {
+            verbs.release(handle.0);
+            reply.ok();
+        });
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.slowly(self.image_node(handle), reply, |_, node| {
+            node.with_image(crate::image::Image::flush)
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.slowly(self.image_node(handle), reply, move |verbs, node| {
+            verbs.allocate(node, offset, length, mode)
+        });
+    }
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let node = match self.image_node(handle) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run(move || match verbs.seek(&node, offset, whence) {
+            Ok(found) => reply.offset(found as i64),
+            Err(e) => reply.error(fail(Some(&node), &e)),
+        });
+    }
+
+    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if ino == control::DIRECTORY {
+            return reply.opened(FileHandle(0), FopenFlags::empty());
+        }
+        match self.node(ino) {
+            Ok(node) => {
+                let directory = Handle::Directory { node, entries: Default::default() };
+                let handle = self.verbs.add_handle(directory);
+                reply.opened(FileHandle(handle), FopenFlags::empty());
+            }
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        if ino == control::DIRECTORY {
+            control::list(offset, &mut reply);
+            return reply.ok();
+        }
+        let open = self.verbs.handle(handle.0);
+        let listed = open.and_then(|open| self.verbs.entries(&open, offset));
+        let entries = match listed {
+            Ok(entries) => entries,
+            Err(e) => return reply.error(fail(None, &e)),
+        };
+        let hidden = |name: &OsStr| ino.0 == crate::catalog::ROOT && name == control::NAME;
+        let dots =
+            [(".", true), ("..", true)].map(|(name, directory)| (OsStr::new(name), directory));
+        let named = entries.iter().map(|entry| (entry.name.as_os_str(), entry.directory));
+        for (number, (name, directory)) in (1..).zip(dots.into_iter().chain(named)) {
+            if number <= offset || hidden(name) {
+                continue;
+            }
+            if reply.add(UNKNOWN_INO, number, control::kind(directory), name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.verbs.release(handle.0);
+        reply.ok();
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let parent_node = match self.node(parent) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let owner = (request.uid(), request.gid());
+        match self.verbs.catalog.make_directory(&parent_node, name, mode, owner) {
+            Ok(()) => answer_entry(&self.verbs, parent, name, reply),
+            Err(e) => reply.error(fail(Some(&parent_node), &e)),
+        }
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        self.slowly(self.node(parent), reply, move |verbs, parent| {
+            verbs.catalog.remove(parent, &name, false)
+        });
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        self.slowly(self.node(parent), reply, move |verbs, parent| {
+            verbs.catalog.remove(parent, &name, true)
+        });
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let to = match self.node(new_parent) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        self.slowly(self.node(parent), reply, move |verbs, parent| {
+            verbs.catalog.rename((parent, &name), (&to, &new_name), flags.bits())
+        });
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.verbs.catalog.space() {
+            Ok(host) => {
+                let blocks = |count: u64| count.saturating_mul(host.block) / BLOCK;
+                reply.statfs(
+                    blocks(host.blocks),
+                    blocks(host.free),
+                    blocks(host.available),
+                    host.files,
+                    host.files_free,
+                    BLOCK as u32,
+                    host.name_max,
+                    BLOCK as u32,
+                );
+            }
+            Err(e) => reply.error(fail(None, &e)),
+        }
+    }
+
+    // What is not there. The kernel remembers ENOSYS and does not ask again, which is what is wanted
+    // for attributes that no image has; it falls back to reading and writing for copies.
+
+    fn create(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn mknod(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _device: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn symlink(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _target: &std::path::Path,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _parent: INodeNo,
+        _name: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        // Names are the host's; syncing its file system is the host's matter.
+        reply.ok();
+    }
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: &[u8],
+        _: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn access(&self, _: &Request, _: INodeNo, _: fuser::AccessFlags, reply: ReplyEmpty) {
+        // The kernel checks permissions itself (default_permissions) and asks only without it.
+        reply.ok();
+    }
+
+    fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: ReplyBmap) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: PollNotifier,
+        _: PollEvents,
+        _: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}

@@ -62,29 +62,67 @@ impl Image {
             return self.clear_part(writer, middle..range.end);
         }
         self.clear_part(writer, range.start..first)?;
-        self.unmap(writer, self.geometry.guest_clusters(&(first..last)))?;
+        self.clear_clusters(writer, self.geometry.guest_clusters(&(first..last)))?;
         self.clear_part(writer, last.min(range.end)..range.end)
     }
 
-    /// Unmaps whole guest clusters, which are held exclusively.
-    fn unmap(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let (run, count) = self.tables.lookup(at..clusters.end)?;
-            if run != Run::Unallocated {
-                self.unmap_run(writer, at..at + count)?;
-            }
-            at += count;
+    /// Makes whole guest clusters, which are held exclusively, read zeros, and drops what they
+    /// refer to.
+    fn clear_clusters(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        let bits = self.geometry.cluster_bits();
+        let (mut at, end) = (clusters.start << bits, clusters.end << bits);
+        while at < end {
+            let (run, run_end) = self.run_at(at, end)?;
+            // Version 2 has no zero flag: what a backing file would show through must be mapped.
+            let must_map = self.is_backed(at) && self.geometry.version() < 3;
+            at = match run {
+                Run::Unallocated => run_end,
+                Run::Zero | Run::Data { .. } | Run::Compressed { .. } | Run::Backing
+                    if must_map =>
+                {
+                    self.map_zeros(writer, at, run)?;
+                    self.cluster_end(at)
+                }
+                Run::Zero | Run::Data { .. } | Run::Compressed { .. } | Run::Backing => {
+                    let guest = self.geometry.guest_cluster(GuestOffset(at));
+                    self.ensure_table(writer, guest)?;
+                    let table_end = self.table_end(guest).min(run_end >> bits);
+                    self.unmap(writer, guest.0..table_end)?;
+                    table_end << bits
+                }
+            };
         }
         Ok(())
     }
 
-    fn unmap_run(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+    /// Makes one guest cluster, which `run` starts with, a data cluster of zeros.
+    fn map_zeros(&self, writer: &Writer, at: u64, run: Run) -> Result<()> {
+        let guest = self.geometry.guest_cluster(GuestOffset(at));
+        if let Run::Data { first, copied: true } = run {
+            return self.erase_host(self.geometry.host_offset(first).0, self.cluster_size());
+        }
+        self.ensure_table(writer, guest)?;
+        let rooted = writer.recycler.take(1)?;
+        let entry = L2Entry::Data { cluster: rooted.first(), copied: true };
+        self.set_entry(guest, rooted.order(), entry)?;
+        rooted.linked(1);
+        writer.recycler.note_change();
+        self.drop_old(writer, run)
+    }
+
+    /// Unmaps guest clusters, which have one own table: to nothing, or to the zero flag where a backing
+    /// file would show through.
+    fn unmap(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
         let mut dropped: Vec<Range<u64>> = Vec::new();
         let mut uncertain = Vec::new();
-        let result = self.tables.update(clusters, LinkOrder::Any, |_, entry| {
+        let mut compressed = Vec::new();
+        let backed = self.backed_clusters();
+        let result = self.tables.update(clusters, LinkOrder::Any, |guest, entry| {
+            let cleared = match guest.0 < backed {
+                true => L2Entry::Zero { preallocated: None, copied: false },
+                false => L2Entry::Unallocated,
+            };
             match entry {
-                L2Entry::Unallocated => return Ok(None),
                 L2Entry::Data { cluster, copied: true }
                 | L2Entry::Zero { preallocated: Some(cluster), copied: true } => {
                     match dropped.last_mut() {
@@ -94,15 +132,21 @@ impl Image {
                 }
                 L2Entry::Data { cluster, .. }
                 | L2Entry::Zero { preallocated: Some(cluster), .. } => uncertain.push(cluster),
-                L2Entry::Zero { preallocated: None, .. } | L2Entry::Compressed { .. } => {}
+                L2Entry::Compressed { offset, length } => compressed.push((offset, length)),
+                L2Entry::Zero { preallocated: None, .. } | L2Entry::Unallocated => {}
             }
-            Ok(Some(L2Entry::Unallocated))
+            Ok((entry != cleared).then_some(cleared))
         });
         // After the tables: what is junk when a flush looks has gone from the tables it takes.
         let dropped = dropped
             .into_iter()
             .try_for_each(|run| writer.recycler.drop_used(run))
-            .and_then(|()| uncertain.into_iter().try_for_each(|c| self.drop_reference(writer, c)));
+            .and_then(|()| uncertain.into_iter().try_for_each(|c| self.drop_reference(writer, c)))
+            .and_then(|()| {
+                compressed
+                    .into_iter()
+                    .try_for_each(|(offset, length)| self.drop_compressed(writer, offset, length))
+            });
         writer.recycler.note_change();
         result.and(dropped)
     }
@@ -113,12 +157,13 @@ impl Image {
             return Ok(());
         }
         let guest = self.geometry.guest_cluster(GuestOffset(range.start));
-        match self.run_at(range.start, range.end)?.0 {
+        let run = self.run_at(range.start, range.end)?.0;
+        match run {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => self.punch_part(writer, guest, first, range),
-            Run::Data { first, copied: false } => {
+            Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
                 let zeros = vec![0; (range.end - range.start) as usize];
-                self.write_shared(writer, range.start, first, &zeros)
+                self.rewrite(writer, range.start, run, &zeros)
             }
         }
     }
@@ -130,20 +175,24 @@ impl Image {
         cluster: HostCluster,
         range: Range<u64>,
     ) -> Result<()> {
-        let host = self.host_offset(cluster, range.start);
         let length = range.end - range.start;
-        let erased = crate::storage::erase(&*self.storage, host..host + length)
-            .map_err(|e| Error::io(format!("erasing data at {host:#x}"), e));
-        self.mark_unsynced();
-        erased?;
+        self.erase_host(self.host_offset(cluster, range.start), length)?;
         let start = self.geometry.host_offset(cluster).0;
         let data = self
             .storage
             .seek_data(start)
             .map_err(|e| Error::io(format!("looking for data at {start:#x}"), e))?;
         if data.is_none_or(|at| at >= start + self.geometry.cluster_size()) {
-            return self.unmap_run(writer, guest.0..guest.0 + 1);
+            return self.clear_clusters(writer, guest.0..guest.0 + 1);
         }
         Ok(())
+    }
+
+    /// Makes `length` bytes of the host file from `offset` read zeros, in place.
+    fn erase_host(&self, offset: u64, length: u64) -> Result<()> {
+        let erased = crate::storage::erase(&*self.storage, offset..offset + length)
+            .map_err(|e| Error::io(format!("erasing data at {offset:#x}"), e));
+        self.mark_unsynced();
+        erased
     }
 }

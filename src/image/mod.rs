@@ -4,12 +4,15 @@
 //! held while what is done, what is durable before what ([`flush`](Image::flush)), and when an
 //! image stops taking writes. It knows nothing of FUSE, names or inodes.
 
+mod backing;
 mod clear;
 mod flush;
 mod health;
+mod inflate;
 mod open;
 mod read;
 mod resize;
+mod snapshots;
 mod write;
 
 use std::sync::Arc;
@@ -28,7 +31,8 @@ use crate::recycler::{Recycler, StateCounts, WorkDone};
 use crate::storage::Storage;
 use crate::tables::{Run, Tables};
 
-pub use open::Summary;
+pub use backing::{Backing, RawBacking};
+pub use open::{BackingFile, Summary};
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -88,6 +92,9 @@ pub struct Image {
     locks: GuestLocks,
     tables: Tables,
     health: health::Health,
+    backing: Option<Arc<dyn Backing>>,
+    compression: inflate::Compression,
+    inflated: inflate::InflateCache,
     /// What only a writable image has.
     writer: Option<Writer>,
 }
@@ -98,6 +105,7 @@ struct Writer {
     /// Lock order: before guest clusters.
     flush: flush::FlushLock,
     features: Mutex<open::Features>,
+    has_snapshots: bool,
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -189,7 +197,12 @@ impl Image {
     fn run_at(&self, at: u64, end: u64) -> Result<(Run, u64)> {
         let clusters = self.geometry.guest_clusters(&(at..end));
         let (run, count) = self.tables.lookup(clusters.clone())?;
-        Ok((run, end.min((clusters.start + count) << self.geometry.cluster_bits())))
+        let run_end = end.min((clusters.start + count) << self.geometry.cluster_bits());
+        if run == Run::Unallocated && self.is_backed(at) {
+            let backed = self.backed_clusters() << self.geometry.cluster_bits();
+            return Ok((Run::Backing, run_end.min(backed)));
+        }
+        Ok((run, run_end))
     }
 
     /// The part of `range` that lies within the virtual disk.

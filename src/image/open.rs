@@ -7,12 +7,14 @@ use parking_lot::Mutex;
 
 use super::flush::FlushLock;
 use super::health::Health;
-use super::{Image, Options, Writer};
+use super::inflate::{Compression, InflateCache};
+use super::snapshots;
+use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    AUTOCLEAR_BITMAPS, Header, HostCluster, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2,
+    AUTOCLEAR_BITMAPS, EXTENSION_BACKING_FORMAT, Header, HostCluster, INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2,
 };
 use crate::locks::GuestLocks;
 use crate::recycler::{Recycler, thread};
@@ -26,8 +28,19 @@ pub struct Summary {
     pub virtual_size: u64,
     /// Bytes in a cluster.
     pub cluster_size: u64,
+    /// The backing file that the image needs.
+    pub backing: Option<BackingFile>,
     /// Why the image cannot be opened, in one line; `None` when it can.
     pub refusal: Option<String>,
+}
+
+/// A backing file as an image names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingFile {
+    /// Its name, as raw bytes: relative to the image, or absolute, or something else altogether.
+    pub name: Vec<u8>,
+    /// Its format, where the image says: `raw` and `qcow2` can be served.
+    pub format: Option<String>,
 }
 
 /// The feature words as they stand in the header.
@@ -48,6 +61,7 @@ impl Image {
         Ok(Summary {
             virtual_size: header.size,
             cluster_size: header.geometry.cluster_size(),
+            backing: backing_file(&header),
             refusal: refusal(&header),
         })
     }
@@ -59,10 +73,30 @@ impl Image {
     /// As [`Image::summarize`]; `Unsupported` with a feature that is not served (the line names
     /// it); `Corrupt` with a dirty image whose refcounts cannot be rebuilt; host errors.
     pub fn open(storage: Arc<dyn Storage>, options: &Options) -> Result<Arc<Image>> {
+        Image::open_over(storage, options, None)
+    }
+
+    /// Opens an image that has a backing file ([`Summary::backing`]), which the caller has opened.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; `Unsupported` where the image has a backing file and none is given.
+    pub fn open_over(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        backing: Option<Arc<dyn Backing>>,
+    ) -> Result<Arc<Image>> {
         let mut header = read_header(&*storage)?;
         if let Some(reason) = refusal(&header) {
             return Err(Error::new(ErrorKind::Unsupported, reason));
         }
+        if header.backing_file.is_some() != backing.is_some() {
+            let reason = not_served("a backing file", FLATTEN);
+            return Err(Error::new(ErrorKind::Unsupported, reason));
+        }
+        let compression = match header.compression_type {
+            0 => Compression::Deflate,
+            _ => Compression::Zstd,
+        };
         let health = Health::default();
         if header.incompatible_features & INCOMPATIBLE_CORRUPT != 0 {
             health.latch("it is marked as corrupt: run `qcow2fs check --repair all` on it");
@@ -82,15 +116,13 @@ impl Image {
             header.l1_size,
             options.metadata_cache,
         )?;
-        if tables.any_compressed()? {
-            let reason = not_served("compressed clusters", CONVERT);
-            return Err(Error::new(ErrorKind::Unsupported, reason));
-        }
         let mut sound = tables.register_metadata();
         let mut writer = None;
         if writable {
+            sound =
+                sound.and_then(|()| snapshots::register_metadata(&*storage, &header, &metadata));
             let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata)?);
-            sound = sound.and(refcounts.register_metadata());
+            sound = sound.and_then(|()| refcounts.register_metadata());
             writer = Some(Writer {
                 recycler: Recycler::new(
                     header.geometry,
@@ -105,6 +137,7 @@ impl Image {
                     compatible: header.compatible_features,
                     autoclear: header.autoclear_features,
                 }),
+                has_snapshots: header.snapshot_count > 0,
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
             });
@@ -116,6 +149,9 @@ impl Image {
             locks: GuestLocks::default(),
             tables,
             health,
+            backing,
+            compression,
+            inflated: InflateCache::new(header.geometry.cluster_size()),
             writer,
         });
         match sound {
@@ -153,6 +189,7 @@ impl Image {
     }
 }
 
+const FLATTEN: &str = "`qemu-img rebase -b ''` makes the image independent of it";
 const CONVERT: &str = "`qemu-img convert -O qcow2` makes an image without it";
 
 fn read_header(storage: &dyn Storage) -> Result<Header> {
@@ -187,22 +224,28 @@ fn refusal(header: &Header) -> Option<String> {
         let name = header.incompatible_feature_name(bit).unwrap_or_else(|| "no name given".into());
         return Some(format!("incompatible feature bit {bit} ({name}) is not known: {CONVERT}"));
     }
-    let (feature, remedy) = if header.backing_file.is_some() {
-        ("a backing file", "`qemu-img rebase -b ''` makes the image independent of it")
-    } else if header.crypt_method != 0 {
+    if header.compression_type > 1 {
+        let kind = header.compression_type;
+        return Some(format!("compression type {kind} is not known: {CONVERT}"));
+    }
+    let (feature, remedy) = if header.crypt_method != 0 {
         ("encryption", "`qemu-img convert` with the key makes an image without it")
     } else if incompatible & INCOMPATIBLE_DATA_FILE != 0 {
         ("an external data file", CONVERT)
     } else if incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 {
         ("extended L2 entries (subclusters)", CONVERT)
-    } else if header.snapshot_count != 0 {
-        ("internal snapshots", "`qemu-img snapshot -d` deletes them")
     } else if header.autoclear_features & AUTOCLEAR_BITMAPS != 0 {
         ("persistent bitmaps", "`qemu-img bitmap --remove` deletes them")
     } else {
         return None;
     };
     Some(not_served(feature, remedy))
+}
+
+fn backing_file(header: &Header) -> Option<BackingFile> {
+    let name = header.backing_file.clone()?;
+    let format = header.extension(EXTENSION_BACKING_FORMAT);
+    Some(BackingFile { name, format: format.map(|f| String::from_utf8_lossy(f).into_owned()) })
 }
 
 fn not_served(feature: &str, remedy: &str) -> String {

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::{Image, Writer};
 use crate::error::{Error, Result};
-use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry};
+use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry};
 use crate::recycler::Rooted;
 use crate::storage::reserve_metadata;
-use crate::tables::{LinkOrder, Run};
+use crate::tables::{LinkOrder, Run, TableState};
 
 impl Image {
     /// Writes all of `data` at guest offset `offset`. Zeros onto unallocated clusters allocate
@@ -75,9 +75,9 @@ impl Image {
                 self.write_host(data, self.host_offset(first, at))?;
                 Ok(end)
             }
-            Run::Data { first, copied: false } => {
+            Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
                 let end = end.min(self.cluster_end(at));
-                self.write_shared(writer, at, first, &data[..(end - at) as usize])?;
+                self.rewrite(writer, at, run, &data[..(end - at) as usize])?;
                 Ok(end)
             }
             Run::Unallocated | Run::Zero => self.write_new(writer, at, data),
@@ -94,7 +94,7 @@ impl Image {
         let first = self.geometry.guest_cluster(GuestOffset(at));
         self.ensure_table(writer, first)?;
         // One table holds all that is linked at a time.
-        let table_end = (self.geometry.l1_index(first) + 1) * self.geometry.l2_entries();
+        let table_end = self.table_end(first);
         let wanted = self.geometry.guest_clusters(&(at..data_end)).end.min(table_end) - first.0;
         let rooted = writer.recycler.take(wanted)?;
         let taken_end = (first.0 + rooted.count()) << self.geometry.cluster_bits();
@@ -150,58 +150,142 @@ impl Image {
         result.and(dropped)
     }
 
-    /// Sees to it that a guest cluster has an L2 table.
+    /// Sees to it that a guest cluster has an L2 table that may be changed: a new one, or a copy of
+    /// one that a snapshot shares.
     pub(super) fn ensure_table(&self, writer: &Writer, cluster: GuestCluster) -> Result<()> {
-        if self.tables.has_table(cluster)? {
-            return Ok(());
+        loop {
+            let state = self.tables.table_state(cluster)?;
+            let installed = match state {
+                TableState::Own => return Ok(()),
+                TableState::Absent => self.new_table(writer, cluster, state)?,
+                TableState::Shared(table) => self.unshare_table(writer, cluster, table)?,
+            };
+            writer.recycler.note_change();
+            if installed {
+                return Ok(());
+            }
         }
+    }
+
+    fn new_table(
+        &self,
+        writer: &Writer,
+        cluster: GuestCluster,
+        replaces: TableState,
+    ) -> Result<bool> {
         let rooted = writer.recycler.take(1)?;
         let table = rooted.first();
         // Host blocks now, so that a flush cannot run out of space for them.
         let start = self.geometry.host_offset(table).0;
         reserve_metadata(&*self.storage, start..start + self.geometry.cluster_size())
             .map_err(|e| Error::io(format!("reserving an L2 table at {start:#x}"), e))?;
-        if self.tables.install_table(cluster, table, rooted.order())? {
+        let installed = self.tables.install_table(cluster, table, replaces, rooted.order())?;
+        if installed {
             rooted.linked(1);
-            writer.recycler.note_change();
         }
-        Ok(())
+        Ok(installed)
     }
 
-    /// Writes `data` at `at` into a cluster that is not marked as ours alone.
-    pub(super) fn write_shared(
+    fn unshare_table(
         &self,
         writer: &Writer,
-        at: u64,
-        cluster: HostCluster,
-        data: &[u8],
-    ) -> Result<()> {
-        let guest = self.geometry.guest_cluster(GuestOffset(at));
-        let references = writer.refcounts.get(cluster)?;
-        if references == 0 {
-            return Err(self.uncounted(cluster));
-        }
-        if references == 1 {
+        cluster: GuestCluster,
+        table: HostCluster,
+    ) -> Result<bool> {
+        let shared = TableState::Shared(table);
+        match writer.refcounts.get(table)? {
+            0 => return Err(self.uncounted(table)),
             // It is ours, only the flag was missing.
-            self.set_entry(guest, LinkOrder::Any, L2Entry::Data { cluster, copied: true })?;
-            writer.recycler.note_change();
-            return self.write_host(data, self.host_offset(cluster, at));
+            1 => return self.tables.install_table(cluster, table, shared, LinkOrder::Any),
+            _ => {}
+        }
+        let bytes = self.tables.read_table(table)?;
+        let rooted = writer.recycler.take(1)?;
+        let copy = rooted.first();
+        self.write_host(&bytes, self.geometry.host_offset(copy).0)?;
+        // The copy must be durable before the entry that leads to it.
+        let installed = self.tables.install_table(cluster, copy, shared, LinkOrder::AfterSync)?;
+        if installed {
+            rooted.linked(1);
+            self.drop_reference(writer, table)?;
+        }
+        Ok(installed)
+    }
+
+    /// Writes `data` at `at` into a cluster that may not be written in place: it is not marked as
+    /// ours alone, compressed, or in the backing file. `old` is the run that starts with it.
+    pub(super) fn rewrite(&self, writer: &Writer, at: u64, old: Run, data: &[u8]) -> Result<()> {
+        let guest = self.geometry.guest_cluster(GuestOffset(at));
+        if let Run::Data { first, .. } = old {
+            match writer.refcounts.get(first)? {
+                0 => return Err(self.uncounted(first)),
+                1 => {
+                    // It is ours, only the flag was missing.
+                    self.ensure_table(writer, guest)?;
+                    let entry = L2Entry::Data { cluster: first, copied: true };
+                    self.set_entry(guest, LinkOrder::Any, entry)?;
+                    writer.recycler.note_change();
+                    return self.write_host(data, self.host_offset(first, at));
+                }
+                _ => {}
+            }
         }
         let mut copy = vec![0; self.geometry.cluster_size() as usize];
-        let source = self.geometry.host_offset(cluster).0;
-        self.storage
-            .read_at(&mut copy, source)
-            .map_err(|e| Error::io(format!("reading data at {source:#x}"), e))?;
+        if data.len() < copy.len() {
+            self.read_cluster(at, old, &mut copy)?;
+        }
         let within = self.geometry.within(at) as usize;
         copy[within..within + data.len()].copy_from_slice(data);
+        self.ensure_table(writer, guest)?;
         let rooted = writer.recycler.take(1)?;
-        let target = rooted.first();
-        self.write_host(&copy, self.geometry.host_offset(target).0)?;
+        let cluster = rooted.first();
+        self.write_host(&copy, self.geometry.host_offset(cluster).0)?;
         // The copy must be durable before the entry that replaces the original.
-        let entry = L2Entry::Data { cluster: target, copied: true };
+        let entry = L2Entry::Data { cluster, copied: true };
         self.set_entry(guest, LinkOrder::AfterSync, entry)?;
         rooted.linked(1);
-        self.drop_reference(writer, cluster)
+        self.drop_old(writer, old)
+    }
+
+    /// Fills `cluster` with the guest cluster that `at` lies in and `run` starts with.
+    fn read_cluster(&self, at: u64, run: Run, cluster: &mut [u8]) -> Result<()> {
+        match run {
+            Run::Data { first, .. } => {
+                let source = self.geometry.host_offset(first);
+                self.storage
+                    .read_at(cluster, source.0)
+                    .map_err(|e| Error::io(format!("reading data at {source}"), e))
+            }
+            Run::Compressed { offset, length } => self.read_compressed(offset, length, 0, cluster),
+            Run::Backing => self.read_backing(at - self.geometry.within(at), cluster),
+            Run::Unallocated | Run::Zero => {
+                cluster.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// The first guest cluster of `run` refers to its data no more.
+    pub(super) fn drop_old(&self, writer: &Writer, run: Run) -> Result<()> {
+        match run {
+            Run::Data { first, .. } => self.drop_reference(writer, first),
+            Run::Compressed { offset, length } => self.drop_compressed(writer, offset, length),
+            Run::Unallocated | Run::Zero | Run::Backing => Ok(()),
+        }
+    }
+
+    /// The tables refer to compressed data one time less: one reference for each host cluster that
+    /// it touches.
+    pub(super) fn drop_compressed(
+        &self,
+        writer: &Writer,
+        offset: HostOffset,
+        length: u64,
+    ) -> Result<()> {
+        self.inflated.forget(offset);
+        self.geometry
+            .host_clusters(offset, length)
+            .try_for_each(|cluster| self.drop_reference(writer, HostCluster(cluster)))
     }
 
     pub(super) fn set_entry(
@@ -255,9 +339,16 @@ impl Image {
         let (run, run_end) = self.run_at(at, end)?;
         let first = self.geometry.guest_cluster(GuestOffset(at));
         let clusters = self.geometry.guest_clusters(&(at..run_end));
-        if let Run::Data { first: host, .. } = run {
-            self.reserve_host(host, clusters.end - clusters.start)?;
-            return Ok(run_end);
+        match run {
+            Run::Data { first: host, .. } => {
+                self.reserve_host(host, clusters.end - clusters.start)?;
+                return Ok(run_end);
+            }
+            Run::Compressed { .. } | Run::Backing => {
+                self.rewrite(writer, at, run, &[])?;
+                return Ok(run_end.min(self.cluster_end(at)));
+            }
+            Run::Unallocated | Run::Zero => {}
         }
         self.ensure_table(writer, first)?;
         let rooted = writer.recycler.take(clusters.end - clusters.start)?;
@@ -286,6 +377,11 @@ impl Image {
             .map_err(|e| Error::io(format!("writing data at {offset:#x}"), e));
         self.mark_unsynced();
         written
+    }
+
+    /// The first guest cluster after those that share an L2 table with `cluster`.
+    pub(super) fn table_end(&self, cluster: GuestCluster) -> u64 {
+        (self.geometry.l1_index(cluster) + 1) * self.geometry.l2_entries()
     }
 
     /// The end of the cluster that guest offset `at` lies in.

@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 
 mod host_file;
+pub mod image_lock;
 pub mod testing;
 
 pub use host_file::HostFile;

@@ -1,0 +1,241 @@
+//! The image directory on the host: names beneath it, and who a file is.
+//!
+//! Every name is opened beneath the directory that was opened at the start, without following a
+//! symbolic link anywhere. What is opened first is only a place (`O_PATH`): nothing happens to a
+//! device or a FIFO by looking at it. Nothing here knows qcow2.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// How often an open is tried again while names are being moved about.
+const ATTEMPTS: u32 = 16;
+
+/// Which file it is, whatever its name. The time of birth tells a new file from an old one whose
+/// inode number it got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct HostId {
+    device: u64,
+    inode: u64,
+    born: Option<SystemTime>,
+}
+
+impl HostId {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        let born = metadata.created().ok();
+        HostId { device: metadata.dev(), inode: metadata.ino(), born }
+    }
+}
+
+/// Changes whenever somebody changes the file: what was read under an equal stamp still holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        Stamp {
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// The image directory.
+#[derive(Debug)]
+pub(super) struct Root {
+    directory: File,
+}
+
+impl Root {
+    /// Opens the directory; it stays open, so what is mounted over its name later changes nothing.
+    pub(super) fn open(source: &Path) -> io::Result<Root> {
+        let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let directory = File::options().read(true).custom_flags(flags).open(source)?;
+        Ok(Root { directory })
+    }
+
+    /// The directory itself.
+    pub(super) fn directory(&self) -> &File {
+        &self.directory
+    }
+
+    /// The place `path` beneath the directory (the empty path is the directory), not yet opened
+    /// for anything.
+    ///
+    /// # Errors
+    /// Those of openat2(2); `ELOOP` where a symbolic link is on the way, `EXDEV` for a path that
+    /// leads out.
+    pub(super) fn place(&self, path: &Path) -> io::Result<File> {
+        self.place_by(path, 0)
+    }
+
+    /// As [`Root::place`], but a path into another mount leads out too.
+    pub(super) fn place_in_same_mount(&self, path: &Path) -> io::Result<File> {
+        self.place_by(path, libc::RESOLVE_NO_XDEV)
+    }
+
+    fn place_by(&self, path: &Path, more_rules: u64) -> io::Result<File> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        // SAFETY: `open_how` is a plain structure for which all zeros is a value.
+        let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+        how.flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
+        how.resolve = libc::RESOLVE_BENEATH
+            | libc::RESOLVE_NO_SYMLINKS
+            | libc::RESOLVE_NO_MAGICLINKS
+            | more_rules;
+        for _ in 0..ATTEMPTS {
+            // SAFETY: the path ends in NUL, `how` has the size that is passed; both live on.
+            let fd = unsafe {
+                libc::syscall(
+                    libc::SYS_openat2,
+                    self.directory.as_raw_fd(),
+                    path.as_ptr(),
+                    &how,
+                    size_of::<libc::open_how>(),
+                )
+            };
+            if fd >= 0 {
+                // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+                return Ok(unsafe { File::from_raw_fd(fd as i32) });
+            }
+            let error = io::Error::last_os_error();
+            if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
+                return Err(error);
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+}
+
+/// A path that leads to exactly this open file, whatever has become of its name.
+pub(super) fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Opens a regular file, known as a place, for reading or for both.
+pub(super) fn open_file(place: &File, write: bool) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(write).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK);
+    options.open(path_of(place))
+}
+
+/// Sets a file's times; `None` leaves one as it is.
+pub(super) fn set_times(place: &File, times: [Option<SetTime>; 2]) -> io::Result<()> {
+    let path = CString::new(path_of(place).as_os_str().as_bytes())?;
+    let times = times.map(|time| match time {
+        None => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
+        Some(SetTime::Now) => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_NOW },
+        Some(SetTime::At(time)) => timespec(time),
+    });
+    // SAFETY: the path ends in NUL and there are the two times that the call reads.
+    match unsafe { libc::utimensat(libc::AT_FDCWD, path.as_ptr(), times.as_ptr(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A time to set on a file.
+#[derive(Clone, Copy, Debug)]
+pub enum SetTime {
+    /// The host's clock.
+    Now,
+    /// This time.
+    At(SystemTime),
+}
+
+fn timespec(time: SystemTime) -> libc::timespec {
+    let (seconds, nanoseconds) = match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(after) => (i64::try_from(after.as_secs()).unwrap_or(i64::MAX), after.subsec_nanos()),
+        Err(before) => {
+            let before = before.duration();
+            let seconds = -i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
+            match before.subsec_nanos() {
+                0 => (seconds, 0),
+                nanoseconds => (seconds - 1, 1_000_000_000 - nanoseconds),
+            }
+        }
+    };
+    libc::timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() }
+}
+
+/// What a directory lists: names with whether each is a directory; neither links nor devices.
+pub(super) fn list(place: &File) -> io::Result<Vec<(OsString, bool)>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(path_of(place))? {
+        let entry = entry?;
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => names.push((entry.file_name(), true)),
+            Ok(kind) if kind.is_file() => names.push((entry.file_name(), false)),
+            // Other kinds are not shown; a name that is gone by now neither.
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(names)
+}
+
+/// Renames `name` in the directory `from` to `new_name` in `to`, with the flags of renameat2(2).
+pub(super) fn rename(
+    from: &File,
+    name: &OsStr,
+    to: &File,
+    new_name: &OsStr,
+    flags: u32,
+) -> io::Result<()> {
+    let name = CString::new(name.as_bytes())?;
+    let new_name = CString::new(new_name.as_bytes())?;
+    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+    // SAFETY: both names end in NUL, both descriptors are open.
+    match unsafe { libc::renameat2(from, name.as_ptr(), to, new_name.as_ptr(), flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Figures of the host's file system, in blocks of `block` bytes and in files.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSpace {
+    /// Bytes in a block of the figures below.
+    pub block: u64,
+    /// Blocks in all.
+    pub blocks: u64,
+    /// Blocks that are free.
+    pub free: u64,
+    /// Blocks that are free for everybody.
+    pub available: u64,
+    /// Inodes in all.
+    pub files: u64,
+    /// Inodes that are free.
+    pub files_free: u64,
+    /// Bytes in the longest name.
+    pub name_max: u32,
+}
+
+/// What the host's file system says of its space.
+pub(super) fn space(place: &File) -> io::Result<HostSpace> {
+    // SAFETY: `statvfs` is a plain structure for which all zeros is a value.
+    let mut figures: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and `figures` lives through the call, which fills it.
+    if unsafe { libc::fstatvfs(place.as_raw_fd(), &mut figures) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(HostSpace {
+        block: figures.f_frsize,
+        blocks: figures.f_blocks,
+        free: figures.f_bfree,
+        available: figures.f_bavail,
+        files: figures.f_files,
+        files_free: figures.f_ffree,
+        name_max: figures.f_namemax as u32,
+    })
+}

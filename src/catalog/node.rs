@@ -1,0 +1,387 @@
+//! One file or directory, and the image that is open in it.
+//!
+//! A node's slot holds at most one open image, whatever the number of names and handles. Requests
+//! reach it through [`Node::with_image`]; opening, the switch from reading to writing, and closing
+//! hold the slot alone.
+
+use std::fs::{File, Metadata};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::chain::{Chain, Chains};
+use super::host::{self, HostId, Stamp};
+use super::names;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Image, Options};
+use crate::storage::HostFile;
+use crate::storage::image_lock::{self, Access};
+
+/// A file or directory beneath the image directory.
+pub struct Node {
+    ino: u64,
+    id: HostId,
+    directory: bool,
+    /// Its names on the host, relative to the image directory, the latest last.
+    names: Mutex<Vec<PathBuf>>,
+    /// Never held while another lock but the growth lock is taken.
+    slot: RwLock<Slot>,
+    /// Serializes changes of the virtual size. Taken before the slot.
+    pub(crate) size_change: Mutex<()>,
+    /// What the header says, and under which stamp it said so.
+    pub(super) header: Mutex<Option<(Stamp, Header)>>,
+    /// What was logged of it last: the same line is not logged twice in a row.
+    logged: Mutex<Option<String>>,
+}
+
+/// What is shown of an image that is not open.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Header {
+    /// Bytes of the virtual disk, 0 when the header makes no sense.
+    pub(super) virtual_size: u64,
+    /// Bytes in a cluster, 0 when the header makes no sense.
+    pub(super) cluster_size: u64,
+}
+
+#[derive(Default)]
+struct Slot {
+    open: Option<Opened>,
+    handles: u32,
+    /// The handles bypass the page cache. One way for all handles of a node, the first one's: pages
+    /// that one handle caches while another writes past the cache could stay stale for good.
+    direct: bool,
+    /// The file as we left it at the last close; what the kernel has cached since then holds as
+    /// long as the stamp does.
+    closed: Option<Stamp>,
+}
+
+struct Opened {
+    image: Arc<Image>,
+    file: Arc<HostFile>,
+    /// What it is based on, held as long as it is open.
+    chain: Option<Arc<Chain>>,
+    writable: bool,
+}
+
+/// What a handle asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    /// It will write.
+    pub write: bool,
+    /// It was opened with `O_DIRECT`.
+    pub direct: bool,
+}
+
+/// What a new handle gets.
+#[derive(Clone, Copy, Debug)]
+pub struct HandleMode {
+    /// What the kernel has cached of the file is still right.
+    pub keep_cache: bool,
+    /// The handle bypasses the page cache.
+    pub direct: bool,
+}
+
+impl Node {
+    pub(super) fn new(ino: u64, id: HostId, directory: bool, name: PathBuf) -> Self {
+        Node {
+            ino,
+            id,
+            directory,
+            names: Mutex::new(vec![name]),
+            slot: RwLock::default(),
+            size_change: Mutex::default(),
+            header: Mutex::default(),
+            logged: Mutex::default(),
+        }
+    }
+
+    /// The inode number. None is ever used twice.
+    pub fn ino(&self) -> u64 {
+        self.ino
+    }
+
+    /// Whether it is a directory; everything else is an image.
+    pub fn is_directory(&self) -> bool {
+        self.directory
+    }
+
+    pub(super) fn id(&self) -> HostId {
+        self.id
+    }
+
+    /// The latest name on the host, relative to the image directory.
+    pub(super) fn path(&self) -> PathBuf {
+        self.names.lock().last().cloned().unwrap_or_default()
+    }
+
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        self.names.lock().clone()
+    }
+
+    /// The name under the mount point.
+    pub fn raw_path(&self) -> PathBuf {
+        let path = self.path();
+        if self.directory { path } else { names::raw_path(&path) }
+    }
+
+    pub(super) fn add_name(&self, name: PathBuf) {
+        let mut names = self.names.lock();
+        if names.last() != Some(&name) {
+            names.retain(|known| *known != name);
+            names.push(name);
+        }
+    }
+
+    /// Takes a name away, unless it is the last one: an open file keeps its name for the log.
+    pub(super) fn remove_name(&self, name: &Path) {
+        let mut names = self.names.lock();
+        if names.len() > 1 {
+            names.retain(|known| known != name);
+        }
+    }
+
+    /// Names that lie in `from`, or are it, now lie in `to`.
+    pub(super) fn move_names(&self, from: &Path, to: &Path) {
+        for name in self.names.lock().iter_mut() {
+            if let Ok(rest) = name.strip_prefix(from) {
+                *name = if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) };
+            }
+        }
+    }
+
+    /// Logs what went wrong, unless that was the last thing logged of this file.
+    pub fn log(&self, error: &Error) {
+        let line = format!("{}: {error}", self.path().display());
+        let mut logged = self.logged.lock();
+        if logged.as_ref() != Some(&line) {
+            log::error!("{line}");
+            *logged = Some(line);
+        }
+    }
+
+    /// What was logged no longer holds: the image was opened.
+    pub(super) fn is_well(&self) {
+        *self.logged.lock() = None;
+    }
+
+    /// The last line that was logged of this file.
+    pub(super) fn last_logged(&self) -> Option<String> {
+        self.logged.lock().clone()
+    }
+
+    /// Whether a request would have to wait for an open or a close of this image.
+    pub fn is_busy(&self) -> bool {
+        self.slot.try_read().is_none()
+    }
+
+    /// Runs `verb` on the open image. May wait while the image is being opened for writing.
+    ///
+    /// # Errors
+    /// Those of `verb`; `EIO` when the image is gone after it could not be opened again.
+    pub fn with_image<R>(&self, verb: impl FnOnce(&Image) -> Result<R>) -> Result<R> {
+        let slot = self.slot.read();
+        let opened = slot.open.as_ref().ok_or_else(gone)?;
+        if !opened.writable {
+            // Held to the end: the switch to a writable image ends this one.
+            return verb(&opened.image);
+        }
+        // A writable image stays until the last handle is closed, and this request has one. A long
+        // flush must not keep others from opening the file.
+        let image = Arc::clone(&opened.image);
+        drop(slot);
+        verb(&image)
+    }
+
+    /// As [`Node::peek`], but nothing while the image is being opened or closed.
+    pub(super) fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
+        let slot = self.slot.try_read()?;
+        Some(look(&slot.open.as_ref()?.image))
+    }
+
+    /// The host file and the image while they are open.
+    pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
+        let slot = self.slot.read();
+        let opened = slot.open.as_ref()?;
+        Some(look(&opened.image, opened.file.file(), opened.writable))
+    }
+
+    pub(super) fn open_handles(&self) -> u32 {
+        self.slot.read().handles
+    }
+
+    /// Counts a handle in, opening the image for it where that is due. `place` finds the file.
+    pub(super) fn open(
+        &self,
+        how: Opening,
+        options: &Options,
+        chains: &Chains,
+        place: impl FnOnce() -> Result<(File, Metadata)>,
+    ) -> Result<HandleMode> {
+        if how.write
+            && let Some(user) = chains.user_of(self.id)
+        {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("it is the backing file of {}, which is open", user.display()),
+            ));
+        }
+        let mut slot = self.slot.write();
+        let mut keep_cache = true;
+        match &slot.open {
+            None if slot.handles > 0 => return Err(gone()),
+            None => {
+                let (opened, stamp) =
+                    Opened::new(&place()?.0, how.write, options, chains, &self.path())?;
+                keep_cache = slot.closed == Some(stamp);
+                slot.open = Some(opened);
+                slot.direct = how.direct;
+            }
+            Some(opened) if how.write && !opened.writable => slot.make_writable(options)?,
+            Some(opened) if how.write => opened.takes_writes()?,
+            Some(_) => {}
+        }
+        slot.handles += 1;
+        Ok(HandleMode { keep_cache, direct: slot.direct })
+    }
+
+    /// Counts a handle out and closes the image with the last one.
+    pub(super) fn release(&self) -> Result<()> {
+        let mut slot = self.slot.write();
+        slot.handles = slot.handles.saturating_sub(1);
+        if slot.handles > 0 { Ok(()) } else { slot.close() }
+    }
+
+    /// Closes the image whatever handles there are; they fail from now on.
+    pub(super) fn force_close(&self) -> Result<()> {
+        self.slot.write().close()
+    }
+}
+
+fn gone() -> Error {
+    let errno = std::io::Error::from_raw_os_error(libc::EIO);
+    Error::io("the image was closed after an error; close the file and open it again", errno)
+}
+
+impl Slot {
+    /// Replaces an image that is only read by the same one, writable; on failure it is only read
+    /// again. The lock on the file is never given up in between.
+    fn make_writable(&mut self, options: &Options) -> Result<()> {
+        let Some(Opened { image, file, .. }) = &self.open else { return Err(gone()) };
+        let file = Arc::clone(file);
+        is_open_for_writing(file.file())?;
+        image_lock::acquire(file.file(), Some(Access::Read), Access::Write)?;
+        if let Err(e) = image.close() {
+            log::warn!("closing an image that was only read: {e}");
+        }
+        let chain = self.open.take().and_then(|opened| opened.chain);
+        match Opened::on(Arc::clone(&file), true, options, chain.clone()) {
+            Ok(opened) => {
+                self.open = Some(opened);
+                Ok(())
+            }
+            Err(e) => {
+                image_lock::release_down_to(file.file(), Some(Access::Read))?;
+                self.open = Some(Opened::on(file, false, options, chain)?);
+                Err(e)
+            }
+        }
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let Some(opened) = self.open.take() else { return Ok(()) };
+        let closed = opened.image.close();
+        // Taken before the lock goes with the file.
+        let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
+        self.closed = stamp.filter(|_| closed.is_ok() && !self.direct);
+        closed.and(unlock(opened.file.file()))
+    }
+}
+
+impl Opened {
+    fn new(
+        place: &File,
+        write: bool,
+        options: &Options,
+        chains: &Chains,
+        path: &Path,
+    ) -> Result<(Opened, Stamp)> {
+        let access = if write { Access::Write } else { Access::Read };
+        let file = open_host_file(place, write, options.writable)?;
+        image_lock::acquire(&file, None, access)?;
+        let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
+        let file = Arc::new(HostFile::new(file));
+        let opened = chains
+            .open(path, &file, options)
+            .and_then(|chain| Opened::on(Arc::clone(&file), write, options, chain.map(Arc::new)));
+        match opened {
+            Ok(opened) => Ok((opened, Stamp::of(&metadata))),
+            Err(e) => {
+                unlock(file.file())?;
+                Err(e)
+            }
+        }
+    }
+
+    fn on(
+        file: Arc<HostFile>,
+        writable: bool,
+        options: &Options,
+        chain: Option<Arc<Chain>>,
+    ) -> Result<Opened> {
+        let options = Options { writable, ..options.clone() };
+        let backing = chain.as_ref().map(|chain| Arc::clone(&chain.backing));
+        let image = Image::open_over(Arc::clone(&file) as _, &options, backing)?;
+        let opened = Opened { image, file, chain, writable };
+        if writable && let Err(e) = opened.takes_writes() {
+            opened.image.close()?;
+            return Err(e);
+        }
+        Ok(opened)
+    }
+
+    /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for
+    /// good since it was opened.
+    fn takes_writes(&self) -> Result<()> {
+        if self.image.is_writable() {
+            return Ok(());
+        }
+        let reason = self.image.status()?.health;
+        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
+    }
+}
+
+/// Opens the file for writing wherever that may be needed later: a lock cannot move from one open
+/// file description to another, so a handle that comes to write could not take it over.
+fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
+    let failed = |e| Error::io("opening the image file", e);
+    if !may_write {
+        return host::open_file(place, false).map_err(failed);
+    }
+    match host::open_file(place, true) {
+        Ok(file) => Ok(file),
+        Err(e) if write => Err(failed(e)),
+        Err(_) => host::open_file(place, false).map_err(failed),
+    }
+}
+
+/// Gives the lock up at once: a process that we are just starting may still share the descriptor.
+fn unlock(file: &File) -> Result<()> {
+    image_lock::release_down_to(file, None)
+}
+
+fn is_open_for_writing(file: &File) -> Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: F_GETFL takes no pointer; the descriptor is open.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags & libc::O_ACCMODE == libc::O_RDWR {
+        return Ok(());
+    }
+    match host::open_file(file, true) {
+        Err(e) => Err(Error::io("opening the image file for writing", e)),
+        Ok(_) => Err(Error::new(
+            ErrorKind::InUse,
+            "the image became writable while it was open; close its readers first",
+        )),
+    }
+}

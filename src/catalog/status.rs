@@ -1,0 +1,83 @@
+//! What the mount says of itself: the open images, and those that could not be served.
+
+use serde::{Deserialize, Serialize};
+
+use super::Catalog;
+use crate::image;
+
+/// A whole mount.
+#[derive(Clone, Debug, Serialize)]
+pub struct MountStatus {
+    /// The process that serves it.
+    pub pid: u32,
+    /// The image directory.
+    pub source: String,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// Nothing is written.
+    pub read_only: bool,
+    /// How many times closing an image has failed.
+    pub close_errors: u64,
+    /// The images that are open.
+    pub images: Vec<ImageStatus>,
+    /// The last error of each image that had one.
+    pub errors: Vec<Refusal>,
+}
+
+/// An open image.
+#[derive(Clone, Debug, Serialize)]
+pub struct ImageStatus {
+    /// The name under the mount point.
+    pub name: String,
+    /// It is open for writing.
+    pub writable: bool,
+    /// How many times it is open.
+    pub handles: u32,
+    /// What the image says of itself.
+    #[serde(flatten)]
+    pub image: Option<image::Status>,
+    /// Why the image says nothing of itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// What went wrong with an image last.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The name under the mount point.
+    pub name: String,
+    /// The line that was logged.
+    pub error: String,
+}
+
+impl Catalog {
+    /// The state of the mount.
+    pub fn status(&self, mountpoint: &std::path::Path) -> MountStatus {
+        let mut nodes = self.all_nodes();
+        nodes.sort_by_key(|node| node.path());
+        let name = |node: &super::Node| node.raw_path().display().to_string();
+        let image = |node: &super::Node| {
+            let handles = node.open_handles();
+            node.peek(|image, _, writable| {
+                let (status, error) = match image.status() {
+                    Ok(status) => (Some(status), None),
+                    Err(e) => (None, Some(e.to_string())),
+                };
+                ImageStatus { name: name(node), writable, handles, image: status, error }
+            })
+        };
+        let refusal = |node: &super::Node| {
+            let error = node.last_logged()?;
+            Some(Refusal { name: name(node), error })
+        };
+        MountStatus {
+            pid: std::process::id(),
+            source: self.source.display().to_string(),
+            mountpoint: mountpoint.display().to_string(),
+            read_only: self.options.read_only,
+            close_errors: self.close_errors.load(std::sync::atomic::Ordering::Relaxed),
+            images: nodes.iter().filter_map(|node| image(node)).collect(),
+            errors: nodes.iter().filter_map(|node| refusal(node)).collect(),
+        }
+    }
+}

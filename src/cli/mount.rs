@@ -1,0 +1,278 @@
+//! `qcow2fs mount`: from arguments to a mount that is served until it is unmounted.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fuser::{Config, MountOption, Session, SessionACL};
+
+use super::daemon::{self, Parent};
+use super::options::MountOptions;
+use super::{logging, signals, size};
+use crate::catalog::{self, Catalog};
+use crate::fs::Filesys;
+use crate::image;
+
+/// Mount a directory of qcow2 images
+///
+/// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
+/// mount is served by a process in the background, which logs to syslog unless --log-file says
+/// otherwise. `qcow2fs umount` ends it.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The directory with the images
+    source: PathBuf,
+    /// The directory where to show them
+    mountpoint: PathBuf,
+    /// Serve in the foreground and log to the terminal
+    #[arg(short, long)]
+    foreground: bool,
+    /// Write nothing to any image
+    #[arg(long)]
+    read_only: bool,
+    /// Keep this much erased space ready in each image that is written [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    keep_erased: Option<u64>,
+    /// Trust this directory too: backing files named by an image may lie in it (repeatable)
+    #[arg(long, value_name = "DIR")]
+    allow: Vec<PathBuf>,
+    /// Log to the end of this file
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+    /// Say more in the log (repeatable)
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Say less in the log (repeatable)
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    quiet: u8,
+    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, allow=DIR, log_file=FILE,
+    /// noatime, noexec, sync, and what mount(8) and fstab pass
+    #[arg(short, value_name = "OPTION[,OPTION]...")]
+    options: Vec<String>,
+}
+
+/// A mount that is asked for: everything checked that can be before anything is done.
+struct Plan {
+    source: PathBuf,
+    mountpoint: PathBuf,
+    log_file: Option<PathBuf>,
+    level: log::LevelFilter,
+    catalog: catalog::Options,
+    options: MountOptions,
+}
+
+/// Runs the command; returns the exit code.
+pub(super) fn run(args: Args) -> i32 {
+    let foreground = args.foreground;
+    let plan = match Plan::new(args) {
+        Ok(plan) => plan,
+        Err(line) => return complain(&line),
+    };
+    if foreground {
+        return match plan.serve(None) {
+            Ok(code) => code,
+            Err((line, _)) => complain(&line),
+        };
+    }
+    let parent = match daemon::fork() {
+        Ok(parent) => parent,
+        Err(e) => return complain(&format!("going to the background: {e}")),
+    };
+    match plan.serve(Some(parent)) {
+        Ok(code) => code,
+        Err((line, parent)) => {
+            if let Some(parent) = parent {
+                parent.failed(&line);
+            }
+            1
+        }
+    }
+}
+
+fn complain(line: &str) -> i32 {
+    eprintln!("qcow2fs: {line}");
+    1
+}
+
+impl Plan {
+    fn new(args: Args) -> Result<Plan, String> {
+        let mut options = MountOptions::default();
+        args.options.iter().try_for_each(|list| options.add(list))?;
+        options.read_only |= args.read_only;
+        let source = directory(&args.source, "the image directory")?;
+        let mountpoint = directory(&args.mountpoint, "the mount point")?;
+        refuse_nesting(&source, &mountpoint)?;
+        let mut image = image::Options::default();
+        if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
+            image.keep_erased = bytes;
+        }
+        let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
+        let allow = allow.map(|path| directory(&path, "the allowed directory"));
+        let allow = allow.collect::<Result<Vec<_>, _>>()?;
+        let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
+        let log_file = log_file.map(std::path::absolute).transpose();
+        Ok(Plan {
+            source,
+            mountpoint,
+            log_file: log_file.map_err(|e| format!("the log file's path: {e}"))?,
+            level: logging::level(args.verbose, args.quiet),
+            catalog: catalog::Options {
+                read_only: options.read_only,
+                uid: options.uid,
+                gid: options.gid,
+                umask: options.umask.unwrap_or(0),
+                allow,
+                image,
+            },
+            options,
+        })
+    }
+
+    /// Mounts, tells the parent, and serves until it is unmounted. An error before the parent was
+    /// told comes back with the way to it.
+    fn serve(self, parent: Option<Parent>) -> Result<i32, (String, Option<Parent>)> {
+        let in_background = parent.is_some();
+        match self.start(in_background) {
+            Err(line) => Err((line, parent)),
+            Ok((session, catalog)) => {
+                if let Some(Err(e)) = parent.map(Parent::ready) {
+                    log::error!("letting go of the terminal: {e}");
+                }
+                log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
+                Ok(self.run(session, &catalog))
+            }
+        }
+    }
+
+    fn start(&self, in_background: bool) -> Result<(Session<Filesys>, Arc<Catalog>), String> {
+        self.start_log(in_background)?;
+        daemon::set_up();
+        let signals = signals::block();
+        // The images are opened beneath the directory as it is now, whatever is mounted later.
+        let catalog = Catalog::new(&self.source, self.catalog.clone());
+        let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
+        let thread = |e| format!("starting a thread: {e}");
+        let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
+        let session = Session::new(files, &self.mountpoint, &self.config())
+            .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
+        signals.serve(self.mountpoint.clone(), Arc::clone(&catalog)).map_err(thread)?;
+        Ok((session, catalog))
+    }
+
+    fn start_log(&self, in_background: bool) -> Result<(), String> {
+        match &self.log_file {
+            Some(path) => logging::to_file(self.level, path)
+                .map_err(|e| format!("opening the log file {}: {e}", path.display()))?,
+            None if in_background => logging::to_syslog(self.level),
+            None => logging::to_terminal(self.level),
+        }
+        Ok(())
+    }
+
+    fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
+        let ended = session.run();
+        if let Err(e) = &ended {
+            log::error!("the connection to the kernel ended: {e}");
+        }
+        let failed = catalog.close_all();
+        if failed > 0 {
+            log::error!("{failed} times an image could not be closed in order; check it");
+        }
+        log::info!("{} is no longer served", self.mountpoint.display());
+        i32::from(failed > 0 || ended.is_err())
+    }
+
+    fn config(&self) -> Config {
+        let mut config = Config::default();
+        config.mount_options = self.options.kernel.clone();
+        config.mount_options.extend([
+            MountOption::FSName(self.source_name()),
+            MountOption::CUSTOM("subtype=qcow2fs".into()),
+            // The kernel checks mode and owner as on any file system; nobody gets at an image
+            // through the mount who may not on the host.
+            MountOption::DefaultPermissions,
+        ]);
+        if self.options.read_only {
+            config.mount_options.push(MountOption::RO);
+        }
+        if self.options.allow_other {
+            config.acl = SessionACL::All;
+        }
+        // A few more than processors are best; many get in each other's way.
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+        config.n_threads = Some((processors + 1).min(8));
+        config
+    }
+
+    /// The source as the mount table shows it. `fusermount3` takes commas for ends of options.
+    fn source_name(&self) -> String {
+        let name = self.source.display().to_string();
+        // SAFETY: geteuid takes nothing and cannot fail.
+        match unsafe { libc::geteuid() } {
+            0 => name,
+            _ => name.replace('\\', "\\\\").replace(',', "\\,"),
+        }
+    }
+}
+
+/// The directory's path without links in it.
+fn directory(path: &Path, what: &str) -> Result<PathBuf, String> {
+    let shown = path.display();
+    let found = path.canonicalize().and_then(|path| Ok((path.metadata()?.is_dir(), path)));
+    match found {
+        Ok((true, path)) => Ok(path),
+        Ok((false, _)) => Err(format!("{what} {shown} is no directory")),
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => Err(format!(
+            "{what} {shown} is a mount whose process is gone; `qcow2fs umount {shown}` removes it"
+        )),
+        Err(e) => Err(format!("{what} {shown}: {}", plain(&e))),
+    }
+}
+
+fn plain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such directory".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// A mount over its own images could never be answered.
+fn refuse_nesting(source: &Path, mountpoint: &Path) -> Result<(), String> {
+    let (images, place) = (source.display(), mountpoint.display());
+    if source == mountpoint {
+        return Err(format!("{place} cannot be mounted over itself: mount it somewhere else"));
+    }
+    if source.starts_with(mountpoint) {
+        return Err(format!("{images} lies beneath the mount point {place}, which would hide it"));
+    }
+    if mountpoint.starts_with(source) {
+        return Err(format!("the mount point {place} lies beneath the image directory {images}"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_and_its_images_are_apart() {
+        let refused = [("/a", "/a"), ("/a/b", "/a"), ("/a", "/a/b/c")];
+        for (source, mountpoint) in refused {
+            assert!(refuse_nesting(source.as_ref(), mountpoint.as_ref()).is_err(), "{source}");
+        }
+        refuse_nesting("/a".as_ref(), "/ab".as_ref()).unwrap();
+        refuse_nesting("/a/b".as_ref(), "/a/c".as_ref()).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_directory_is_refused_in_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.qcow2");
+        std::fs::write(&file, "").unwrap();
+        let line = directory(&file, "the image directory").unwrap_err();
+        assert!(line.ends_with("a.qcow2 is no directory"), "{line}");
+        let line = directory(&dir.path().join("no"), "the mount point").unwrap_err();
+        assert!(line.ends_with("there is no such directory"), "{line}");
+    }
+}

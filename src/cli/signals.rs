@@ -1,0 +1,79 @@
+//! SIGTERM, SIGINT and SIGHUP: the first one unmounts; when the mount is busy, the next one closes
+//! every image and ends the process.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{busy, unmounting};
+use crate::catalog::Catalog;
+
+/// The signals, kept from every thread that is started after [`block`].
+pub(super) struct Signals(libc::sigset_t);
+
+/// Blocks the signals; [`Signals::serve`] takes them from then on.
+pub(super) fn block() -> Signals {
+    // SAFETY: an empty set is made before it is used, and all calls get pointers to it alone.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        Signals(set)
+    }
+}
+
+impl Signals {
+    /// Starts the thread that takes the signals.
+    ///
+    /// # Errors
+    /// Those of the host when it cannot start a thread.
+    pub(super) fn serve(self, mountpoint: PathBuf, catalog: Arc<Catalog>) -> io::Result<()> {
+        let serve = move || {
+            let mut busy = false;
+            loop {
+                self.wait();
+                if busy {
+                    end(&mountpoint, &catalog);
+                }
+                busy = !unmount(&mountpoint);
+            }
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(serve).map(drop)
+    }
+
+    fn wait(&self) {
+        let mut signal = 0;
+        // SAFETY: both pointers are valid through the call.
+        while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
+    }
+}
+
+/// Unmounts; the session ends with it. Says who is in the way when it is busy.
+fn unmount(mountpoint: &Path) -> bool {
+    let error = match unmounting::unmount(mountpoint, false) {
+        Ok(()) => return true,
+        Err(e) => e,
+    };
+    let place = mountpoint.display();
+    if error.raw_os_error() == Some(libc::EBUSY) {
+        let users = busy::users(mountpoint);
+        log::error!(
+            "{place} is busy, still serving it; another signal ends it. In use by: {users}"
+        );
+    } else {
+        log::error!("cannot unmount {place}, another signal ends it: {error}");
+    }
+    false
+}
+
+/// Closes every image under its users' hands and ends the process.
+fn end(mountpoint: &Path, catalog: &Catalog) -> ! {
+    if let Err(e) = unmounting::unmount(mountpoint, true) {
+        log::error!("cannot detach {}: {e}", mountpoint.display());
+    }
+    let failed = catalog.close_all();
+    std::process::exit(i32::from(failed > 0))
+}

@@ -1,0 +1,58 @@
+//! Sizes as people write and read them.
+
+/// Bytes of a size like `4096`, `64K`, `16M`, `1GiB`: powers of 1024, whatever the unit's ending.
+///
+/// # Errors
+/// A line that says what a size looks like.
+pub(super) fn parse(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(format!("'{text}' is no size: a size is a number with K, M, G or T")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("'{text}' is no size: a size is a number with K, M, G or T"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too much"))
+}
+
+/// A size in the largest unit of which there is at least one, with one digit after the point.
+pub(super) fn show(bytes: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let power = (bytes.max(1).ilog2() / 10) as usize;
+    match power.checked_sub(1).and_then(|unit| units.get(unit)) {
+        None => format!("{bytes} B"),
+        Some(unit) => format!("{:.1} {unit}", bytes as f64 / (1u64 << (10 * power)) as f64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(parse("0"), Ok(0));
+        assert_eq!(parse("4096"), Ok(4096));
+        assert_eq!(parse("64K"), Ok(64 << 10));
+        assert_eq!(parse("16MiB"), Ok(16 << 20));
+        assert_eq!(parse("1g"), Ok(1 << 30));
+        assert_eq!(parse("2TB"), Ok(2 << 40));
+        for wrong in ["", "M", "-1", "1.5G", "16 M", "16X", "99999999999T", "0x10"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_shown_in_the_unit_that_fits() {
+        let shown = [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")];
+        for (bytes, text) in shown {
+            assert_eq!(show(bytes), text);
+        }
+    }
+}

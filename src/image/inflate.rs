@@ -1,0 +1,215 @@
+//! Compressed clusters: inflating them, and a small cache of inflated ones.
+//!
+//! A read of a whole cluster inflates straight into the reader's buffer; a read of a part inflates
+//! the cluster once and keeps it, so a sequential read in small pieces inflates each cluster once.
+//! Threads inflate different clusters at the same time; of two that want the same one, the second
+//! waits for the first.
+//!
+//! Entries are keyed by where the compressed data is. Whoever drops the last use of such data from
+//! a table calls [`InflateCache::forget`] while the guest cluster is still held exclusively.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
+
+use crate::format::HostOffset;
+
+/// Memory for inflated clusters, in bytes; four clusters at least.
+const CACHE_BYTES: u64 = 8 << 20;
+/// log2 of the largest zstd window that is accepted: 16 MiB, which every level that QEMU or the
+/// zstd tool uses for clusters of at most 2 MiB stays below.
+const MAX_WINDOW_LOG: u32 = 24;
+
+/// How an image's clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    /// Raw deflate, no zlib header.
+    Deflate,
+    /// zstd frames.
+    Zstd,
+}
+
+/// One inflated cluster; empty until the first reader has inflated it.
+type Slot = Arc<Mutex<Box<[u8]>>>;
+
+/// Recently inflated clusters.
+#[derive(Debug)]
+pub(super) struct InflateCache {
+    capacity: usize,
+    /// Newest last. So few that a scan is faster than a map.
+    entries: Mutex<VecDeque<(HostOffset, Slot)>>,
+}
+
+impl InflateCache {
+    pub(super) fn new(cluster_size: u64) -> Self {
+        let capacity = (CACHE_BYTES / cluster_size).clamp(4, 256) as usize;
+        InflateCache { capacity, entries: Mutex::default() }
+    }
+
+    /// Calls `use_it` with the cluster at `offset`, which `inflate` makes where it is not here.
+    pub(super) fn with<E>(
+        &self,
+        offset: HostOffset,
+        inflate: impl FnOnce() -> Result<Box<[u8]>, E>,
+        use_it: impl FnOnce(&[u8]),
+    ) -> Result<(), E> {
+        let slot = self.slot(offset);
+        let mut cluster = slot.lock();
+        if cluster.is_empty() {
+            *cluster = inflate()?;
+        }
+        use_it(&cluster);
+        Ok(())
+    }
+
+    fn slot(&self, offset: HostOffset) -> Slot {
+        let mut entries = self.entries.lock();
+        let found = entries.iter().position(|(at, _)| *at == offset);
+        let entry = match found.and_then(|i| entries.remove(i)) {
+            Some(entry) => entry,
+            None => {
+                if entries.len() >= self.capacity {
+                    entries.pop_front();
+                }
+                (offset, Slot::default())
+            }
+        };
+        entries.push_back(entry.clone());
+        entry.1
+    }
+
+    /// The data at `offset` is no longer what it was.
+    pub(super) fn forget(&self, offset: HostOffset) {
+        self.entries.lock().retain(|(at, _)| *at != offset);
+    }
+}
+
+/// Fills `cluster` from `compressed`, which may go on past the compressed data.
+///
+/// # Errors
+/// `InvalidData`: it does not inflate, or not to a whole cluster.
+pub(super) fn inflate(
+    compression: Compression,
+    compressed: &[u8],
+    cluster: &mut [u8],
+) -> io::Result<()> {
+    let filled = match compression {
+        Compression::Deflate => inflate_deflate(compressed, cluster)?,
+        Compression::Zstd => inflate_zstd(compressed, cluster)?,
+    };
+    if filled < cluster.len() {
+        return Err(invalid(format!("it ends after {filled} bytes of {}", cluster.len())));
+    }
+    Ok(())
+}
+
+fn inflate_deflate(compressed: &[u8], cluster: &mut [u8]) -> io::Result<usize> {
+    thread_local!(static STATE: RefCell<flate2::Decompress> =
+        RefCell::new(flate2::Decompress::new(false)));
+    STATE.with_borrow_mut(|state| {
+        state.reset(false);
+        state
+            .decompress(compressed, cluster, flate2::FlushDecompress::Finish)
+            .map_err(|e| invalid(e.to_string()))?;
+        Ok(state.total_out() as usize)
+    })
+}
+
+fn inflate_zstd(compressed: &[u8], cluster: &mut [u8]) -> io::Result<usize> {
+    let mut decoder = Decoder::new()?;
+    decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
+    let mut input = InBuffer::around(compressed);
+    let mut output = OutBuffer::around(cluster);
+    loop {
+        let before = (input.pos(), output.pos());
+        let hint = decoder.run(&mut input, &mut output).map_err(|e| invalid(e.to_string()))?;
+        // A frame that ends, or a step that did nothing: input or room is used up.
+        if hint == 0 || (input.pos(), output.pos()) == before {
+            return Ok(output.pos());
+        }
+    }
+}
+
+fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn content() -> Vec<u8> {
+        (0..65536u32).map(|i| (i / 7 % 251) as u8).collect()
+    }
+
+    fn deflated(data: &[u8]) -> Vec<u8> {
+        let mut encoder =
+            flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn both_kinds_inflate_with_trailing_bytes_behind_them() {
+        let data = content();
+        let mut zstd = zstd::encode_all(&data[..], 3).unwrap();
+        let mut deflate = deflated(&data);
+        zstd.extend([0xaa; 300]);
+        deflate.extend([0xaa; 300]);
+        for (kind, bytes) in [(Compression::Zstd, zstd), (Compression::Deflate, deflate)] {
+            let mut cluster = vec![1; data.len()];
+            inflate(kind, &bytes, &mut cluster).unwrap();
+            assert!(cluster == data, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_short_or_damaged_is_an_error_and_what_is_too_long_stays_in_its_cluster() {
+        let data = content();
+        let zstd = zstd::encode_all(&data[..], 3).unwrap();
+        let deflate = deflated(&data);
+        for (kind, bytes) in [(Compression::Zstd, zstd), (Compression::Deflate, deflate)] {
+            let mut longer = vec![0; data.len() + 1];
+            assert!(inflate(kind, &bytes, &mut longer).is_err(), "{kind:?} too short");
+            assert!(inflate(kind, &bytes[..bytes.len() / 2], &mut longer).is_err());
+            assert!(inflate(kind, &[0xff; 64], &mut longer).is_err(), "{kind:?} garbage");
+            let mut shorter = vec![0; data.len() / 2];
+            let _ = inflate(kind, &bytes, &mut shorter);
+        }
+    }
+
+    #[test]
+    fn a_zstd_window_of_gigabytes_is_refused() {
+        // Frame header: magic, no single segment, window descriptor for 2 GiB.
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3, 0x01, 0x00, 0x00];
+        assert!(inflate(Compression::Zstd, &frame, &mut [0; 4096]).is_err());
+    }
+
+    #[test]
+    fn the_cache_inflates_once_until_it_is_told_to_forget() {
+        let cache = InflateCache::new(2 << 20);
+        let mut inflated = 0;
+        let mut get = |at: u64| {
+            let make = || {
+                inflated += 1;
+                Ok::<_, ()>(vec![at as u8; 4].into_boxed_slice())
+            };
+            cache.with(HostOffset(at), make, |c| assert_eq!(c, [at as u8; 4])).unwrap();
+            inflated
+        };
+        assert_eq!((get(1), get(1)), (1, 1));
+        cache.forget(HostOffset(1));
+        assert_eq!(get(1), 2);
+        for at in 2..6 {
+            get(at);
+        }
+        assert_eq!(get(5), 6, "still here");
+        assert_eq!(get(1), 7, "pushed out by the four after it");
+    }
+}

@@ -1,0 +1,231 @@
+//! Mounting as users, `mount(8)` and `/etc/fstab` do it, and the ways a mount ends.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::time::Duration;
+
+use crate::discards::{open, read_all};
+use crate::lab::{
+    Lab, Mount, PROGRAM, assert_same, assert_sound, attempt, eventually, guest_bytes, is_mounted,
+    pattern, signal, wait_for_end,
+};
+
+/// Who neither owns the images nor is root.
+const NOBODY: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+
+#[test]
+fn a_read_only_mount_writes_nothing() {
+    for arguments in ["-o ro", "--read-only"] {
+        let lab = Lab::new();
+        let image = lab.create("disk.qcow2", "8M", "");
+        sh!("qemu-io -f qcow2 -c 'write -P 0x42 0 1M' {}", image.display());
+        let before = fs::read(&image).unwrap();
+        let mount = lab.mount_with(arguments);
+        let raw = mount.path("disk.raw");
+        assert_eq!(read_all(&raw)[..1 << 20], vec![0x42; 1 << 20]);
+        let refusal = OpenOptions::new().write(true).open(&raw).map(drop).expect_err("writable");
+        assert_eq!(refusal.raw_os_error(), Some(libc::EROFS), "{refusal}");
+        assert!(!attempt!("truncate -s 4M {}", raw.display()).ok(), "truncated");
+        mount.umount();
+        assert_same(&fs::read(&image).unwrap(), &before, "the image under a read-only mount");
+    }
+}
+
+#[test]
+fn other_users_read_only_where_allowed() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "4M", "");
+    let mount = lab.mount();
+    let raw = mount.path("disk.raw");
+    assert!(!attempt!("{NOBODY} head -c 1 {}", raw.display()).ok(), "without allow_other");
+    mount.umount();
+
+    let mount = lab.mount_with("-o allow_other,default_permissions,uid=65534,gid=12,umask=027");
+    let metadata = fs::metadata(&raw).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (65534, 12));
+    assert_eq!(metadata.permissions().mode() & 0o027, 0, "umask=027");
+    sh!("{NOBODY} head -c 1 {}", raw.display());
+    mount.umount();
+}
+
+/// Mounts with `mount`, writes, and unmounts with a plain umount(8).
+///
+/// mount(8) looks for the program in a path of its own, so this happens in a mount namespace of its
+/// own, in which the program under test stands in /usr/local/bin.
+fn mounts_by_type(lab: &Lab, mount: &str) {
+    let image = lab.create("disk.qcow2", "8M", "");
+    let bin = lab.subdirectory("bin");
+    std::os::unix::fs::symlink(PROGRAM, bin.join("qcow2fs")).unwrap();
+    let (data, source) = (pattern(3, 1 << 20), lab.path("source"));
+    fs::write(&source, &data).unwrap();
+    let script = format!(
+        r#"mount --bind {bin} /usr/local/bin
+           trap 'umount -l {point} 2>/dev/null || true' EXIT
+           {mount}
+           grep '{point} fuse.qcow2fs ' /proc/self/mounts
+           pid=$(qcow2fs status --json {point} | sed -n 's/.*"pid": *\([0-9]*\).*/\1/p')
+           dd if={source} of={point}/disk.raw bs=64k conv=notrunc
+           umount {point}
+           timeout 30 tail --pid="$pid" -f /dev/null"#,
+        bin = bin.display(),
+        point = lab.point().display(),
+        source = source.display(),
+    );
+    let file = lab.path("script");
+    fs::write(&file, script).unwrap();
+    sh!("unshare --mount bash -exo pipefail {}", file.display());
+    assert_same(&guest_bytes(&image)[..1 << 20], &data, "after a plain umount");
+    assert_sound(&image);
+}
+
+#[test]
+fn mount_knows_the_type_fuse_qcow2fs() {
+    let lab = Lab::new();
+    let (images, point) = (lab.images(), lab.point());
+    let options = "allow_other,noatime,nosuid,nodev";
+    let mount =
+        format!("mount -t fuse.qcow2fs -o {options} {} {}", images.display(), point.display());
+    mounts_by_type(&lab, &mount);
+}
+
+#[test]
+fn an_fstab_line_mounts() {
+    let lab = Lab::new();
+    let table = lab.path("fstab");
+    let options = "allow_other,nofail,_netdev,x-systemd.requires=network.target";
+    let (images, point) = (lab.images(), lab.point());
+    let line = format!("{} {} fuse.qcow2fs {options} 0 0\n", images.display(), point.display());
+    fs::write(&table, line).unwrap();
+    mounts_by_type(&lab, &format!("mount -T {} -a", table.display()));
+}
+
+#[test]
+fn a_plain_umount_leaves_the_image_sound() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let data = pattern(4, 2 << 20);
+    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
+    let pid = mount.pid();
+    sh!("umount {}", mount.point().display());
+    wait_for_end(pid);
+    assert_same(&guest_bytes(&image)[..2 << 20], &data, "after a plain umount");
+    assert_sound(&image);
+}
+
+fn assert_mount_fails(lab: &Lab, arguments: &str, word: &str) {
+    let failed = attempt!("$qcow2fs mount {arguments}");
+    assert_eq!(failed.code, Some(1), "mount {arguments}: {}", failed.text());
+    assert!(failed.err.contains(word), "mount {arguments} does not say {word}: {}", failed.text());
+    assert!(!is_mounted(&lab.point()));
+}
+
+#[test]
+fn mounts_that_cannot_work_say_why_and_fail() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "8M", "");
+    let (images, point) = (lab.images().display().to_string(), lab.point().display().to_string());
+    assert_mount_fails(&lab, &format!("-o frobnicate {images} {point}"), "frobnicate");
+    assert_mount_fails(&lab, &format!("{images}-missing {point}"), "images-missing");
+    assert_mount_fails(&lab, &format!("{images} {point}/missing"), "missing");
+    assert_mount_fails(&lab, &format!("{images} {images}"), "images");
+    lab.subdirectory("images/inside");
+    assert_mount_fails(&lab, &format!("{images} {images}/inside"), "inside");
+}
+
+#[test]
+fn sigterm_unmounts_cleanly() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let data = pattern(5, 2 << 20);
+    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
+    signal(mount.pid(), libc::SIGTERM);
+    wait_for_end(mount.pid());
+    assert!(!is_mounted(mount.point()), "the mount is still there");
+    assert_same(&guest_bytes(&image)[..2 << 20], &data, "after SIGTERM");
+    assert_sound(&image);
+}
+
+#[test]
+fn a_busy_mount_stays_and_serves() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let file = open(&mount.path("disk.raw"));
+    file.write_all_at(b"before", 0).unwrap();
+    let busy = attempt!("$qcow2fs umount {}", mount.point().display());
+    assert!(!busy.ok(), "a busy mount was unmounted");
+    assert!(busy.err.contains("busy"), "umount does not say why: {}", busy.text());
+    signal(mount.pid(), libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    file.write_all_at(b"served", 0).unwrap();
+    let mut found = [0; 6];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"served");
+    drop(file);
+    mount.umount();
+    assert_eq!(&guest_bytes(&image)[..6], b"served");
+    assert_sound(&image);
+}
+
+#[test]
+fn a_second_sigterm_saves_everything_and_goes() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let file = open(&mount.path("disk.raw"));
+    let data = pattern(6, 2 << 20);
+    file.write_all_at(&data, 0).unwrap();
+    signal(mount.pid(), libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    signal(mount.pid(), libc::SIGTERM);
+    wait_for_end(mount.pid());
+    drop(file);
+    assert_same(&guest_bytes(&image)[..2 << 20], &data, "after two SIGTERMs");
+    assert_sound(&image);
+}
+
+#[test]
+fn a_foreground_daemon_serves_until_it_is_unmounted() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mut daemon = std::process::Command::new(PROGRAM)
+        .args(["mount", "--foreground"])
+        .args([lab.images(), lab.point()])
+        .spawn()
+        .unwrap();
+    let mounted = || is_mounted(&lab.point());
+    eventually(Duration::from_secs(10), mounted, || "the foreground mount is not there".into());
+    let mount = Mount::adopt(lab.point(), lab.path("log"));
+    assert_eq!(mount.pid(), daemon.id() as i32, "it did not stay in the foreground");
+    open(&mount.path("disk.raw")).write_all_at(b"here", 0).unwrap();
+    sh!("umount {}", mount.point().display());
+    let mut code = None;
+    let mut ended = || {
+        code = daemon.try_wait().unwrap();
+        code.is_some()
+    };
+    eventually(Duration::from_secs(20), &mut ended, || "the daemon does not end".into());
+    assert!(code.is_some_and(|code| code.success()), "it ended with {code:?}");
+    assert_sound(&image);
+}
+
+#[test]
+fn status_names_what_is_open() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    assert_eq!(mount.status()["images"].as_array().map(Vec::len), Some(0));
+    let file = File::open(mount.path("disk.raw")).unwrap();
+    let status = mount.status();
+    let image = &status["images"][0];
+    assert!(image["name"].as_str().is_some_and(|name| name.contains("disk")), "{status}");
+    assert_eq!(image["virtual_size"].as_u64(), Some(8 << 20), "{status}");
+    assert_eq!(image["health"].as_str(), Some("ok"), "{status}");
+    let text = attempt(&format!("$qcow2fs status {}", mount.point().display()));
+    assert!(text.ok() && text.out.contains("disk"), "{}", text.text());
+    assert!(!sh!("ls -a {}", mount.point().display()).contains(".qcow2fs"), "not hidden");
+    drop(file);
+    mount.umount();
+}
