@@ -5,6 +5,7 @@
 //! a look-up is one hash and one bit. Its lock is a leaf.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use parking_lot::RwLock;
 
@@ -48,6 +49,18 @@ impl MetadataMap {
         self.pages.read().get(&page).is_some_and(|words| words[word] & bit != 0)
     }
 
+    /// Whether any of `clusters` holds metadata, however many they are.
+    pub fn any_in(&self, clusters: &Range<u64>) -> bool {
+        self.pages.read().iter().any(|(page, words)| {
+            let first = page * PAGE_BITS;
+            let mut within = clusters.start.max(first)..clusters.end.min(first + PAGE_BITS);
+            within.any(|cluster| {
+                let (_, word, bit) = locate(HostCluster(cluster));
+                words[word] & bit != 0
+            })
+        })
+    }
+
     /// The first of `count` clusters from `first` that holds metadata.
     pub fn first_in(&self, first: HostCluster, count: u64) -> Option<HostCluster> {
         let pages = self.pages.read();
@@ -83,6 +96,8 @@ mod tests {
         assert_eq!(map.first_in(HostCluster(1), 62), None);
         assert_eq!(map.first_in(HostCluster(1), 63), Some(HostCluster(63)));
         assert_eq!(map.first_in(HostCluster(65), PAGE_BITS), Some(HostCluster(PAGE_BITS - 1)));
+        assert!(!map.any_in(&(65..PAGE_BITS - 1)));
+        assert!(map.any_in(&(65..PAGE_BITS)) && map.any_in(&(PAGE_BITS + 1..u64::MAX)));
         map.remove(HostCluster(PAGE_BITS));
         assert!(!map.contains(HostCluster(PAGE_BITS)));
         assert!(map.contains(HostCluster(1 << 54)));

@@ -1,0 +1,137 @@
+//! Defects that were found by thinking, each with the story that shows it.
+#![allow(clippy::unwrap_used)]
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use qcow2fs::image::{Backing, Image, Options, RawBacking};
+use qcow2fs::storage::Storage;
+use qcow2fs::storage::testing::MemoryStorage;
+
+const CLUSTER: u64 = 65536;
+
+/// No pool and no flush that nobody asked for.
+fn quiet() -> Options {
+    let flush_after = Duration::from_secs(3600);
+    Options { writable: true, keep_erased: 0, flush_after, ..Options::default() }
+}
+
+/// The bytes of an image of 8 MiB that `qemu-img create` made with `options`.
+fn created(options: &[&str]) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-u", "-f", "qcow2"]).args(options).arg(&path).arg("8M");
+    assert!(command.status().unwrap().success());
+    std::fs::read(path).unwrap()
+}
+
+/// What `qemu-img check` says of an image without its backing file: 0 sound, 2 corrupt, 3 leaks.
+fn checked(bytes: &[u8]) -> (Option<i32>, Output) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let output = check_command(&path).output().unwrap();
+    (output.status.code(), output)
+}
+
+fn check_command(path: &Path) -> Command {
+    let mut command = Command::new("qemu-img");
+    let options = format!("driver=qcow2,file.filename={},backing=", path.display());
+    command.args(["check", "--image-opts", &options]);
+    command
+}
+
+fn be64(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap())
+}
+
+/// Where the L2 entry of guest cluster `guest` is; there must be a table.
+fn l2_entry_at(bytes: &[u8], guest: u64) -> u64 {
+    let l1 = be64(bytes, 40);
+    (be64(bytes, l1) & 0x00ff_ffff_ffff_fe00) + guest * 8
+}
+
+/// Where the refcount of host cluster `host` is, two bytes wide, in the first block.
+fn refcount_at(bytes: &[u8], host: u64) -> u64 {
+    be64(bytes, be64(bytes, 48)) + host * 2
+}
+
+/// A file may end before the last cluster in use: what lies past it reads as zeros. Writing there
+/// in place makes the file longer than the refcounts had thought, and cutting its free end must not
+/// take that away.
+#[test]
+fn data_written_past_the_end_that_the_file_had_at_open_is_not_cut_off() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    for guest in 0..3 {
+        image.write(guest * CLUSTER, &[1; CLUSTER as usize]).unwrap();
+    }
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    bytes.truncate(bytes.len() - CLUSTER as usize);
+
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(2 * CLUSTER, &[2; CLUSTER as usize]).unwrap();
+    image.discard(CLUSTER..2 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    image.close().unwrap();
+
+    let image = Image::open(storage, &Options::default()).unwrap();
+    let mut read = vec![0; CLUSTER as usize];
+    image.read(2 * CLUSTER, &mut read).unwrap();
+    assert!(read.iter().all(|byte| *byte == 2), "the data is gone");
+}
+
+/// The end of the file is looked for once a close: not cluster by cluster through a hole of
+/// terabytes.
+#[test]
+fn a_file_that_is_all_hole_at_its_end_closes_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, created(&["-o", "cluster_size=512"])).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    if file.set_len(8 << 40).is_err() {
+        return; // the host's file system has smaller files only
+    }
+    let storage = Arc::new(qcow2fs::storage::HostFile::new(file));
+    let image = Image::open(storage, &quiet()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    let (closed, is_closed) = mpsc::channel();
+    thread::spawn(move || closed.send(image.close().is_ok()));
+    assert_eq!(is_closed.recv_timeout(Duration::from_secs(10)), Ok(true));
+    assert!(std::fs::metadata(&path).unwrap().len() < 1 << 20);
+}
+
+/// Where the refcounts are too low, an L2 table at the end of the file looks free. It must not be
+/// cut off with the end.
+#[test]
+fn metadata_that_nothing_counts_is_not_cut_off_with_the_end_of_the_file() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    image.close().unwrap();
+    // The L2 table moves to the end of the file, uncounted.
+    let mut bytes = storage.contents();
+    let l1 = be64(&bytes, 40);
+    let table = be64(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    bytes.resize(bytes.len().next_multiple_of(CLUSTER as usize), 0);
+    let end = bytes.len() as u64;
+    bytes.extend_from_within(table as usize..(table + CLUSTER) as usize);
+    bytes[l1 as usize..l1 as usize + 8].copy_from_slice(&(end | 1 << 63).to_be_bytes());
+
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(CLUSTER..2 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    let _ = image.close();
+    assert!(storage.len().unwrap() >= end + CLUSTER, "the L2 table was cut off");
+}
