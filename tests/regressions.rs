@@ -135,3 +135,16 @@ fn metadata_that_nothing_counts_is_not_cut_off_with_the_end_of_the_file() {
     let _ = image.close();
     assert!(storage.len().unwrap() >= end + CLUSTER, "the L2 table was cut off");
 }
+
+/// An image that was opened for writing and not written to stays as it is, free clusters at its end
+/// included.
+#[test]
+fn an_image_that_nobody_changed_stays_as_it_is() {
+    let mut bytes = created(&[]);
+    bytes.resize(bytes.len().next_multiple_of(CLUSTER as usize) + 4 * CLUSTER as usize, 5);
+    let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.read(0, &mut [0; 512]).unwrap();
+    image.close().unwrap();
+    assert!(storage.contents() == bytes);
+}
