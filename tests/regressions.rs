@@ -293,3 +293,19 @@ fn copied_is_written_after_the_refcount_that_it_speaks_of() {
     }
     image.close().unwrap();
 }
+
+/// One failure to punch is tried again, also for a cluster that lost its references one by one.
+#[test]
+fn a_shared_cluster_that_could_not_be_punched_is_freed_later() {
+    let (bytes, _) = with_a_shared_cluster();
+    let storage = Probe::new(bytes);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(0..2 * CLUSTER).unwrap();
+    storage.cannot_punch.store(true, Ordering::SeqCst);
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(200));
+    storage.cannot_punch.store(false, Ordering::SeqCst);
+    image.close().unwrap();
+    let (code, output) = checked(&storage.memory.contents());
+    assert_eq!(code, Some(0), "{output:?}");
+}

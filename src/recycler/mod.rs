@@ -255,6 +255,7 @@ impl Recycler {
             let not_in_the_map = |_| ();
             return self
                 .free(cluster..cluster + 1, &mut cluster.clone(), not_in_the_map)
+                .inspect_err(|_| self.map.lock().shared_not_freed(cluster))
                 .map(|()| true);
         }
         let max = (PUNCH_BYTES >> self.geometry.cluster_bits()).max(1);
