@@ -309,3 +309,42 @@ fn a_shared_cluster_that_could_not_be_punched_is_freed_later() {
     let (code, output) = checked(&storage.memory.contents());
     assert_eq!(code, Some(0), "{output:?}");
 }
+
+/// A client's flush in the middle of the wait for the recycler's own must not make it forget that
+/// later changes want one, too.
+#[test]
+fn changes_after_a_clients_flush_are_flushed_in_time() {
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let image = Image::open(Arc::new(MemoryStorage::new(created(&[]))), &options).unwrap();
+    let change = |guest: u64| {
+        image.write(guest * CLUSTER, &[1; 512]).unwrap();
+        thread::sleep(Duration::from_millis(100));
+    };
+    change(0);
+    change(1);
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    change(2);
+    wait_until("no flush came", || image.status().unwrap().flushes > flushes);
+    image.close().unwrap();
+}
+
+/// What cannot be punched or allocated is no reason to leave changes unflushed.
+#[test]
+fn a_recycler_that_cannot_free_flushes_all_the_same() {
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let storage = Probe::new(created(&[]));
+    let image = Image::open(storage.clone(), &options).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.flush().unwrap();
+    storage.cannot_punch.store(true, Ordering::SeqCst);
+    image.discard(0..CLUSTER).unwrap();
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    wait_until("no flush came", || image.status().unwrap().flushes > flushes);
+    storage.cannot_punch.store(false, Ordering::SeqCst);
+    image.close().unwrap();
+}
