@@ -348,3 +348,17 @@ fn a_recycler_that_cannot_free_flushes_all_the_same() {
     storage.cannot_punch.store(false, Ordering::SeqCst);
     image.close().unwrap();
 }
+
+/// A raw backing file that grows though it should not may show anything but must not hang who looks
+/// for holes.
+#[test]
+fn a_raw_backing_file_that_grows_does_not_hang_the_search_for_holes() {
+    let base = Arc::new(MemoryStorage::new(vec![9; 1000]));
+    let backing: Arc<dyn Backing> = Arc::new(RawBacking::new(base.clone()).unwrap());
+    let storage = Arc::new(MemoryStorage::new(created(&["-b", "base", "-F", "raw"])));
+    let image = Image::open_over(storage, &Options::default(), Some(backing)).unwrap();
+    base.write_at(&[9; 8192], 1000).unwrap();
+    let (found, is_found) = mpsc::channel();
+    thread::spawn(move || found.send(image.next_hole(0).unwrap()));
+    assert_eq!(is_found.recv_timeout(Duration::from_secs(5)), Ok(1000));
+}
