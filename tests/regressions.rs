@@ -330,6 +330,24 @@ fn changes_after_a_clients_flush_are_flushed_in_time() {
     image.close().unwrap();
 }
 
+/// Copying a cluster from a backing file changes an entry and drops nothing: a change like any
+/// other.
+#[test]
+fn a_copy_from_the_backing_file_is_flushed_in_time() {
+    let backing = Arc::new(MemoryStorage::new(vec![9; 4 * CLUSTER as usize]));
+    let backing = Arc::new(RawBacking::new(backing).unwrap());
+    let storage = Arc::new(MemoryStorage::new(created(&["-b", "base", "-F", "raw"])));
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let image = Image::open_over(storage, &options, Some(backing)).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    wait_until("no flush came", || image.status().unwrap().flushes > 0);
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    wait_until("no second flush came", || image.status().unwrap().flushes > flushes);
+    image.close().unwrap();
+}
+
 /// What cannot be punched or allocated is no reason to leave changes unflushed.
 #[test]
 fn a_recycler_that_cannot_free_flushes_all_the_same() {

@@ -245,6 +245,7 @@ impl Image {
         let entry = L2Entry::Data { cluster, copied: true };
         self.set_entry(guest, LinkOrder::AfterSync, entry)?;
         rooted.linked(1);
+        writer.recycler.note_change();
         self.drop_old(writer, old)
     }
 
