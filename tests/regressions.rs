@@ -77,12 +77,13 @@ enum Step {
     Sync,
 }
 
-/// Memory that notes writes and syncs, and can refuse to punch.
+/// Memory that notes writes and syncs, and can refuse to punch, or to read one place.
 #[derive(Default)]
 struct Probe {
     memory: MemoryStorage,
     steps: Mutex<Vec<Step>>,
     cannot_punch: AtomicBool,
+    cannot_read: Mutex<Range<u64>>,
 }
 
 impl Probe {
@@ -103,6 +104,9 @@ impl Storage for Probe {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.cannot_read.lock().unwrap().contains(&offset) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         self.memory.read_at(buf, offset)
     }
 
@@ -305,6 +309,29 @@ fn a_shared_cluster_that_could_not_be_punched_is_freed_later() {
     image.flush().unwrap();
     thread::sleep(Duration::from_millis(200));
     storage.cannot_punch.store(false, Ordering::SeqCst);
+    image.close().unwrap();
+    let (code, output) = checked(&storage.memory.contents());
+    assert_eq!(code, Some(0), "{output:?}");
+}
+
+/// A refcount block that cannot be read ends an allocation, but what was counted before it belongs
+/// to somebody.
+#[test]
+fn clusters_counted_before_a_block_that_cannot_be_read_do_not_leak() {
+    let small = created(&["-o", "cluster_size=512"]);
+    let storage = Probe::new(small);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[1; 300 << 10]).unwrap();
+    image.discard(0..200 << 10).unwrap();
+    image.close().unwrap();
+    let bytes = storage.memory.contents();
+    let block = be64(&bytes, be64(&bytes, 48) + 8);
+
+    let storage = Probe::new(bytes);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    *storage.cannot_read.lock().unwrap() = block..block + 512;
+    image.write(0, &[1; 200 << 10]).unwrap_err();
+    *storage.cannot_read.lock().unwrap() = 0..0;
     image.close().unwrap();
     let (code, output) = checked(&storage.memory.contents());
     assert_eq!(code, Some(0), "{output:?}");

@@ -167,14 +167,26 @@ impl Refcounts {
         let is_new = first >= state.end;
         let limit = if is_new { first + wanted } else { (first + wanted).min(state.end) };
         let mut last = first;
-        while last < limit && self.has_block(&state, last) && self.read(&mut state, last)? == 0 {
-            self.check_unused(last)?;
-            self.write(&mut state, last, 1)?;
-            last += 1;
+        while last < limit && self.has_block(&state, last) {
+            match self.take_free(&mut state, last) {
+                Ok(true) => last += 1,
+                // What comes after an error is asked for again; what came before is taken.
+                Err(e) if last == first => return Err(e),
+                Ok(false) | Err(_) => break,
+            }
         }
         state.first_free = last;
         state.end = state.end.max(last);
         Ok(Allocated { clusters: first..last, is_new })
+    }
+
+    /// Counts a cluster that has a block, if it is free; whether it was.
+    fn take_free(&self, state: &mut State, cluster: u64) -> Result<bool> {
+        if self.read(state, cluster)? != 0 {
+            return Ok(false);
+        }
+        self.check_unused(cluster)?;
+        self.write(state, cluster, 1).map(|()| true)
     }
 
     /// Takes `wanted` consecutive clusters at the end of the file.
