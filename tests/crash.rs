@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use qcow2fs::image::Image;
 use qcow2fs::storage::testing::{Entry, Fate, MemoryStorage, RecordingStorage, Replay};
+use support::made::Made;
 use support::oracle::{After, Kind, Operation, Oracle, data};
 use support::qemu::{self, Shape};
 use support::rng::Rng;
@@ -96,25 +97,26 @@ impl Clients {
 }
 
 /// What a history left: its log, and what each marked operation was.
-struct Recorded {
+struct Recorded<'a> {
+    made: &'a Made,
     storage: Arc<RecordingStorage>,
     operations: HashMap<u64, Operation>,
     sectors: u64,
 }
 
-fn record(initial: MemoryStorage, first_number: u64, cluster_size: u64, rng: &mut Rng) -> Recorded {
+fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
     let sync_takes = Duration::from_micros(*rng.pick(&[0, 0, 200, 2000]));
-    let storage = Arc::new(RecordingStorage::new(initial).with_slow_sync(sync_takes));
-    let image = Image::open(storage.clone(), &busy(rng)).unwrap();
+    let storage = Arc::new(RecordingStorage::new(made.file()).with_slow_sync(sync_takes));
+    let image = made.open(storage.clone(), &busy(rng)).unwrap();
     let sectors = image.virtual_size() / SECTOR;
-    let in_cluster = cluster_size / SECTOR;
+    let in_cluster = made.shape.cluster_size() / SECTOR;
     let piece = *rng.pick(&[1, 3, in_cluster, 2 * in_cluster, 5 * in_cluster]);
     let clients = if sectors < piece * 3 { 1 } else { rng.within(1..4) };
     let clients = Clients {
         image: image.clone(),
         storage: storage.clone(),
         operations: Mutex::default(),
-        next: AtomicU64::new(first_number),
+        next: AtomicU64::new(1),
         sectors,
         piece,
         clients,
@@ -132,12 +134,12 @@ fn record(initial: MemoryStorage, first_number: u64, cluster_size: u64, rng: &mu
     }
     let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
     clients.act(everything, |_| image.close());
-    Recorded { storage, operations: clients.operations.into_inner(), sectors }
+    Recorded { made, storage, operations: clients.operations.into_inner(), sectors }
 }
 
 /// One walk along a log, looking at what crashes leave.
 struct Search<'a> {
-    recorded: &'a Recorded,
+    recorded: &'a Recorded<'a>,
     replay: Replay,
     oracle: Oracle,
     rng: Rng,
@@ -242,8 +244,10 @@ impl Search<'_> {
 
     /// What is wrong with the file that a crash left.
     fn complaint(&mut self, file: &Arc<MemoryStorage>) -> Result<(), String> {
+        let made = self.recorded.made;
         verify(&**file)?;
-        let image = open_read_only(file.clone()).map_err(|e| format!("opening it: {e}"))?;
+        let image =
+            open_read_only(file.clone(), made.backing()).map_err(|e| format!("opening it: {e}"))?;
         let mut disk = vec![0xee; (self.recorded.sectors * SECTOR) as usize];
         image.read(0, &mut disk).map_err(|e| format!("reading it: {e}"))?;
         self.oracle.check(&disk, 0, After::Crash)?;
@@ -255,10 +259,11 @@ impl Search<'_> {
             if qemu::contents(&path, None) != disk {
                 return Err("QEMU reads something else".into());
             }
+            made.assert_snapshots(&path)?;
         }
         if self.tally.states.is_multiple_of(20) {
             self.tally.recovered += 1;
-            recover(file, &disk, &mut self.rng)?;
+            recover(made, file, &disk, &mut self.rng)?;
         }
         Ok(())
     }
@@ -273,10 +278,10 @@ fn random_fate(rng: &mut Rng) -> Fate {
 }
 
 /// Works on a file that a crash left, and closes it: it must be clean then, without a leak.
-fn recover(file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
+fn recover(made: &Made, file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
     let mut expected = disk.to_vec();
     let storage = Arc::new(file.fork());
-    let image = Image::open(storage.clone(), &busy(rng)).map_err(|e| format!("recovering: {e}"))?;
+    let image = made.open(storage.clone(), &busy(rng)).map_err(|e| format!("recovering: {e}"))?;
     for _ in 0..6 {
         let range = rng.range(disk.len() as u64, 4096, &[SECTOR]);
         let bytes = range.start as usize..range.end as usize;
@@ -295,7 +300,8 @@ fn recover(file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), Strin
     }
     image.close().map_err(|e| format!("closing after recovery: {e}"))?;
     verify(&*storage).map_err(|e| format!("after recovery and close: {e}"))?;
-    let image = open_read_only(storage).map_err(|e| format!("opening it again: {e}"))?;
+    let image =
+        open_read_only(storage, made.backing()).map_err(|e| format!("opening it again: {e}"))?;
     let mut found = vec![0xee; disk.len()];
     image.read(0, &mut found).map_err(|e| format!("reading it again: {e}"))?;
     match support::difference(&found, &expected) {
@@ -319,16 +325,14 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
     let mut tally = Tally::default();
     for_seeds("every_crash_leaves_a_sound_image_with_old_or_new_data", 40, |seed| {
         let directory = scratch();
-        let path = directory.path().join("disk.qcow2");
         let mut rng = Rng::new(seed);
         let shape = small_shape(&mut rng);
         println!("{seed}: {shape} {} bytes", shape.size);
-        shape.create(&path);
-        let initial = MemoryStorage::new(std::fs::read(&path).unwrap());
-        let recorded = record(initial, 1, shape.cluster_size(), &mut rng);
+        let made = Made::furnished(shape, directory.path(), &mut rng);
+        let recorded = record(&made, &mut rng);
         let search = Search {
             replay: recorded.storage.replay(),
-            oracle: Oracle::new(recorded.sectors),
+            oracle: Oracle::new(&made.contents),
             rng,
             directory: directory.path(),
             tally: &mut tally,
