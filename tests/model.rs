@@ -35,6 +35,7 @@ struct History {
 impl History {
     fn begin(seed: u64, made: Made, most: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed);
+        qemu::assert_clean(&made.path);
         let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
         let shape = &made.shape;
         assert_eq!(image.virtual_size(), shape.size);
@@ -236,6 +237,7 @@ impl History {
             self.note("QEMU takes or deletes a snapshot".into());
             self.made.change_snapshots(&self.expected, &mut self.rng);
         }
+        qemu::assert_clean(&self.made.path);
         self.open();
         self.assert_all_read();
     }
@@ -261,6 +263,7 @@ impl History {
         if self.rng.one_in(2) {
             self.let_qemu_compress();
         }
+        qemu::assert_clean(&self.made.path);
         self.open();
         self.assert_all_read();
     }
@@ -278,6 +281,7 @@ impl History {
         } else {
             // Some of its clusters may have been written.
             self.expected = qemu::contents(&self.made.path, None);
+            qemu::repair_leaks(&self.made.path);
         }
     }
 
@@ -307,7 +311,7 @@ impl History {
 impl Drop for History {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let last = self.done.len().saturating_sub(60);
+            let last = self.done.len().saturating_sub(80);
             eprintln!("the last steps:\n  {}", self.done[last..].join("\n  "));
         }
     }

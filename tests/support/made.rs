@@ -56,6 +56,7 @@ impl Made {
         if rng.one_in(2) {
             made.snapshots.change(&made.shape, &made.path, &made.contents, rng);
         }
+        qemu::repair_leaks(&made.path);
         made
     }
 
@@ -121,8 +122,9 @@ impl Snapshots {
         let name = format!("snapshot{}", self.count);
         let taken = Command::new("qemu-img").args(["snapshot", "-c", &name]).arg(path).output();
         // Narrow refcounts can be too narrow.
-        if taken.unwrap().status.success() {
-            self.taken.push((name, contents.to_vec()));
+        match taken.unwrap().status.success() {
+            true => self.taken.push((name, contents.to_vec())),
+            false => qemu::repair_leaks(path),
         }
     }
 }
