@@ -203,6 +203,8 @@ impl Refcounts {
             };
             self.write(&mut state, cluster, less)?;
             if less == 0 {
+                // It may have been a table.
+                self.metadata.remove(HostCluster(cluster));
                 state.first_free = state.first_free.min(cluster);
             }
         }

@@ -105,7 +105,8 @@ impl Catalog {
     /// Renames an image or a directory, with the flags of renameat2(2).
     ///
     /// # Errors
-    /// `EINVAL` for an image that would not be called `.raw`, and those of the host.
+    /// `EPERM` for an image that would not be called `.raw`, `EINVAL` for an exchange of an image with
+    /// a directory, and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         let (path, _, metadata) = self.find(from.0, from.1)?;
         let new_name = match (metadata.is_dir(), names::image_name(to.1)) {
@@ -113,7 +114,7 @@ impl Catalog {
             (false, Some(image)) => image,
             (false, None) => {
                 let why = format!("renaming {} to a name without .raw", shown(from.1));
-                return Err(errno(&why, libc::EINVAL));
+                return Err(errno(&why, libc::EPERM));
             }
         };
         if flags & libc::RENAME_EXCHANGE != 0 {

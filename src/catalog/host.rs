@@ -76,13 +76,24 @@ impl Root {
     /// Those of openat2(2); `ELOOP` where a symbolic link is on the way, `EXDEV` for a path that
     /// leads out.
     pub(super) fn place(&self, path: &Path) -> io::Result<File> {
+        self.place_by(path, 0)
+    }
+
+    /// As [`Root::place`], but a path into another mount leads out too.
+    pub(super) fn place_in_same_mount(&self, path: &Path) -> io::Result<File> {
+        self.place_by(path, libc::RESOLVE_NO_XDEV)
+    }
+
+    fn place_by(&self, path: &Path, more_rules: u64) -> io::Result<File> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let path = CString::new(path.as_os_str().as_bytes())?;
         // SAFETY: `open_how` is a plain structure for which all zeros is a value.
         let mut how: libc::open_how = unsafe { std::mem::zeroed() };
         how.flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
-        how.resolve =
-            libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+        how.resolve = libc::RESOLVE_BENEATH
+            | libc::RESOLVE_NO_SYMLINKS
+            | libc::RESOLVE_NO_MAGICLINKS
+            | more_rules;
         for _ in 0..ATTEMPTS {
             // SAFETY: the path ends in NUL, `how` has the size that is passed; both live on.
             let fd = unsafe {

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+mod chain;
 mod change;
 mod host;
 mod names;
@@ -39,6 +40,7 @@ pub use status::{ImageStatus, MountStatus, Refusal};
 use crate::error::{Error, Result};
 use crate::image::{self, Image};
 use crate::storage::HostFile;
+use chain::Chains;
 use host::{HostId, Root, Stamp};
 use node::Header;
 
@@ -58,6 +60,8 @@ pub struct Options {
     pub gid: Option<u32>,
     /// Mode bits that are never shown.
     pub umask: u32,
+    /// Directories beside the image directory that backing files may lie in.
+    pub allow: Vec<PathBuf>,
     /// How images are opened; `writable` is decided here.
     pub image: image::Options,
 }
@@ -66,6 +70,7 @@ pub struct Options {
 pub struct Catalog {
     root: Root,
     source: PathBuf,
+    chains: Chains,
     options: Options,
     nodes: RwLock<Nodes>,
     /// Closes that failed: data may be lost, and the exit code says so.
@@ -134,6 +139,7 @@ impl Catalog {
         Ok(Catalog {
             root,
             source: source.to_owned(),
+            chains: Chains::new(source, &options.allow)?,
             options,
             nodes: RwLock::new(nodes),
             close_errors: AtomicU64::new(0),
@@ -342,12 +348,13 @@ impl Catalog {
         }
         let options =
             image::Options { writable: !self.options.read_only, ..self.options.image.clone() };
-        let opened = node.open(how, &options, || self.place_of(node));
-        opened.inspect_err(|e| {
-            if e.errno() != libc::ESTALE {
-                node.log(e);
-            }
-        })
+        let opened = node.open(how, &options, &self.chains, || self.place_of(node));
+        match &opened {
+            Ok(_) => node.is_well(),
+            Err(e) if e.errno() == libc::ESTALE => {}
+            Err(e) => node.log(e),
+        }
+        opened
     }
 
     /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.

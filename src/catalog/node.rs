@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::chain::{Chain, Chains};
 use super::host::{self, HostId, Stamp};
 use super::names;
 use crate::error::{Error, ErrorKind, Result};
@@ -58,6 +59,8 @@ struct Slot {
 struct Opened {
     image: Arc<Image>,
     file: Arc<HostFile>,
+    /// What it is based on, held as long as it is open.
+    chain: Option<Arc<Chain>>,
     writable: bool,
 }
 
@@ -157,6 +160,11 @@ impl Node {
         }
     }
 
+    /// What was logged no longer holds: the image was opened.
+    pub(super) fn is_well(&self) {
+        *self.logged.lock() = None;
+    }
+
     /// The last line that was logged of this file.
     pub(super) fn last_logged(&self) -> Option<String> {
         self.logged.lock().clone()
@@ -207,23 +215,31 @@ impl Node {
         &self,
         how: Opening,
         options: &Options,
+        chains: &Chains,
         place: impl FnOnce() -> Result<(File, Metadata)>,
     ) -> Result<HandleMode> {
+        if how.write
+            && let Some(user) = chains.user_of(self.id)
+        {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("it is the backing file of {}, which is open", user.display()),
+            ));
+        }
         let mut slot = self.slot.write();
         let mut keep_cache = true;
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
-                let (opened, stamp) = Opened::new(&place()?.0, how.write, options)?;
+                let (opened, stamp) =
+                    Opened::new(&place()?.0, how.write, options, chains, &self.path())?;
                 keep_cache = slot.closed == Some(stamp);
                 slot.open = Some(opened);
                 slot.direct = how.direct;
             }
             Some(opened) if how.write && !opened.writable => slot.make_writable(options)?,
+            Some(opened) if how.write => opened.takes_writes()?,
             Some(_) => {}
-        }
-        if how.write {
-            slot.takes_writes()?;
         }
         slot.handles += 1;
         Ok(HandleMode { keep_cache, direct: slot.direct })
@@ -248,20 +264,6 @@ fn gone() -> Error {
 }
 
 impl Slot {
-    /// Fails when the image that was opened for writing takes no writes: it is corrupt, or a write
-    /// went wrong for good. An image that nobody has open yet is closed again.
-    fn takes_writes(&mut self) -> Result<()> {
-        let Some(opened) = &self.open else { return Err(gone()) };
-        if opened.image.is_writable() {
-            return Ok(());
-        }
-        let reason = opened.image.status().map_or_else(|e| e.to_string(), |status| status.health);
-        if self.handles == 0 {
-            self.close()?;
-        }
-        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
-    }
-
     /// Replaces an image that is only read by the same one, writable; on failure it is only read
     /// again. The lock on the file is never given up in between.
     fn make_writable(&mut self, options: &Options) -> Result<()> {
@@ -272,16 +274,15 @@ impl Slot {
         if let Err(e) = image.close() {
             log::warn!("closing an image that was only read: {e}");
         }
-        self.open = None;
-        let writable = Opened::on(Arc::clone(&file), true, options);
-        match writable {
+        let chain = self.open.take().and_then(|opened| opened.chain);
+        match Opened::on(Arc::clone(&file), true, options, chain.clone()) {
             Ok(opened) => {
                 self.open = Some(opened);
                 Ok(())
             }
             Err(e) => {
                 image_lock::release_down_to(file.file(), Some(Access::Read))?;
-                self.open = Some(Opened::on(file, false, options)?);
+                self.open = Some(Opened::on(file, false, options, chain)?);
                 Err(e)
             }
         }
@@ -293,24 +294,60 @@ impl Slot {
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         self.closed = stamp.filter(|_| closed.is_ok() && !self.direct);
-        closed
+        closed.and(unlock(opened.file.file()))
     }
 }
 
 impl Opened {
-    fn new(place: &File, write: bool, options: &Options) -> Result<(Opened, Stamp)> {
+    fn new(
+        place: &File,
+        write: bool,
+        options: &Options,
+        chains: &Chains,
+        path: &Path,
+    ) -> Result<(Opened, Stamp)> {
         let access = if write { Access::Write } else { Access::Read };
         let file = open_host_file(place, write, options.writable)?;
         image_lock::acquire(&file, None, access)?;
         let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
-        let opened = Opened::on(Arc::new(HostFile::new(file)), write, options)?;
-        Ok((opened, Stamp::of(&metadata)))
+        let file = Arc::new(HostFile::new(file));
+        let opened = chains
+            .open(path, &file, options)
+            .and_then(|chain| Opened::on(Arc::clone(&file), write, options, chain.map(Arc::new)));
+        match opened {
+            Ok(opened) => Ok((opened, Stamp::of(&metadata))),
+            Err(e) => {
+                unlock(file.file())?;
+                Err(e)
+            }
+        }
     }
 
-    fn on(file: Arc<HostFile>, writable: bool, options: &Options) -> Result<Opened> {
+    fn on(
+        file: Arc<HostFile>,
+        writable: bool,
+        options: &Options,
+        chain: Option<Arc<Chain>>,
+    ) -> Result<Opened> {
         let options = Options { writable, ..options.clone() };
-        let image = Image::open(Arc::clone(&file) as _, &options)?;
-        Ok(Opened { image, file, writable })
+        let backing = chain.as_ref().map(|chain| Arc::clone(&chain.backing));
+        let image = Image::open_over(Arc::clone(&file) as _, &options, backing)?;
+        let opened = Opened { image, file, chain, writable };
+        if writable && let Err(e) = opened.takes_writes() {
+            opened.image.close()?;
+            return Err(e);
+        }
+        Ok(opened)
+    }
+
+    /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for
+    /// good since it was opened.
+    fn takes_writes(&self) -> Result<()> {
+        if self.image.is_writable() {
+            return Ok(());
+        }
+        let reason = self.image.status()?.health;
+        Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
     }
 }
 
@@ -326,6 +363,11 @@ fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
         Err(e) if write => Err(failed(e)),
         Err(_) => host::open_file(place, false).map_err(failed),
     }
+}
+
+/// Gives the lock up at once: a process that we are just starting may still share the descriptor.
+fn unlock(file: &File) -> Result<()> {
+    image_lock::release_down_to(file, None)
 }
 
 fn is_open_for_writing(file: &File) -> Result<()> {

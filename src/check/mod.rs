@@ -39,6 +39,8 @@ pub fn check(storage: &dyn Storage) -> Result<Report> {
 /// A report, and what a repair has to know besides.
 struct Examination {
     report: Report,
+    /// Every refcount block is where the refcount table says, and nothing else is there.
+    sound_structure: bool,
     /// The refcount structure is broken or says less than there is: it must be built anew.
     needs_rebuild: bool,
     /// Corruptions that are no more than a wrong COPIED flag.
@@ -69,9 +71,9 @@ fn examine(storage: &dyn Storage, header: &Header) -> Result<Examination> {
     let mut report = Report { total_clusters: g.clusters_for(header.size).0, ..Report::default() };
     let mut references = references::count_into(storage, header, &mut report)?;
     let mut refcounts = Refcounts::load(storage, header)?;
-    let sound = refcounts.count_itself(&mut references, &mut report);
+    let sound_structure = refcounts.count_itself(&mut references, &mut report);
 
-    let mut needs_rebuild = !sound;
+    let mut needs_rebuild = !sound_structure;
     refcounts.for_each_used(&references, |used| {
         let (refcount, expected) = (used.refcount, used.references);
         // A refcount cannot say more than fits; each reference past that is one that it lacks.
@@ -99,11 +101,13 @@ fn examine(storage: &dyn Storage, header: &Header) -> Result<Examination> {
     let refcount = |cluster| refcounts.get(cluster);
     copied::for_each_wrong(storage, header, &references, refcount, |wrong| {
         wrong_flags += wrong.times;
+        // That of a compressed cluster stands in the report already.
+        let Some(refcount) = wrong.refcount else { return Ok(()) };
         report.corruption(wrong.times, || {
             let flag = if wrong.is_set() { "is COPIED" } else { "is not COPIED" };
-            format!("{} {flag}, the refcount is {}", wrong.name, wrong.refcount)
+            format!("{} {flag}, the refcount is {refcount}", wrong.name())
         });
         Ok(())
     })?;
-    Ok(Examination { report, needs_rebuild, wrong_flags })
+    Ok(Examination { report, sound_structure, needs_rebuild, wrong_flags })
 }

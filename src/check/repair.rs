@@ -40,7 +40,12 @@ pub fn repair(storage: &dyn Storage, what: Repair) -> Result<Report> {
         forget_preallocations(storage, &references)?;
         references = references::count(storage, &header)?;
     }
-    let untrusted = references.trusted().err();
+    let mut untrusted = references.trusted().err();
+    if what == Repair::Leaks && !before.sound_structure {
+        // What it says where a refcount block is may be anything, data too.
+        let reason = "the refcount structure is broken, which only `--repair all` repairs";
+        untrusted.get_or_insert_with(|| Error::corrupt(reason));
+    }
     if untrusted.is_none() {
         let repairs = Repairs { storage, references: &references };
         header = match what {

@@ -33,6 +33,9 @@ pub(super) struct Args {
     /// Keep this much erased space ready in each image that is written [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     keep_erased: Option<u64>,
+    /// Trust this directory too: backing files named by an image may lie in it (repeatable)
+    #[arg(long, value_name = "DIR")]
+    allow: Vec<PathBuf>,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -42,8 +45,8 @@ pub(super) struct Args {
     /// Say less in the log (repeatable)
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
-    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, log_file=FILE, noatime, noexec,
-    /// sync, and what mount(8) and fstab pass
+    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, allow=DIR, log_file=FILE,
+    /// noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -103,6 +106,9 @@ impl Plan {
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
         }
+        let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
+        let allow = allow.map(|path| directory(&path, "the allowed directory"));
+        let allow = allow.collect::<Result<Vec<_>, _>>()?;
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -115,6 +121,7 @@ impl Plan {
                 uid: options.uid,
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
+                allow,
                 image,
             },
             options,

@@ -13,6 +13,7 @@ pub(super) struct MountOptions {
     pub(super) gid: Option<u32>,
     pub(super) umask: Option<u32>,
     pub(super) keep_erased: Option<u64>,
+    pub(super) allow: Vec<String>,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -73,6 +74,7 @@ impl MountOptions {
             ("gid", Some(value)) => self.gid = Some(number(option, value, 10)?),
             ("umask", Some(value)) => self.umask = Some(number(option, value, 8)?),
             ("keep_erased", Some(value)) => self.keep_erased = Some(size::parse(value)?),
+            ("allow", Some(value)) => self.allow.push(value.to_owned()),
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
@@ -120,7 +122,8 @@ mod tests {
 
     #[test]
     fn our_options_are_taken() {
-        let options = parse("ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l");
+        let options =
+            parse("ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b");
         let wanted = MountOptions {
             read_only: true,
             allow_other: true,
@@ -128,6 +131,7 @@ mod tests {
             gid: Some(8),
             umask: Some(0o27),
             keep_erased: Some(1 << 20),
+            allow: vec!["/b".into()],
             log_file: Some("/l".into()),
             kernel: vec![],
         };

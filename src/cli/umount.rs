@@ -33,16 +33,12 @@ pub(super) fn run(args: &Args) -> i32 {
 
 fn unmount(given: &Path) -> Result<(), String> {
     let shown = given.display();
-    let mountpoint = match given.canonicalize() {
-        Ok(path) => path,
-        // The process is gone and nothing is left to wait for.
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
-            let given = std::path::absolute(given).map_err(|e| e.to_string())?;
-            return unmounting::unmount(&given, true)
-                .map_err(|e| format!("unmounting {shown}: {e}"));
-        }
-        Err(e) => return Err(format!("{shown}: {e}")),
-    };
+    if is_dead(given) {
+        // Nothing is left to wait for.
+        let given = std::path::absolute(given).map_err(|e| e.to_string())?;
+        return unmounting::unmount(&given, true).map_err(|e| format!("unmounting {shown}: {e}"));
+    }
+    let mountpoint = given.canonicalize().map_err(|e| format!("{shown}: {e}"))?;
     let status = status::read(&mountpoint)?;
     let pid = status["pid"].as_i64().unwrap_or(0);
     // Opened while the process surely lives: afterwards its number may be another's.
@@ -67,8 +63,16 @@ fn unmount(given: &Path) -> Result<(), String> {
     }
 }
 
+/// Whether a mount is there whose process is gone.
+fn is_dead(mountpoint: &Path) -> bool {
+    mountpoint.metadata().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+}
+
 /// A process that is not our child.
-struct Process(OwnedFd);
+struct Process {
+    fd: OwnedFd,
+    pid: libc::pid_t,
+}
 
 enum Ended {
     No,
@@ -86,12 +90,12 @@ impl Process {
         match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
             -1 => Err(io::Error::last_os_error()),
             // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-            fd => Ok(Process(unsafe { OwnedFd::from_raw_fd(fd as i32) })),
+            fd => Ok(Process { fd: unsafe { OwnedFd::from_raw_fd(fd as i32) }, pid }),
         }
     }
 
     fn wait(&self, limit: Duration) -> io::Result<Ended> {
-        let mut wait = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut wait = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: there is one `pollfd`, which lives through the call.
         match unsafe { libc::poll(&mut wait, 1, limit.as_millis() as i32) } {
             -1 => Err(io::Error::last_os_error()),
@@ -115,10 +119,13 @@ impl Process {
         const GET_INFO: libc::c_ulong = 0xc040_ff0b;
         const EXIT: u64 = 1 << 3;
         let mut info = PidfdInfo { mask: EXIT, ..Default::default() };
-        // The process is a zombie until its parent has taken notice, and only then it tells.
+        // A zombie has its wait status in /proc; this tells when the parent has taken notice of it.
         for _ in 0..100 {
+            if let Some(code) = zombie_status(self.pid) {
+                return Ended::Code(code);
+            }
             // SAFETY: the number says the size of the structure, which lives through the call.
-            let done = unsafe { libc::ioctl(self.0.as_raw_fd(), GET_INFO, &mut info) };
+            let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), GET_INFO, &mut info) };
             if done == 0 && info.mask & EXIT != 0 {
                 return Ended::Code(info.exit_code);
             }
@@ -132,22 +139,36 @@ impl Process {
     }
 }
 
+/// The wait status of a process that has ended and of which its parent has not taken notice.
+fn zombie_status(pid: libc::pid_t) -> Option<i32> {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = line.rsplit_once(") ")?;
+    fields.starts_with('Z').then(|| fields.split_whitespace().last()?.parse().ok())?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_process_is_waited_for_within_the_limit_and_its_failure_is_seen() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let process = Process::open(child.id().into()).unwrap();
-        assert!(matches!(process.wait(Duration::from_millis(20)).unwrap(), Ended::No));
-        child.kill().unwrap();
-        let reaper = std::thread::spawn(move || child.wait().unwrap());
-        match process.wait(Duration::from_secs(10)).unwrap() {
-            Ended::Code(code) => assert_eq!(code, libc::SIGKILL),
-            Ended::Unknown => {}
-            Ended::No => panic!("not ended"),
+        for reaped in [true, false] {
+            let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+            let process = Process::open(child.id().into()).unwrap();
+            assert!(matches!(process.wait(Duration::from_millis(20)).unwrap(), Ended::No));
+            child.kill().unwrap();
+            let mut reap = || assert!(!child.wait().unwrap().success());
+            if reaped {
+                reap();
+            }
+            match process.wait(Duration::from_secs(10)).unwrap() {
+                Ended::Code(code) => assert_eq!(code, libc::SIGKILL),
+                Ended::Unknown => assert!(reaped, "only old kernels forget who was reaped"),
+                Ended::No => panic!("not ended"),
+            }
+            if !reaped {
+                reap();
+            }
         }
-        reaper.join().unwrap();
     }
 }

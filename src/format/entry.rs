@@ -91,6 +91,11 @@ pub enum L2Entry {
 }
 
 impl L2Entry {
+    /// Whether `raw` is the entry of a compressed cluster.
+    pub fn is_compressed(raw: u64) -> bool {
+        raw & COMPRESSED != 0
+    }
+
     /// The entry for `raw` (the first word, with extended L2 entries).
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, BadEntry> {
         if raw & COMPRESSED != 0 {

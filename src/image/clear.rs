@@ -83,16 +83,12 @@ impl Image {
                     self.map_zeros(writer, at, run)?;
                     self.cluster_end(at)
                 }
-                Run::Backing => {
+                Run::Zero | Run::Data { .. } | Run::Compressed { .. } | Run::Backing => {
                     let guest = self.geometry.guest_cluster(GuestOffset(at));
                     self.ensure_table(writer, guest)?;
                     let table_end = self.table_end(guest).min(run_end >> bits);
                     self.unmap(writer, guest.0..table_end)?;
                     table_end << bits
-                }
-                Run::Zero | Run::Data { .. } | Run::Compressed { .. } => {
-                    self.unmap(writer, at >> bits..run_end >> bits)?;
-                    run_end
                 }
             };
         }
@@ -114,7 +110,7 @@ impl Image {
         self.drop_old(writer, run)
     }
 
-    /// Unmaps guest clusters, which have tables: to nothing, or to the zero flag where a backing
+    /// Unmaps guest clusters, which have one own table: to nothing, or to the zero flag where a backing
     /// file would show through.
     fn unmap(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
         let mut dropped: Vec<Range<u64>> = Vec::new();

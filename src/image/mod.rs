@@ -12,6 +12,7 @@ mod inflate;
 mod open;
 mod read;
 mod resize;
+mod snapshots;
 mod write;
 
 use std::sync::Arc;
@@ -104,6 +105,7 @@ struct Writer {
     /// Lock order: before guest clusters.
     flush: flush::FlushLock,
     features: Mutex<open::Features>,
+    has_snapshots: bool,
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,

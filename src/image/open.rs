@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use super::flush::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
+use super::snapshots;
 use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
@@ -118,8 +119,10 @@ impl Image {
         let mut sound = tables.register_metadata();
         let mut writer = None;
         if writable {
+            sound =
+                sound.and_then(|()| snapshots::register_metadata(&*storage, &header, &metadata));
             let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata)?);
-            sound = sound.and(refcounts.register_metadata());
+            sound = sound.and_then(|()| refcounts.register_metadata());
             writer = Some(Writer {
                 recycler: Recycler::new(
                     header.geometry,
@@ -134,6 +137,7 @@ impl Image {
                     compatible: header.compatible_features,
                     autoclear: header.autoclear_features,
                 }),
+                has_snapshots: header.snapshot_count > 0,
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
             });
@@ -230,8 +234,6 @@ fn refusal(header: &Header) -> Option<String> {
         ("an external data file", CONVERT)
     } else if incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 {
         ("extended L2 entries (subclusters)", CONVERT)
-    } else if header.snapshot_count != 0 {
-        ("internal snapshots", "`qemu-img snapshot -d` deletes them")
     } else if header.autoclear_features & AUTOCLEAR_BITMAPS != 0 {
         ("persistent bitmaps", "`qemu-img bitmap --remove` deletes them")
     } else {

@@ -28,6 +28,13 @@ impl Image {
             ));
         }
         let writer = self.begin_change()?;
+        if self.geometry.version() < 3 && writer.has_snapshots {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "an image of version 2 that has snapshots cannot be resized: they do not record \
+                 their size; `qemu-img amend -o compat=1.1` makes it version 3",
+            ));
+        }
         let _flush = self.hold_flush(writer);
         let old = self.virtual_size();
         self.note(match size.cmp(&old) {
@@ -51,33 +58,17 @@ impl Image {
     fn grow(&self, writer: &Writer, added: Range<u64>) -> Result<()> {
         // The new size counts for others when all of it is durable; until then nobody gets there.
         let _guard = self.locks.exclusive(self.geometry.guest_clusters(&added));
-        self.clear_rest_of_last_cluster(writer, added.start)?;
         let entries = self.geometry.l1_entries_for(added.end);
         if entries > self.tables.l1_entries() as u64 {
             self.grow_l1(writer, entries as u32)?;
         }
-        // Nor does a backing file that is longer than the disk was show through.
-        let backed = self.backed_clusters() << self.geometry.cluster_bits();
-        let hidden = added.start..added.end.min(backed);
-        if !hidden.is_empty() {
-            self.clear_held(
-                writer,
-                hidden.start..hidden.end.next_multiple_of(self.cluster_size()),
-            )?;
-        }
+        // Whatever there may be past the end (the rest of the last cluster, the state of a virtual
+        // machine, a backing file that is longer) does not become part of the disk.
+        self.clear_held(writer, added.start..added.end.next_multiple_of(self.cluster_size()))?;
         self.flush_held(writer)?;
         self.patch_header(writer, &Header::patch_size(added.end))?;
         self.size.store(added.end, Ordering::Release);
         Ok(())
-    }
-
-    /// What lies past the end of the disk in its last cluster becomes part of it, as zeros.
-    fn clear_rest_of_last_cluster(&self, writer: &Writer, size: u64) -> Result<()> {
-        if self.geometry.is_aligned(size) {
-            return Ok(());
-        }
-        let rest = size..self.cluster_end(size);
-        self.clear_held(writer, rest)
     }
 
     fn grow_l1(&self, writer: &Writer, entries: u32) -> Result<()> {

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry};
 use crate::recycler::Rooted;
 use crate::storage::reserve_metadata;
-use crate::tables::{LinkOrder, Run};
+use crate::tables::{LinkOrder, Run, TableState};
 
 impl Image {
     /// Writes all of `data` at guest offset `offset`. Zeros onto unallocated clusters allocate
@@ -150,22 +150,66 @@ impl Image {
         result.and(dropped)
     }
 
-    /// Sees to it that a guest cluster has an L2 table.
+    /// Sees to it that a guest cluster has an L2 table that may be changed: a new one, or a copy of
+    /// one that a snapshot shares.
     pub(super) fn ensure_table(&self, writer: &Writer, cluster: GuestCluster) -> Result<()> {
-        if self.tables.has_table(cluster)? {
-            return Ok(());
+        loop {
+            let state = self.tables.table_state(cluster)?;
+            let installed = match state {
+                TableState::Own => return Ok(()),
+                TableState::Absent => self.new_table(writer, cluster, state)?,
+                TableState::Shared(table) => self.unshare_table(writer, cluster, table)?,
+            };
+            writer.recycler.note_change();
+            if installed {
+                return Ok(());
+            }
         }
+    }
+
+    fn new_table(
+        &self,
+        writer: &Writer,
+        cluster: GuestCluster,
+        replaces: TableState,
+    ) -> Result<bool> {
         let rooted = writer.recycler.take(1)?;
         let table = rooted.first();
         // Host blocks now, so that a flush cannot run out of space for them.
         let start = self.geometry.host_offset(table).0;
         reserve_metadata(&*self.storage, start..start + self.geometry.cluster_size())
             .map_err(|e| Error::io(format!("reserving an L2 table at {start:#x}"), e))?;
-        if self.tables.install_table(cluster, table, rooted.order())? {
+        let installed = self.tables.install_table(cluster, table, replaces, rooted.order())?;
+        if installed {
             rooted.linked(1);
-            writer.recycler.note_change();
         }
-        Ok(())
+        Ok(installed)
+    }
+
+    fn unshare_table(
+        &self,
+        writer: &Writer,
+        cluster: GuestCluster,
+        table: HostCluster,
+    ) -> Result<bool> {
+        let shared = TableState::Shared(table);
+        match writer.refcounts.get(table)? {
+            0 => return Err(self.uncounted(table)),
+            // It is ours, only the flag was missing.
+            1 => return self.tables.install_table(cluster, table, shared, LinkOrder::Any),
+            _ => {}
+        }
+        let bytes = self.tables.read_table(table)?;
+        let rooted = writer.recycler.take(1)?;
+        let copy = rooted.first();
+        self.write_host(&bytes, self.geometry.host_offset(copy).0)?;
+        // The copy must be durable before the entry that leads to it.
+        let installed = self.tables.install_table(cluster, copy, shared, LinkOrder::AfterSync)?;
+        if installed {
+            rooted.linked(1);
+            self.drop_reference(writer, table)?;
+        }
+        Ok(installed)
     }
 
     /// Writes `data` at `at` into a cluster that may not be written in place: it is not marked as
@@ -177,6 +221,7 @@ impl Image {
                 0 => return Err(self.uncounted(first)),
                 1 => {
                     // It is ours, only the flag was missing.
+                    self.ensure_table(writer, guest)?;
                     let entry = L2Entry::Data { cluster: first, copied: true };
                     self.set_entry(guest, LinkOrder::Any, entry)?;
                     writer.recycler.note_change();

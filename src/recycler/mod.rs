@@ -252,21 +252,28 @@ impl Recycler {
     pub fn free_some(&self) -> Result<bool> {
         let shared = self.map.lock().take_shared();
         if let Some(cluster) = shared {
-            return self.free(cluster..cluster + 1, &mut cluster.clone()).map(|()| true);
+            let not_in_the_map = |_| ();
+            return self
+                .free(cluster..cluster + 1, &mut cluster.clone(), not_in_the_map)
+                .map(|()| true);
         }
         let max = (PUNCH_BYTES >> self.geometry.cluster_bits()).max(1);
         let Some(clusters) = self.map.lock().take_released(max) else { return Ok(false) };
         let mut done = clusters.start;
-        let result = self.free(clusters.clone(), &mut done);
-        let mut map = self.map.lock();
-        map.freed(clusters.start..done);
-        map.not_freed(done..clusters.end);
+        let result = self.free(clusters.clone(), &mut done, |freed| self.map.lock().freed(freed));
+        self.map.lock().not_freed(done..clusters.end);
         result.map(|()| true)
     }
 
     /// Drops a reference from each of `clusters`; those that had only that one are punched first.
-    /// Those before `done` are through, whatever the result.
-    fn free(&self, clusters: Range<u64>, done: &mut u64) -> Result<()> {
+    /// Those before `done` are through, whatever the result; `forget` is told of them before they
+    /// are free, since from then on they may be handed out, linked and dropped again at any time.
+    fn free(
+        &self,
+        clusters: Range<u64>,
+        done: &mut u64,
+        forget: impl Fn(Range<u64>),
+    ) -> Result<()> {
         self.tail_may_be_free.store(true, Ordering::Relaxed);
         while *done < clusters.end {
             let mut end = *done;
@@ -277,10 +284,10 @@ impl Recycler {
                 self.punch(*done..end)?;
                 self.work.freed.fetch_add(self.bytes(&(*done..end)), Ordering::Relaxed);
             }
-            for cluster in *done..end.max(*done + 1) {
-                self.refcounts.release(cluster..cluster + 1)?;
-                *done = cluster + 1;
-            }
+            let punched = *done..end.max(*done + 1);
+            *done = punched.end;
+            forget(punched.clone());
+            self.refcounts.release(punched)?;
         }
         Ok(())
     }

@@ -3,7 +3,8 @@
 //!
 //! Bytes 100 to 103 are share-locked by who *uses* a permission, bytes 200 to 203 by who does *not
 //! share* it (consistent read, write, write unchanged, resize), with open-file-description locks:
-//! they go when the last descriptor of the open file description is closed. Own bytes are locked
+//! they go when the last descriptor of the open file description is closed, one in a process that is
+//! just being forked included, or when they are released. Own bytes are locked
 //! first and the others' looked at afterwards, so of two processes that come at the same time at
 //! least one sees the other. The scheme is QEMU's (`block/file-posix.c`).
 //!
@@ -278,7 +279,7 @@ mod tests {
         assert!(images.qemu_img_info_works());
         let write = Command::new("qemu-io").args(["-c", "write 0 512"]).arg(images.path()).output();
         assert!(!write.unwrap().status.success(), "qemu wrote an image that we read");
-        drop(file);
+        release_down_to(&file, None).unwrap();
         let write = Command::new("qemu-io").args(["-c", "write 0 512"]).arg(images.path()).output();
         assert!(write.unwrap().status.success());
     }
@@ -290,7 +291,7 @@ mod tests {
         acquire(&first, None, Access::Write).unwrap();
         assert!(acquire(&second, None, Access::Write).is_err());
         assert!(acquire(&second, None, Access::Read).is_err());
-        drop(first);
+        release_down_to(&first, None).unwrap();
         acquire(&second, None, Access::Write).unwrap();
     }
 }

@@ -28,6 +28,17 @@ const L1_ENTRIES_PER_SECTOR: usize = 64;
 /// Loads of different slices wait for each other only when they meet in one of these.
 const LOADERS: usize = 16;
 
+/// What stands in an L1 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableState {
+    /// No L2 table.
+    Absent,
+    /// A table that may be changed.
+    Own,
+    /// A table that is not marked as referenced only here.
+    Shared(HostCluster),
+}
+
 /// What consecutive guest clusters are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Run {
@@ -170,13 +181,13 @@ impl Tables {
         loop {
             {
                 let state = self.state.read();
-                let Some(table) = self.table_of(&state, clusters.start)? else {
+                let Some((table, own)) = self.table_of(&state, clusters.start)? else {
                     return Ok((Run::Unallocated, self.absent_tables(&state, &clusters)));
                 };
                 let key = state.cache.key(self.entry_offset(table, clusters.start));
                 if let Some(bytes) = state.cache.get(key) {
                     let in_slice = self.clusters_in_slice(&state.cache, &clusters);
-                    return self.run_of(bytes, key, in_slice);
+                    return self.run_of(bytes, key, in_slice, own);
                 }
             }
             self.load(clusters.start)?;
@@ -184,12 +195,8 @@ impl Tables {
     }
 
     /// Shows `change` each of `clusters` with its entry, in ascending order; where it answers an
-    /// entry, that one takes its place. Clusters without an L2 table are shown as unallocated and
-    /// must stay so ([`Tables::has_table`] first).
-    ///
-    /// The caller holds the clusters exclusively (shared, when nothing changes). What `change` does
-    /// beside (moving clusters between states) happens under the same lock as the change, so a
-    /// flush sees both or neither. `order` holds for all that changes.
+    /// entry, that one takes its place. All of them have an own L2 table ([`Tables::table_state`]).
+    /// `order` holds for all that changes. The caller holds the clusters exclusively.
     ///
     /// # Errors
     /// Host errors, `Corrupt`, and what `change` returns; the clusters before the one it failed at
@@ -203,14 +210,8 @@ impl Tables {
         let mut at = clusters.start;
         while at < clusters.end {
             let mut state = self.state.write();
-            let Some(table) = self.table_of(&state, at)? else {
-                let absent = self.absent_tables(&state, &(at..clusters.end));
-                for cluster in at..at + absent {
-                    let entry = change(GuestCluster(cluster), L2Entry::Unallocated)?;
-                    debug_assert_eq!(entry, None, "no table for {cluster}");
-                }
-                at += absent;
-                continue;
+            let Some((table, true)) = self.table_of(&state, at)? else {
+                return Err(Error::invalid(format!("guest cluster {at:#x} has no own L2 table")));
             };
             let key = state.cache.key(self.entry_offset(table, at));
             if state.cache.get(key).is_none() {
@@ -248,22 +249,60 @@ impl Tables {
         Ok(())
     }
 
-    /// Whether a guest cluster has an L2 table.
-    pub fn has_table(&self, cluster: GuestCluster) -> Result<bool> {
-        Ok(self.table_of(&self.state.read(), cluster.0)?.is_some())
+    /// What L2 table a guest cluster has.
+    pub fn table_state(&self, cluster: GuestCluster) -> Result<TableState> {
+        self.state_of_table(&self.state.read(), cluster)
     }
 
-    /// Makes `table`, a cluster that reads as zeros and whose refcount is 1, the L2 table of a
-    /// guest cluster; `false` when it has one meanwhile.
+    fn state_of_table(&self, state: &State, cluster: GuestCluster) -> Result<TableState> {
+        Ok(match self.table_of(state, cluster.0)? {
+            None => TableState::Absent,
+            Some((_, true)) => TableState::Own,
+            Some((table, false)) => TableState::Shared(table),
+        })
+    }
+
+    /// The L2 table in `table` as it is now, changes that wait for a flush included.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn read_table(&self, table: HostCluster) -> Result<Vec<u8>> {
+        let start = self.geometry.host_offset(table).0;
+        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        self.storage
+            .read_at(&mut bytes, start)
+            .map_err(|e| Error::io(format!("reading an L2 table at {start:#x}"), e))?;
+        let state = self.state.read();
+        let size = state.cache.slice_size();
+        for (key, piece) in (start..).step_by(size as usize).zip(bytes.chunks_mut(size as usize)) {
+            if let Some(cached) = state.cache.get(key) {
+                piece.copy_from_slice(cached);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Makes `table`, whose refcount is 1, the own L2 table of a guest cluster in place of what
+    /// `replaces` says; `false` when something else stands there meanwhile. In place of none it
+    /// must read as zeros, in place of a shared one it is a copy, or that one itself.
+    ///
+    /// # Errors
+    /// `Corrupt`; `Invalid` past the L1 table.
     pub fn install_table(
         &self,
         cluster: GuestCluster,
         table: HostCluster,
+        replaces: TableState,
         order: LinkOrder,
     ) -> Result<bool> {
         let mut state = self.state.write();
-        if self.table_of(&state, cluster.0)?.is_some() {
+        if self.state_of_table(&state, cluster)? != replaces {
             return Ok(false);
+        }
+        if replaces != TableState::Shared(table) {
+            // The cluster may have been another table once.
+            let start = self.geometry.host_offset(table).0;
+            state.cache.forget_cluster(start, self.geometry.cluster_size());
         }
         let index = self.geometry.l1_index(cluster) as usize;
         let entry = L1Entry { table: Some(table), copied: true };
@@ -355,7 +394,7 @@ impl Tables {
 
     /// Brings the slice of a guest cluster into the cache.
     fn load(&self, cluster: u64) -> Result<()> {
-        let Some(table) = self.table_of(&self.state.read(), cluster)? else { return Ok(()) };
+        let Some((table, _)) = self.table_of(&self.state.read(), cluster)? else { return Ok(()) };
         let offset = self.entry_offset(table, cluster);
         let (key, size) = {
             let state = self.state.read();
@@ -373,12 +412,15 @@ impl Tables {
         Ok(())
     }
 
-    /// The L2 table of a guest cluster.
-    fn table_of(&self, state: &State, cluster: u64) -> Result<Option<HostCluster>> {
+    /// The L2 table of a guest cluster, and whether it is marked as referenced only here.
+    fn table_of(&self, state: &State, cluster: u64) -> Result<Option<(HostCluster, bool)>> {
         let index = self.geometry.l1_index(GuestCluster(cluster));
         match state.l1.get(index as usize) {
             Some(0) | None => Ok(None),
-            Some(&raw) => Ok(self.decode_l1(index, raw)?.table),
+            Some(&raw) => {
+                let entry = self.decode_l1(index, raw)?;
+                Ok(entry.table.map(|table| (table, entry.copied)))
+            }
         }
     }
 
@@ -444,7 +486,14 @@ impl Tables {
     }
 
     /// The run at the start of `clusters`, all of whose entries are in the slice `bytes` at `key`.
-    fn run_of(&self, bytes: &[u8], key: u64, clusters: Range<u64>) -> Result<(Run, u64)> {
+    /// What a table that is not `own` maps may not be written in place.
+    fn run_of(
+        &self,
+        bytes: &[u8],
+        key: u64,
+        clusters: Range<u64>,
+        own: bool,
+    ) -> Result<(Run, u64)> {
         let size = self.geometry.l2_entry_size();
         let start = (clusters.start * size % bytes.len() as u64) as usize;
         let mut entries = bytes[start..]
@@ -475,10 +524,11 @@ impl Tables {
                 let count = 1 + rest
                     .take_while(|(i, e)| *e == Ok(L2Entry::Data { cluster: next(*i), copied }))
                     .count() as u64;
+                let run = Run::Data { first: cluster, copied: copied && own };
                 match self.metadata.first_in(cluster, count) {
                     Some(bad) if bad == cluster => Err(self.points_to_metadata(bad, first_offset)),
-                    Some(bad) => Ok((Run::Data { first: cluster, copied }, bad.0 - cluster.0)),
-                    None => Ok((Run::Data { first: cluster, copied }, count)),
+                    Some(bad) => Ok((run, bad.0 - cluster.0)),
+                    None => Ok((run, count)),
                 }
             }
             L2Entry::Compressed { offset, length } => {

@@ -1,0 +1,246 @@
+//! Backing files: which file a name inside an image may lead to, and who uses it.
+//!
+//! A name inside an image is not trusted. It is opened only beneath the image directory or a
+//! directory that was allowed on the command line, through no symbolic link and into no other
+//! mount (so never into our own), a regular file only, read-only, and as what the image says that
+//! it is: nothing is probed. Protocols (`nbd:`, `json:`) are not names of files.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::host::{self, HostId, Root};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Backing, BackingFile, Image, Options, RawBacking};
+use crate::storage::HostFile;
+use crate::storage::image_lock::{self, Access};
+
+/// The longest chain that is followed.
+const MAX_DEPTH: usize = 64;
+
+/// The directories that backing files may lie in, and the files that are in use as such.
+pub(super) struct Chains {
+    /// By their real paths, the image directory first.
+    roots: Vec<(PathBuf, Root)>,
+    users: Arc<Users>,
+}
+
+/// By whom each backing file is used: the names of open images.
+type Users = Mutex<HashMap<HostId, Vec<PathBuf>>>;
+
+/// An image's backing file with all that is behind it, open and held against writers.
+pub(super) struct Chain {
+    /// What the image reads where it has nothing of its own.
+    pub(super) backing: Arc<dyn Backing>,
+    /// Counts the files out when the image is closed.
+    _uses: Uses,
+}
+
+struct Uses {
+    users: Arc<Users>,
+    user: PathBuf,
+    files: Vec<HostId>,
+}
+
+impl Uses {
+    fn add(&mut self, id: HostId) {
+        self.files.push(id);
+        self.users.lock().entry(id).or_default().push(self.user.clone());
+    }
+}
+
+impl Drop for Uses {
+    fn drop(&mut self) {
+        let mut users = self.users.lock();
+        for id in &self.files {
+            if let Some(names) = users.get_mut(id) {
+                if let Some(at) = names.iter().position(|name| *name == self.user) {
+                    names.swap_remove(at);
+                }
+                if names.is_empty() {
+                    users.remove(id);
+                }
+            }
+        }
+    }
+}
+
+impl Chains {
+    /// Files may lie beneath `source` and the `allowed` directories.
+    ///
+    /// # Errors
+    /// Those of the host for a directory that cannot be opened.
+    pub(super) fn new(source: &Path, allowed: &[PathBuf]) -> Result<Chains> {
+        let open = |directory: &Path| {
+            let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
+            let path = directory.canonicalize().map_err(failed)?;
+            let root = Root::open(&path).map_err(failed)?;
+            Ok((path, root))
+        };
+        let directories = std::iter::once(source).chain(allowed.iter().map(PathBuf::as_path));
+        let roots = directories.map(open).collect::<Result<Vec<_>>>()?;
+        Ok(Chains { roots, users: Arc::default() })
+    }
+
+    /// The name of an open image that uses this file as its backing file.
+    pub(super) fn user_of(&self, id: HostId) -> Option<PathBuf> {
+        self.users.lock().get(&id)?.first().cloned()
+    }
+
+    /// Opens what the image at `path` (beneath the image directory), open as `file`, is based on;
+    /// `None` when it stands alone.
+    ///
+    /// # Errors
+    /// `Unsupported` for a name that may not be followed or a format that is not said; `InUse`
+    /// when somebody writes to a file of the chain; `Corrupt` for a chain that leads back to
+    /// itself; those of [`Image::open`] and of the host.
+    pub(super) fn open(
+        &self,
+        path: &Path,
+        file: &HostFile,
+        options: &Options,
+    ) -> Result<Option<Chain>> {
+        let Some(needed) = Image::summarize(file)?.backing else { return Ok(None) };
+        let metadata =
+            file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
+        let mut seen = vec![HostId::of(&metadata)];
+        let mut uses =
+            Uses { users: Arc::clone(&self.users), user: path.to_owned(), files: Vec::new() };
+        let image = self.roots.first().map_or_else(|| path.to_owned(), |(root, _)| root.join(path));
+        let backing = self.follow(&image, &needed, options, &mut seen, &mut uses)?;
+        Ok(Some(Chain { backing, _uses: uses }))
+    }
+
+    /// Opens the backing file that `image` (a whole path) needs, and those behind it.
+    fn follow(
+        &self,
+        image: &Path,
+        needed: &BackingFile,
+        options: &Options,
+        seen: &mut Vec<HostId>,
+        uses: &mut Uses,
+    ) -> Result<Arc<dyn Backing>> {
+        let name = String::from_utf8_lossy(&needed.name).escape_debug().to_string();
+        let in_file = |e: Error| e.context(format!("backing file {name}"));
+        if seen.len() > MAX_DEPTH {
+            return Err(in_file(unsupported(format!(
+                "the chain is longer than {MAX_DEPTH} files"
+            ))));
+        }
+        let path = whole_path(image, &needed.name).map_err(in_file)?;
+        let file = self.open_file(&path).map_err(in_file)?;
+        let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
+        let id = HostId::of(&metadata);
+        if !metadata.is_file() {
+            return Err(in_file(unsupported("it is not a regular file")));
+        }
+        if seen.contains(&id) {
+            return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
+        }
+        seen.push(id);
+        image_lock::acquire(&file, None, Access::Read).map_err(in_file)?;
+        uses.add(id);
+        let file = Arc::new(HostFile::new(file));
+        match needed.format.as_deref() {
+            Some("raw") => Ok(Arc::new(RawBacking::new(file).map_err(in_file)?)),
+            Some("qcow2") => {
+                let behind = match Image::summarize(&*file).map_err(in_file)?.backing {
+                    Some(next) => Some(self.follow(&path, &next, options, seen, uses)?),
+                    None => None,
+                };
+                let options = Options { writable: false, ..options.clone() };
+                Ok(Image::open_over(file, &options, behind).map_err(in_file)?)
+            }
+            Some(other) => {
+                let other = other.escape_debug();
+                Err(in_file(unsupported(format!(
+                    "its format {other} is not served; raw and qcow2 are"
+                ))))
+            }
+            None => Err(in_file(unsupported(format!(
+                "its format is not recorded and is never guessed: `qemu-img rebase -u -b {name} \
+                 -F FORMAT {}` records it",
+                image.display()
+            )))),
+        }
+    }
+
+    /// Opens a file for reading if it lies where it may.
+    fn open_file(&self, path: &Path) -> Result<File> {
+        let found = self.roots.iter().find_map(|(root, directory)| {
+            path.strip_prefix(root).ok().map(|rest| (directory, rest))
+        });
+        let Some((directory, rest)) = found else {
+            let parent = path.parent().unwrap_or(path).display();
+            return Err(unsupported(format!(
+                "it lies outside the image directory: mount with `--allow {parent}` to trust it"
+            )));
+        };
+        directory
+            .place_in_same_mount(rest)
+            .and_then(|place| {
+                // Not opened if it is something else: opening a FIFO or a device does something.
+                if !place.metadata()?.is_file() {
+                    return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+                }
+                host::open_file(&place, false)
+            })
+            .map_err(|e| Error::io(format!("opening {}", path.display()), e))
+    }
+}
+
+/// The whole path that `name` means inside the file at `image`, `.` and `..` resolved by name: no
+/// symbolic link is followed later, so that is what they mean.
+fn whole_path(image: &Path, name: &[u8]) -> Result<PathBuf> {
+    let before_slash = name.split(|byte| *byte == b'/').next().unwrap_or_default();
+    if before_slash.contains(&b':') {
+        return Err(unsupported("it is named by a protocol, which is never followed"));
+    }
+    if name.is_empty() || name.contains(&0) {
+        return Err(Error::corrupt("it has no name"));
+    }
+    let name = Path::new(std::ffi::OsStr::from_bytes(name));
+    let mut path = PathBuf::new();
+    for part in image.parent().unwrap_or(Path::new("/")).join(name).components() {
+        match part {
+            Component::ParentDir => {
+                path.pop();
+            }
+            Component::CurDir => {}
+            other => path.push(other),
+        }
+    }
+    Ok(path)
+}
+
+fn unsupported(why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_mean_what_they_say_beside_the_image_that_holds_them() {
+        let at = |name: &str| whole_path(Path::new("/images/a/top.qcow2"), name.as_bytes());
+        for (name, path) in [
+            ("base.qcow2", "/images/a/base.qcow2"),
+            ("../base.raw", "/images/base.raw"),
+            ("./b/../c.raw", "/images/a/c.raw"),
+            ("/other/base.raw", "/other/base.raw"),
+            ("../../../../etc/shadow", "/etc/shadow"),
+            ("dir/with:colon", "/images/a/dir/with:colon"),
+        ] {
+            assert_eq!(at(name).unwrap(), Path::new(path), "{name}");
+        }
+        for name in ["nbd:localhost:1", "json:{\"file\":\"/etc/shadow\"}", "file:base", "", "a\0b"]
+        {
+            assert!(at(name).is_err(), "{name:?}");
+        }
+    }
+}

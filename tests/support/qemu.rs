@@ -1,0 +1,146 @@
+//! QEMU's own tools: they make the images and judge what became of them.
+
+use std::fmt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use super::rng::Rng;
+
+/// What an image is made with.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// 2 or 3.
+    pub version: u32,
+    pub cluster_bits: u32,
+    /// 1 to 64; 16 in version 2.
+    pub refcount_bits: u32,
+    /// Bytes of the virtual disk, a multiple of 512.
+    pub size: u64,
+    /// QEMU's word for what is allocated at once.
+    pub preallocation: &'static str,
+    pub lazy_refcounts: bool,
+}
+
+impl Shape {
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Any shape, of a few to a hundred clusters but not above `most` bytes; the virtual size is
+    /// often no multiple of the cluster size.
+    pub fn random(rng: &mut Rng, most: u64) -> Self {
+        let cluster_bits = rng.within(9..22) as u32;
+        let version = if rng.one_in(4) { 2 } else { 3 };
+        let refcount_bits = if version == 2 { 16 } else { 1 << rng.within(0..7) };
+        let cluster_size = 1 << cluster_bits;
+        let longest = (most / cluster_size).clamp(2, 100);
+        let clusters = rng.within(1..longest + 1);
+        let partial = if rng.one_in(2) { rng.within(0..cluster_size / 512) * 512 } else { 0 };
+        let size = (clusters * cluster_size - partial).max(512);
+        let preallocation = match rng.within(0..8) {
+            0 => "metadata",
+            1 => "falloc",
+            2 => "full",
+            _ => "off",
+        };
+        let lazy_refcounts = version == 3 && rng.one_in(8);
+        Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts }
+    }
+
+    /// Makes the image at `path`.
+    pub fn create(&self, path: &Path) {
+        run(Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-o", &self.to_string()])
+            .arg(path)
+            .arg(self.size.to_string()));
+    }
+}
+
+/// As options for `qemu-img create -o`.
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let compat = if self.version == 2 { "0.10" } else { "1.1" };
+        write!(f, "compat={compat},cluster_size={}", self.cluster_size())?;
+        write!(f, ",refcount_bits={},preallocation={}", self.refcount_bits, self.preallocation)?;
+        if self.lazy_refcounts {
+            write!(f, ",lazy_refcounts=on")?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a tool that must succeed.
+#[track_caller]
+pub fn run(command: &mut Command) -> String {
+    let output = finish(command);
+    let text = text(&output);
+    assert!(output.status.success(), "{command:?}: {}\n{text}", output.status);
+    text
+}
+
+fn finish(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (&output.stdout, &output.stderr);
+    format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
+}
+
+/// Neither corruption nor a leak.
+#[track_caller]
+pub fn assert_clean(path: &Path) {
+    let output = finish(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(path));
+    let complaint = text(&output);
+    assert_eq!(output.status.code(), Some(0), "qemu-img check {path:?}:\n{complaint}");
+}
+
+/// No corruption; leaks may be there. The error is what qemu-img says.
+pub fn check_allowing_leaks(path: &Path) -> Result<(), String> {
+    let output = finish(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(path));
+    match output.status.code() {
+        Some(0 | 3) => Ok(()),
+        _ => Err(text(&output)),
+    }
+}
+
+/// QEMU reads from the image exactly what `expected` holds, and sees the same size.
+#[track_caller]
+pub fn assert_same(path: &Path, expected: &[u8]) {
+    let raw = path.with_extension("expected");
+    std::fs::write(&raw, expected).unwrap();
+    run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "qcow2"]).arg(&raw).arg(path));
+    std::fs::remove_file(&raw).unwrap();
+    // Without strict mode, which also compares what is allocated, zeros at the end are no
+    // difference.
+    let info = run(Command::new("qemu-img").args(["info", "--output=json"]).arg(path));
+    let size = format!("\"virtual-size\": {},", expected.len());
+    assert!(info.contains(&size), "not {} bytes: {info}", expected.len());
+}
+
+/// The contents of the image as QEMU reads them; of snapshot `snapshot` where one is named.
+pub fn contents(path: &Path, snapshot: Option<&str>) -> Vec<u8> {
+    let raw = path.with_extension("converted");
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", "qcow2", "-O", "raw"]);
+    if let Some(name) = snapshot {
+        command.args(["-l", &format!("snapshot.name={name}")]);
+    }
+    run(command.arg(path).arg(&raw));
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(&raw).unwrap();
+    bytes
+}
+
+/// Has qemu-io do `commands` on the image.
+#[track_caller]
+pub fn io(path: &Path, commands: &[String]) {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "qcow2", "-d", "unmap"]);
+    for line in commands {
+        command.args(["-c", line]);
+    }
+    let said = run(command.arg(path));
+    let failed = ["failed", "error", "not supported", "Pattern verification"];
+    assert!(!failed.iter().any(|word| said.contains(word)), "qemu-io {commands:?}:\n{said}");
+}
