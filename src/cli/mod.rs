@@ -6,7 +6,7 @@ use std::path::Path;
 use clap::{Parser, Subcommand};
 
 mod busy;
-mod check;
+pub mod check;
 mod daemon;
 mod logging;
 mod mount;

@@ -106,6 +106,8 @@ struct Writer {
     flush: flush::FlushLock,
     features: Mutex<open::Features>,
     has_snapshots: bool,
+    /// Nothing is mapped past the end of the disk, on disk neither: it can grow without more ado.
+    clear_past_end: AtomicBool,
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,

@@ -137,6 +137,7 @@ impl Image {
                     compatible: header.compatible_features,
                     autoclear: header.autoclear_features,
                 }),
+                clear_past_end: AtomicBool::new(false),
                 has_snapshots: header.snapshot_count > 0,
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),

@@ -8,7 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster, MAX_L1_BYTES, Patch};
 
 impl Image {
-    /// Changes the virtual size to `size` bytes, durably; growing adds zeros, shrinking cuts.
+    /// Changes the virtual size to `size` bytes; growing adds zeros and is durable after the next
+    /// flush, shrinking cuts and is durable at once.
     ///
     /// # Errors
     /// `Invalid` for a size that is no multiple of 512, `TooBig` past the largest L1 table,
@@ -55,19 +56,37 @@ impl Image {
     }
 
     /// Adds `added`. The flush lock is held.
+    ///
+    /// Who writes a file from its start makes it grow with every write. So what must be durable
+    /// before the disk is larger is done once, for all that lies past the end, and the new size
+    /// itself becomes durable with the next flush, like the data written there.
     fn grow(&self, writer: &Writer, added: Range<u64>) -> Result<()> {
-        // The new size counts for others when all of it is durable; until then nobody gets there.
-        let _guard = self.locks.exclusive(self.geometry.guest_clusters(&added));
+        let _guard = self.locks.exclusive(added.start >> self.geometry.cluster_bits()..u64::MAX);
         let entries = self.geometry.l1_entries_for(added.end);
         if entries > self.tables.l1_entries() as u64 {
             self.grow_l1(writer, entries as u32)?;
         }
-        // Whatever there may be past the end (the rest of the last cluster, the state of a virtual
-        // machine, a backing file that is longer) does not become part of the disk.
-        self.clear_held(writer, added.start..added.end.next_multiple_of(self.cluster_size()))?;
-        self.flush_held(writer)?;
-        self.patch_header(writer, &Header::patch_size(added.end))?;
+        if !writer.clear_past_end.load(Ordering::Acquire) {
+            self.clear_past_end(writer, &added)?;
+        }
+        self.write_header(&Header::patch_size(added.end))?;
+        self.mark_unsynced();
         self.size.store(added.end, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whatever there may be past the end (the rest of the last cluster, the state of a virtual
+    /// machine, a backing file that is longer) does not become part of the disk.
+    fn clear_past_end(&self, writer: &Writer, added: &Range<u64>) -> Result<()> {
+        let mapped = self.tables.l1_entries() as u64 * self.geometry.l2_entries();
+        let mapped_end = mapped.saturating_mul(self.cluster_size());
+        // In version 2 hiding a backing file takes clusters: no more of it than needed.
+        let hides_little = self.geometry.version() < 3 && self.is_backed(added.end);
+        let end = if hides_little { self.cluster_end(added.end) } else { mapped_end };
+        self.clear_held(writer, added.start..end)?;
+        self.flush_held(writer)?;
+        let is_all = !hides_little && self.backed_clusters() <= mapped;
+        writer.clear_past_end.store(is_all, Ordering::Release);
         Ok(())
     }
 
@@ -95,13 +114,18 @@ impl Image {
         Ok(())
     }
 
-    /// Writes a part of the header, durably. Where that fails what is on disk is not known.
+    /// Writes a part of the header, durably.
     fn patch_header(&self, writer: &Writer, patch: &Patch) -> Result<()> {
+        self.write_header(patch)?;
+        self.sync(writer)
+    }
+
+    /// Writes a part of the header. Where that fails what is on disk is not known.
+    fn write_header(&self, patch: &Patch) -> Result<()> {
         self.storage.write_at(&patch.bytes, patch.offset.0).map_err(|e| {
             let error = Error::io(format!("writing the header at {}", patch.offset), e);
             self.health.latch_unknown(&error.to_string());
             error
-        })?;
-        self.sync(writer)
+        })
     }
 }
