@@ -1,0 +1,297 @@
+//! Host errors: every operation of a short history on the host file fails, once or for good, as a
+//! whole or half way. The client sees that errno and no other; what was acknowledged reads back;
+//! when the fault is over, writing goes on, unless a sync failed: then what is on disk is not known,
+//! the image takes no more writes and no flush succeeds. Whatever happened, the file that is left
+//! opens, holds what the oracle allows and is not corrupt.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use qcow2fs::image::{Image, Options};
+use qcow2fs::storage::testing::{
+    FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
+};
+use qcow2fs::{Error, ErrorKind};
+use support::oracle::{After, Kind, Operation, Oracle, data};
+use support::qemu::Shape;
+use support::rng::{Rng, fresh_seed};
+use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify};
+
+/// A client of an image on a file that may fail.
+struct Client {
+    image: Arc<Image>,
+    file: Arc<FailingStorage>,
+    inner: Arc<RecordingStorage>,
+    fault: Option<Fault>,
+    oracle: Oracle,
+    next: u64,
+    sectors: u64,
+}
+
+/// The file with nothing wrong yet.
+fn begin(initial: &MemoryStorage, keep_erased: u64) -> Client {
+    let inner = Arc::new(RecordingStorage::new(initial.fork()));
+    let file = Arc::new(FailingStorage::new(inner.clone()));
+    let flush_after = Duration::from_millis(3);
+    let metadata_cache = 4096;
+    let options = Options { writable: true, keep_erased, flush_after, metadata_cache };
+    let image = Image::open(file.clone(), &options).unwrap();
+    let sectors = image.virtual_size() / SECTOR;
+    Client { image, file, inner, fault: None, oracle: Oracle::new(sectors), next: 1, sectors }
+}
+
+impl Client {
+    /// Does an operation; a failure must be the fault's.
+    fn act(
+        &mut self,
+        operation: Operation,
+        act: impl FnOnce(&Image, u64) -> qcow2fs::Result<()>,
+    ) -> qcow2fs::Result<()> {
+        let number = self.next;
+        self.next += 1;
+        let struck_before = self.sync_failed();
+        self.oracle.begin(number, &operation);
+        let result = act(&self.image, number);
+        match &result {
+            Ok(()) if operation.kind == Kind::Flush && struck_before => {
+                panic!("a flush succeeded after a sync had failed");
+            }
+            Ok(()) => self.oracle.succeed(number, &operation),
+            Err(e) => self.assert_expected(e),
+        }
+        result
+    }
+
+    fn assert_expected(&self, error: &Error) {
+        let errno = self.fault.as_ref().map(|fault| fault.errno);
+        let struck = !self.file.strikes().is_empty();
+        let expected = struck && Some(error.errno()) == errno;
+        let latched = struck && matches!(error.errno(), libc::EROFS | libc::EIO) && self.latched();
+        assert!(expected || latched, "{error} ({:?}) with {:?}", error.kind(), self.fault);
+    }
+
+    fn latched(&self) -> bool {
+        !self.image.is_writable()
+    }
+
+    fn sync_failed(&self) -> bool {
+        self.file.strikes().iter().any(|strike| strike.operation == Host::Sync)
+    }
+
+    fn write(&mut self, sectors: std::ops::Range<u64>) -> qcow2fs::Result<()> {
+        let operation = Operation { kind: Kind::Write, sectors: sectors.clone() };
+        self.act(operation, |image, number| {
+            image.write(sectors.start * SECTOR, &data(number, sectors))
+        })
+    }
+
+    fn clear(&mut self, sectors: std::ops::Range<u64>, discard: bool) -> qcow2fs::Result<()> {
+        let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
+        self.act(Operation { kind: Kind::Zero, sectors }, |image, _| match discard {
+            true => image.discard(bytes),
+            false => image.write_zeroes(bytes),
+        })
+    }
+
+    fn flush(&mut self) -> qcow2fs::Result<()> {
+        self.act(Operation { kind: Kind::Flush, sectors: 0..0 }, |image, _| image.flush())
+    }
+
+    fn close(&mut self) -> qcow2fs::Result<()> {
+        let was_bad = self.latched();
+        self.act(Operation { kind: Kind::Flush, sectors: 0..0 }, |image, _| {
+            // An image that is latched and has nothing left to write closes without an error.
+            match image.close() {
+                Ok(()) if was_bad => Err(Error::new(ErrorKind::ReadOnly, "closed as it was")),
+                other => other,
+            }
+        })
+    }
+
+    /// A short history that a seed fixes; errors are as they come.
+    fn run(&mut self, seed: u64) {
+        let mut rng = Rng::new(seed);
+        for _ in 0..rng.within(8..30) {
+            let start = rng.within(0..self.sectors);
+            let longest = *rng.pick(&[2, 20, self.sectors]);
+            let sectors = start..(start + rng.within(1..longest + 1)).min(self.sectors);
+            let _seen = match rng.within(0..10) {
+                0..5 => self.write(sectors),
+                5 => self.clear(sectors, false),
+                6 | 7 => self.clear(sectors, true),
+                8 => self.flush(),
+                _ if rng.one_in(2) => {
+                    let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
+                    self.image.preallocate(bytes).inspect_err(|e| self.assert_expected(e))
+                }
+                _ => {
+                    std::thread::sleep(Duration::from_millis(6));
+                    Ok(())
+                }
+            };
+        }
+    }
+
+    /// Everything reads as what was acknowledged, or as what failed later.
+    fn assert_reads(&self) {
+        let mut disk = vec![0xee; (self.sectors * SECTOR) as usize];
+        self.image.read(0, &mut disk).unwrap();
+        self.oracle.check(&disk, 0, After::Running).unwrap();
+    }
+
+    /// What has to hold when the fault is over.
+    fn assert_recovers(&mut self) {
+        self.file.disarm();
+        self.assert_reads();
+        let strikes = self.file.strikes();
+        if self.sync_failed() {
+            let error = self.write(0..1).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ReadOnly, "after a failed sync: {error}");
+            assert!(self.flush().is_err(), "after a failed sync a flush succeeded");
+            self.assert_reads();
+        } else if self.latched() {
+            // A header write that failed leaves it unknown what is on disk, too.
+            let reason = self.image.status().unwrap().health;
+            assert!(
+                reason.contains("header") || reason.contains("linking"),
+                "{strikes:?}: {reason}"
+            );
+        } else {
+            self.write(0..self.sectors).unwrap();
+            self.clear(1..2, true).unwrap();
+            self.flush().unwrap();
+            self.assert_reads();
+        }
+    }
+
+    /// A crash now, the fault's traces still fresh, leaves a sound file too.
+    fn assert_sound_after_crash(&self, rng: &mut Rng) {
+        let mut replay = self.inner.replay();
+        while replay.step().unwrap().is_some() {}
+        let fates = [Fate::Kept, Fate::Lost];
+        self.assert_sound_file(replay.crash(|_| Fate::Kept).unwrap());
+        self.assert_sound_file(replay.crash(|_| Fate::Lost).unwrap());
+        for _ in 0..6 {
+            self.assert_sound_file(replay.crash(|_| *rng.pick(&fates)).unwrap());
+        }
+    }
+
+    /// What is left of the image must be sound and hold what it may.
+    fn assert_sound_file(&self, file: MemoryStorage) {
+        let file = Arc::new(file);
+        verify(&*file).unwrap();
+        let image = open_read_only(file).unwrap();
+        let mut disk = vec![0xee; (self.sectors * SECTOR) as usize];
+        image.read(0, &mut disk).unwrap();
+        self.oracle.check(&disk, 0, After::Crash).unwrap();
+    }
+}
+
+/// Says which fault it was when something is not as it should be.
+struct Scene {
+    seed: u64,
+    fault: Fault,
+    shape: Shape,
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Scene { seed, fault, shape } = self;
+            eprintln!("with QCOW2FS_SEED={seed}, {shape} {} bytes: {fault:?}", shape.size);
+        }
+    }
+}
+
+/// One history with one fault. Whether the fault happened.
+fn suffer(initial: &MemoryStorage, keep_erased: u64, scene: Scene, recover_first: bool) -> bool {
+    let mut client = begin(initial, keep_erased);
+    client.fault = Some(scene.fault.clone());
+    client.file.arm(scene.fault.clone());
+    client.run(scene.seed);
+    client.assert_sound_after_crash(&mut Rng::new(scene.seed ^ scene.fault.after));
+    if recover_first {
+        client.assert_recovers();
+    }
+    let _may_fail = client.close();
+    client.assert_sound_after_crash(&mut Rng::new(scene.seed ^ scene.fault.after));
+    client.assert_sound_file(client.inner.current().fork());
+    !client.file.strikes().is_empty()
+}
+
+/// Every operation of `kinds` fails in turn, in each of the ways; for `seconds` at most.
+fn fail_each(name: &str, kinds: &[Host], shapes: &[(u32, u32, u64)], seconds: u64) {
+    let first = setting("QCOW2FS_SEED").unwrap_or_else(fresh_seed);
+    let limit = Duration::from_secs(setting("QCOW2FS_MODEL_SECONDS").unwrap_or(seconds));
+    let started = std::time::Instant::now();
+    let (mut runs, mut struck) = (0u64, 0u64);
+    let mut seed = first;
+    while started.elapsed() < limit {
+        for &(cluster_bits, refcount_bits, size) in shapes {
+            let (preallocation, lazy_refcounts, version) = ("off", false, 3);
+            let shape =
+                Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
+            let directory = scratch();
+            let path = directory.path().join("disk.qcow2");
+            shape.create(&path);
+            let initial = MemoryStorage::new(std::fs::read(&path).unwrap());
+            for keep_erased in [0, 16 << 10] {
+                let mut after = 0;
+                // Until no such operation is left to fail.
+                loop {
+                    let mut any = false;
+                    for (errno, lasting, short, recover_first) in [
+                        (libc::EIO, false, false, true),
+                        (libc::ENOSPC, false, true, true),
+                        (libc::EDQUOT, true, false, true),
+                        (libc::EIO, true, true, false),
+                    ] {
+                        let on = kinds.to_vec();
+                        let fault = Fault { on, after, lasting, errno, short };
+                        let scene = Scene { seed, fault, shape: shape.clone() };
+                        let _watchdog = Watchdog::new(format!("{name}, seed {seed}"), 60);
+                        any |= suffer(&initial, keep_erased, scene, recover_first);
+                        runs += 1;
+                    }
+                    struck += u64::from(any);
+                    if !any || started.elapsed() > limit {
+                        break;
+                    }
+                    after += 1;
+                }
+            }
+        }
+        seed += 1;
+    }
+    println!("{name}: {runs} histories, {struck} places, seeds {first}..{seed}");
+    assert!(struck > 0, "nothing ever failed");
+}
+
+const SHAPES: [(u32, u32, u64); 3] = [(9, 64, 100 << 10), (12, 16, 200 << 10), (16, 1, 400 << 10)];
+
+#[test]
+fn a_failed_change_is_reported_and_leaves_the_image_sound() {
+    let kinds = [Host::Write, Host::SetLen, Host::Punch, Host::Zero, Host::Allocate];
+    fail_each("failed changes", &kinds, &SHAPES, 10);
+}
+
+#[test]
+fn a_failed_sync_ends_all_writing() {
+    fail_each("failed syncs", &[Host::Sync], &SHAPES, 8);
+}
+
+#[test]
+fn a_failed_read_is_reported_and_leaves_the_image_sound() {
+    fail_each("failed reads", &[Host::Read], &SHAPES, 8);
+}
+
+#[test]
+fn any_failure_leaves_the_image_sound() {
+    let mut kinds = Host::CHANGES.to_vec();
+    kinds.push(Host::Read);
+    fail_each("any failure", &kinds, &SHAPES, 8);
+}
