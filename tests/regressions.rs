@@ -436,3 +436,20 @@ fn a_write_that_a_cut_overtakes_leaves_nothing_past_the_end() {
     assert_eq!(read, [0; 512]);
     image.close().unwrap();
 }
+
+/// A host that cannot read for a moment says nothing about the image.
+#[test]
+fn an_image_whose_snapshots_cannot_be_read_is_not_marked_as_corrupt() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, created(&[])).unwrap();
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(&path).status();
+    assert!(taken.unwrap().success());
+    let bytes = std::fs::read(&path).unwrap();
+    let snapshots = be64(&bytes, 64);
+
+    let storage = Probe::new(bytes.clone());
+    *storage.cannot_read.lock().unwrap() = snapshots..snapshots + 1;
+    assert!(Image::open(storage.clone(), &quiet()).is_err());
+    assert!(storage.memory.contents() == bytes, "the image was changed");
+}
