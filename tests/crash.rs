@@ -38,7 +38,10 @@ struct Clients {
     /// What each operation number is.
     operations: Mutex<HashMap<u64, Operation>>,
     next: AtomicU64,
-    sectors: u64,
+    sectors: AtomicU64,
+    may_resize: bool,
+    /// The disk does not grow past so many sectors.
+    most: u64,
     /// Sectors are dealt to the clients in pieces of so many.
     piece: u64,
     clients: u64,
@@ -71,6 +74,7 @@ impl Clients {
                 }),
                 78..81 => image.preallocate(bytes).unwrap(),
                 81..90 => self.flush(),
+                90..94 if self.may_resize => self.resize(&mut rng),
                 _ => thread::sleep(Duration::from_millis(rng.within(0..6))),
             }
         }
@@ -78,16 +82,25 @@ impl Clients {
 
     /// Consecutive sectors that belong to `client`; all of the disk does when there is only one.
     fn own_sectors(&self, client: u64, rng: &mut Rng) -> std::ops::Range<u64> {
+        let sectors = self.sectors.load(Ordering::Relaxed);
         if self.clients == 1 {
-            let start = rng.within(0..self.sectors);
-            let longest = if rng.one_in(10) { self.sectors } else { 2 * self.piece };
-            return start..(start + rng.within(1..longest + 1)).min(self.sectors);
+            let start = rng.within(0..sectors);
+            let longest = if rng.one_in(10) { sectors } else { 2 * self.piece };
+            return start..(start + rng.within(1..longest + 1)).min(sectors);
         }
-        let rounds = (self.sectors / (self.piece * self.clients)).max(1);
+        let rounds = (sectors / (self.piece * self.clients)).max(1);
         let piece = rng.within(0..rounds) * self.clients + client;
         let start = piece * self.piece + rng.within(0..self.piece);
         let end = (piece + 1) * self.piece;
         start..if rng.one_in(2) { end } else { rng.within(start + 1..end + 1) }
+    }
+
+    fn resize(&self, rng: &mut Rng) {
+        let old = self.sectors.load(Ordering::Relaxed);
+        let new = rng.within(1..self.most + 1);
+        let operation = Operation { kind: Kind::Resize(new), sectors: old.min(new)..old.max(new) };
+        self.act(operation, |_| self.image.resize(new * SECTOR));
+        self.sectors.store(new, Ordering::Relaxed);
     }
 
     fn flush(&self) {
@@ -101,7 +114,6 @@ struct Recorded<'a> {
     made: &'a Made,
     storage: Arc<RecordingStorage>,
     operations: HashMap<u64, Operation>,
-    sectors: u64,
 }
 
 fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
@@ -117,7 +129,9 @@ fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
         storage: storage.clone(),
         operations: Mutex::default(),
         next: AtomicU64::new(1),
-        sectors,
+        may_resize: clients == 1 && !(made.shape.version == 2 && made.has_snapshots()),
+        sectors: AtomicU64::new(sectors),
+        most: sectors * 2,
         piece,
         clients,
     };
@@ -134,7 +148,7 @@ fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
     }
     let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
     clients.act(everything, |_| image.close());
-    Recorded { made, storage, operations: clients.operations.into_inner(), sectors }
+    Recorded { made, storage, operations: clients.operations.into_inner() }
 }
 
 /// One walk along a log, looking at what crashes leave.
@@ -248,7 +262,8 @@ impl Search<'_> {
         verify(&**file)?;
         let image =
             open_read_only(file.clone(), made.backing()).map_err(|e| format!("opening it: {e}"))?;
-        let mut disk = vec![0xee; (self.recorded.sectors * SECTOR) as usize];
+        self.oracle.check_size(image.virtual_size() / SECTOR)?;
+        let mut disk = vec![0xee; image.virtual_size() as usize];
         image.read(0, &mut disk).map_err(|e| format!("reading it: {e}"))?;
         self.oracle.check(&disk, 0, After::Crash)?;
         if self.tally.states.is_multiple_of(400) {
@@ -332,7 +347,7 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         let recorded = record(&made, &mut rng);
         let search = Search {
             replay: recorded.storage.replay(),
-            oracle: Oracle::new(&made.contents),
+            oracle: Oracle::new(&made.contents, made.shape.size / SECTOR * 2),
             rng,
             directory: directory.path(),
             tally: &mut tally,

@@ -43,7 +43,7 @@ fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
     let options = Options { writable: true, keep_erased, flush_after, metadata_cache };
     let image = made.open(file.clone(), &options).unwrap();
     let sectors = image.virtual_size() / SECTOR;
-    let oracle = Oracle::new(&made.contents);
+    let oracle = Oracle::new(&made.contents, sectors);
     Client { made, image, file, inner, fault: None, oracle, next: 1, sectors }
 }
 

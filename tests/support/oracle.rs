@@ -26,6 +26,8 @@ pub enum Kind {
     /// Discards or zeroes.
     Zero,
     Flush,
+    /// Cuts the disk to so many sectors or grows it; the sectors concerned are those cut or added.
+    Resize(u64),
 }
 
 /// What sector `sector` holds after operation `number` wrote it: both numbers, then words that say
@@ -88,19 +90,26 @@ pub struct Oracle {
     ranks: std::collections::HashMap<u64, u64>,
     /// Sectors with more than one version.
     unsettled: std::collections::HashSet<usize>,
+    /// The sizes of the disk since the last flush, in sectors, with the operations that set them;
+    /// the flushed one first.
+    sizes: Vec<(u64, u64)>,
 }
 
 impl Oracle {
-    /// A disk that holds `initial`, durably.
-    pub fn new(initial: &[u8]) -> Self {
+    /// A disk that holds `initial`, durably, and may grow to `most` sectors.
+    pub fn new(initial: &[u8], most: u64) -> Self {
+        let size = initial.len() as u64 / SECTOR;
+        let mut initial = initial.to_vec();
+        initial.resize((most * SECTOR) as usize, 0);
         let first = Version { number: 0, zero: false, acknowledged: true };
         Oracle {
-            initial: initial.to_vec(),
-            sectors: vec![VecDeque::from([first]); initial.len() / SECTOR as usize],
+            initial,
+            sectors: vec![VecDeque::from([first]); most as usize],
             flushes: Vec::new(),
             acknowledged: 0,
             ranks: [(0, 0)].into(),
             unsettled: Default::default(),
+            sizes: vec![(0, size)],
         }
     }
 
@@ -109,7 +118,10 @@ impl Oracle {
         if operation.kind == Kind::Flush {
             self.flushes.push((number, self.acknowledged));
         }
-        let zero = operation.kind == Kind::Zero;
+        if let Kind::Resize(size) = operation.kind {
+            self.sizes.push((number, size));
+        }
+        let zero = operation.kind != Kind::Write;
         for sector in operation.sectors.clone() {
             let version = Version { number, zero, acknowledged: false };
             self.sectors[sector as usize].push_back(version);
@@ -136,6 +148,9 @@ impl Oracle {
 
     /// What the first `rank` acknowledged operations wrote is durable.
     fn forget_before(&mut self, rank: u64) {
+        let durable = |(number, _): &(u64, u64)| self.ranks.get(number).is_some_and(|r| *r <= rank);
+        let last = self.sizes.iter().rposition(durable).unwrap_or(0);
+        self.sizes.drain(..last);
         let (sectors, ranks) = (&mut self.sectors, &self.ranks);
         self.unsettled.retain(|&sector| {
             let versions = &mut sectors[sector];
@@ -144,6 +159,14 @@ impl Oracle {
             versions.drain(..last);
             versions.len() > 1
         });
+    }
+
+    /// Whether the disk may have `sectors` sectors after a crash.
+    pub fn check_size(&self, sectors: u64) -> Result<(), String> {
+        match self.sizes.iter().any(|&(_, size)| size == sectors) {
+            true => Ok(()),
+            false => Err(format!("the disk has {sectors} sectors; allowed are {:?}", self.sizes)),
+        }
     }
 
     /// Whether every sector of `disk`, which starts with sector `first`, holds what it may. The
