@@ -123,7 +123,7 @@ fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
     let sectors = image.virtual_size() / SECTOR;
     let in_cluster = made.shape.cluster_size() / SECTOR;
     let piece = *rng.pick(&[1, 3, in_cluster, 2 * in_cluster, 5 * in_cluster]);
-    let clients = if sectors < piece * 3 { 1 } else { rng.within(1..4) };
+    let clients = if sectors < piece * 3 || rng.one_in(3) { 1 } else { rng.within(1..4) };
     let clients = Clients {
         image: image.clone(),
         storage: storage.clone(),

@@ -144,6 +144,20 @@ impl Oracle {
                 version.acknowledged |= version.number == number;
             }
         }
+        if let Kind::Resize(size) = operation.kind {
+            self.settle_cut(number, size, &operation.sectors);
+        }
+    }
+
+    /// A cut is durable when it has succeeded.
+    fn settle_cut(&mut self, number: u64, size: u64, sectors: &Range<u64>) {
+        if size != sectors.start {
+            return;
+        }
+        self.sizes.retain(|&(by, _)| by >= number);
+        for sector in sectors.clone() {
+            self.sectors[sector as usize].retain(|version| version.number >= number);
+        }
     }
 
     /// What the first `rank` acknowledged operations wrote is durable.
