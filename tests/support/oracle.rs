@@ -151,7 +151,7 @@ impl Oracle {
 
     /// A cut is durable when it has succeeded.
     fn settle_cut(&mut self, number: u64, size: u64, sectors: &Range<u64>) {
-        if size != sectors.start {
+        if sectors.is_empty() || size != sectors.start {
             return;
         }
         self.sizes.retain(|&(by, _)| by >= number);
