@@ -222,44 +222,43 @@ fn suffer(made: &Made, keep_erased: u64, scene: Scene, recover_first: bool) -> b
     !client.file.strikes().is_empty()
 }
 
+/// Cluster bits, refcount bits and size of the images.
+const SHAPES: [(u32, u32, u64); 3] = [(9, 64, 100 << 10), (12, 16, 200 << 10), (16, 1, 400 << 10)];
+
 /// Every operation of `kinds` fails in turn, in each of the ways; for `seconds` at most.
-fn fail_each(name: &str, kinds: &[Host], shapes: &[(u32, u32, u64)], seconds: u64) {
+fn fail_each(name: &str, kinds: &[Host], seconds: u64) {
     let first = setting("QCOW2FS_SEED").unwrap_or_else(fresh_seed);
     let limit = Duration::from_secs(setting("QCOW2FS_MODEL_SECONDS").unwrap_or(seconds));
     let started = std::time::Instant::now();
     let (mut runs, mut struck) = (0u64, 0u64);
     let mut seed = first;
     while started.elapsed() < limit {
-        for &(cluster_bits, refcount_bits, size) in shapes {
-            let (preallocation, lazy_refcounts, version) = ("off", false, 3);
-            let shape =
-                Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
-            let directory = scratch();
-            let made = Made::furnished(shape.clone(), directory.path(), &mut Rng::new(seed));
-            for keep_erased in [0, 16 << 10] {
-                let mut after = 0;
-                // Until no such operation is left to fail.
-                loop {
-                    let mut any = false;
-                    for (errno, lasting, short, recover_first) in [
-                        (libc::EIO, false, false, true),
-                        (libc::ENOSPC, false, true, true),
-                        (libc::EDQUOT, true, false, true),
-                        (libc::EIO, true, true, false),
-                    ] {
-                        let on = kinds.to_vec();
-                        let fault = Fault { on, after, lasting, errno, short };
-                        let scene = Scene { seed, fault, shape: shape.clone() };
-                        let _watchdog = Watchdog::new(format!("{name}, seed {seed}"), 60);
-                        any |= suffer(&made, keep_erased, scene, recover_first);
-                        runs += 1;
-                    }
-                    struck += u64::from(any);
-                    if !any || started.elapsed() > limit {
-                        break;
-                    }
-                    after += 1;
-                }
+        let mut rng = Rng::new(seed);
+        let &(cluster_bits, refcount_bits, size) = rng.pick(&SHAPES);
+        let (preallocation, lazy_refcounts, version) = ("off", false, 3);
+        let shape =
+            Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
+        let directory = scratch();
+        let made = Made::furnished(shape, directory.path(), &mut rng);
+        let keep_erased = *rng.pick(&[0, 16 << 10]);
+        for after in 0.. {
+            let mut any = false;
+            for (errno, lasting, short, recover_first) in [
+                (libc::EIO, false, false, true),
+                (libc::ENOSPC, false, true, true),
+                (libc::EDQUOT, true, false, true),
+                (libc::EIO, true, true, false),
+            ] {
+                let fault = Fault { on: kinds.to_vec(), after, lasting, errno, short };
+                let scene = Scene { seed, fault, shape: made.shape.clone() };
+                let _watchdog = Watchdog::new(format!("{name}, seed {seed}"), 60);
+                any |= suffer(&made, keep_erased, scene, recover_first);
+                runs += 1;
+            }
+            struck += u64::from(any);
+            // Until no such operation is left to fail.
+            if !any || started.elapsed() > limit {
+                break;
             }
         }
         seed += 1;
@@ -268,27 +267,25 @@ fn fail_each(name: &str, kinds: &[Host], shapes: &[(u32, u32, u64)], seconds: u6
     assert!(struck > 0, "nothing ever failed");
 }
 
-const SHAPES: [(u32, u32, u64); 3] = [(9, 64, 100 << 10), (12, 16, 200 << 10), (16, 1, 400 << 10)];
-
 #[test]
 fn a_failed_change_is_reported_and_leaves_the_image_sound() {
     let kinds = [Host::Write, Host::SetLen, Host::Punch, Host::Zero, Host::Allocate];
-    fail_each("failed changes", &kinds, &SHAPES, 10);
+    fail_each("failed changes", &kinds, 10);
 }
 
 #[test]
 fn a_failed_sync_ends_all_writing() {
-    fail_each("failed syncs", &[Host::Sync], &SHAPES, 8);
+    fail_each("failed syncs", &[Host::Sync], 8);
 }
 
 #[test]
 fn a_failed_read_is_reported_and_leaves_the_image_sound() {
-    fail_each("failed reads", &[Host::Read], &SHAPES, 8);
+    fail_each("failed reads", &[Host::Read], 8);
 }
 
 #[test]
 fn any_failure_leaves_the_image_sound() {
     let mut kinds = Host::CHANGES.to_vec();
     kinds.push(Host::Read);
-    fail_each("any failure", &kinds, &SHAPES, 8);
+    fail_each("any failure", &kinds, 8);
 }
