@@ -184,7 +184,7 @@ fn stress(name: &str, shapes: &[Shape], writers: u64, seconds: u64) {
     let rounds = 3;
     let mut held: Vec<Option<Vec<Sector>>> = shapes.iter().map(|_| None).collect();
     for (shape, path) in shapes.iter().zip(&paths) {
-        shape.create(path);
+        shape.create(path, None);
     }
     for _ in 0..rounds {
         let _watchdog = Watchdog::new(format!("{name} with QCOW2FS_SEED={seed}"), seconds + 60);
@@ -289,7 +289,7 @@ fn a_disk_is_resized_while_it_is_written() {
     let directory = scratch();
     let path = directory.path().join("disk.qcow2");
     let size = 1 << 20;
-    shape(9, 16, size).create(&path);
+    shape(9, 16, size).create(&path, None);
     let _watchdog = Watchdog::new("resizing", 60);
     let mut rng = Rng::new(support::rng::fresh_seed());
     let image = Image::open(host_file(&path), &busy(&mut rng)).unwrap();

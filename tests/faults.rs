@@ -16,13 +16,15 @@ use qcow2fs::storage::testing::{
     FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
 };
 use qcow2fs::{Error, ErrorKind};
+use support::made::Made;
 use support::oracle::{After, Kind, Operation, Oracle, data};
 use support::qemu::Shape;
 use support::rng::{Rng, fresh_seed};
 use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify};
 
 /// A client of an image on a file that may fail.
-struct Client {
+struct Client<'a> {
+    made: &'a Made,
     image: Arc<Image>,
     file: Arc<FailingStorage>,
     inner: Arc<RecordingStorage>,
@@ -33,8 +35,8 @@ struct Client {
 }
 
 /// The file with nothing wrong yet.
-fn begin(initial: &MemoryStorage, keep_erased: u64) -> Client {
-    let inner = Arc::new(RecordingStorage::new(initial.fork()));
+fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
+    let inner = Arc::new(RecordingStorage::new(made.file()));
     let file = Arc::new(FailingStorage::new(inner.clone()));
     let flush_after = Duration::from_millis(3);
     let metadata_cache = 4096;
@@ -42,12 +44,13 @@ fn begin(initial: &MemoryStorage, keep_erased: u64) -> Client {
     let return_leaks = false;
     let options =
         Options { writable: true, keep_erased, flush_after, metadata_cache, return_leaks };
-    let image = Image::open(file.clone(), &options).unwrap();
+    let image = made.open(file.clone(), &options).unwrap();
     let sectors = image.virtual_size() / SECTOR;
-    Client { image, file, inner, fault: None, oracle: Oracle::new(sectors), next: 1, sectors }
+    let oracle = Oracle::new(&made.contents, sectors);
+    Client { made, image, file, inner, fault: None, oracle, next: 1, sectors }
 }
 
-impl Client {
+impl Client<'_> {
     /// Does an operation; a failure must be the fault's.
     fn act(
         &mut self,
@@ -183,7 +186,7 @@ impl Client {
     fn assert_sound_file(&self, file: MemoryStorage) {
         let file = Arc::new(file);
         verify(&*file).unwrap();
-        let image = open_read_only(file).unwrap();
+        let image = open_read_only(file, self.made.backing()).unwrap();
         let mut disk = vec![0xee; (self.sectors * SECTOR) as usize];
         image.read(0, &mut disk).unwrap();
         self.oracle.check(&disk, 0, After::Crash).unwrap();
@@ -207,8 +210,8 @@ impl Drop for Scene {
 }
 
 /// One history with one fault. Whether the fault happened.
-fn suffer(initial: &MemoryStorage, keep_erased: u64, scene: Scene, recover_first: bool) -> bool {
-    let mut client = begin(initial, keep_erased);
+fn suffer(made: &Made, keep_erased: u64, scene: Scene, recover_first: bool) -> bool {
+    let mut client = begin(made, keep_erased);
     client.fault = Some(scene.fault.clone());
     client.file.arm(scene.fault.clone());
     client.run(scene.seed);
@@ -235,9 +238,7 @@ fn fail_each(name: &str, kinds: &[Host], shapes: &[(u32, u32, u64)], seconds: u6
             let shape =
                 Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
             let directory = scratch();
-            let path = directory.path().join("disk.qcow2");
-            shape.create(&path);
-            let initial = MemoryStorage::new(std::fs::read(&path).unwrap());
+            let made = Made::furnished(shape.clone(), directory.path(), &mut Rng::new(seed));
             for keep_erased in [0, 16 << 10] {
                 let mut after = 0;
                 // Until no such operation is left to fail.
@@ -253,7 +254,7 @@ fn fail_each(name: &str, kinds: &[Host], shapes: &[(u32, u32, u64)], seconds: u6
                         let fault = Fault { on, after, lasting, errno, short };
                         let scene = Scene { seed, fault, shape: shape.clone() };
                         let _watchdog = Watchdog::new(format!("{name}, seed {seed}"), 60);
-                        any |= suffer(&initial, keep_erased, scene, recover_first);
+                        any |= suffer(&made, keep_erased, scene, recover_first);
                         runs += 1;
                     }
                     struck += u64::from(any);

@@ -4,6 +4,7 @@
 // Every test program compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod made;
 pub mod oracle;
 pub mod qemu;
 pub mod rng;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rng::Rng;
 
-use qcow2fs::image::{Image, Options};
+use qcow2fs::image::{Backing, Image, Options};
 use qcow2fs::storage::{HostFile, Storage};
 
 /// Bytes in a sector.
@@ -51,8 +52,11 @@ pub fn busy(rng: &mut Rng) -> Options {
 }
 
 /// Opens for reading.
-pub fn open_read_only(storage: Arc<dyn Storage>) -> qcow2fs::Result<Arc<Image>> {
-    Image::open(storage, &Options { writable: false, ..Options::default() })
+pub fn open_read_only(
+    storage: Arc<dyn Storage>,
+    backing: Option<Arc<dyn Backing>>,
+) -> qcow2fs::Result<Arc<Image>> {
+    Image::open_over(storage, &Options { writable: false, ..Options::default() }, backing)
 }
 
 /// No corruption, as far as this project's verifier can tell; leaks may be there.
