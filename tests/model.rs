@@ -1,5 +1,7 @@
 //! Random histories against a vector of bytes: whatever a client does to a disk, the disk reads
-//! what the vector holds, through us and through QEMU, and QEMU finds the image sound.
+//! what the vector holds, through us and through QEMU, and QEMU finds the image sound. Disks of any
+//! shape, also such as lie on backing files, have compressed clusters, or share clusters with
+//! snapshots that QEMU takes, deletes and returns to in between.
 //!
 //! `QCOW2FS_SEED` repeats one history, `QCOW2FS_MODEL_SECONDS` and `QCOW2FS_MODEL_STEPS` make the
 //! search longer.
@@ -14,17 +16,32 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qcow2fs::ErrorKind;
-use qcow2fs::image::Image;
+use qcow2fs::image::{Image, Options};
+use support::layers::{Chain, compression, plausible_disk, random_changes};
 use support::qemu::{self, Shape};
 use support::rng::Rng;
-use support::{busy, difference, for_seeds, host_file, scratch, setting};
+use support::{busy, difference, fill, for_seeds, host_file, scratch, setting};
+
+/// What a disk has beside data of its own.
+#[derive(Clone, Copy, Debug, Default)]
+struct Features {
+    /// Backing files, at most so many.
+    backing: u64,
+    compression: bool,
+    snapshots: bool,
+}
 
 /// An image, what it should hold, and what to do with it next.
 struct History {
     rng: Rng,
     path: PathBuf,
+    shape: Shape,
+    features: Features,
+    chain: Option<Chain>,
     image: Arc<Image>,
     expected: Vec<u8>,
+    /// The name of each internal snapshot, and what it holds.
+    snapshots: Vec<(String, Vec<u8>)>,
     /// Sizes and offsets are often multiples of these.
     grains: [u64; 4],
     /// The disk does not grow past so many bytes.
@@ -33,16 +50,35 @@ struct History {
 }
 
 impl History {
-    fn begin(seed: u64, shape: &Shape, most: u64, directory: &Path) -> Self {
+    fn begin(seed: u64, shape: &Shape, most: u64, features: Features, directory: &Path) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed);
         let path = directory.join("disk.qcow2");
-        shape.create(&path);
-        let image = Image::open(host_file(&path), &busy(&mut rng)).unwrap();
+        let chain = match features.backing {
+            0 => None,
+            files => Some(Chain::random(&mut rng, directory, shape.size, files)),
+        };
+        let expected = make_disk(&mut rng, &path, shape, features, chain.as_ref());
+        let image = open(&path, chain.as_ref(), &busy(&mut rng));
         assert_eq!(image.virtual_size(), shape.size);
         assert_eq!(image.cluster_size(), shape.cluster_size());
         let grains = [1, 512, 4096, shape.cluster_size()];
-        let expected = vec![0; shape.size as usize];
-        History { rng, path, image, expected, grains, most, done: Vec::new() }
+        let shape = shape.clone();
+        let (snapshots, done) = (Vec::new(), Vec::new());
+        let history = History {
+            rng,
+            path,
+            shape,
+            features,
+            chain,
+            image,
+            expected,
+            snapshots,
+            grains,
+            most,
+            done,
+        };
+        history.assert_all_read();
+        history
     }
 
     fn size(&self) -> u64 {
@@ -56,6 +92,9 @@ impl History {
     }
 
     fn step(&mut self) {
+        if self.features.snapshots && self.rng.one_in(20) {
+            self.let_qemu_snapshot();
+        }
         match self.rng.within(0..100) {
             0..35 => self.write(),
             35..50 => self.read(),
@@ -85,16 +124,10 @@ impl History {
         match kind {
             0 => {}
             1 => self.scatter(&mut data),
-            _ => self.fill(&mut data),
+            _ => fill(&mut self.rng, &mut data),
         }
         self.image.write(range.start, &data).unwrap();
         self.expected[bytes(&range)].copy_from_slice(&data);
-    }
-
-    fn fill(&mut self, data: &mut [u8]) {
-        for chunk in data.chunks_mut(8) {
-            chunk.copy_from_slice(&self.rng.next().to_le_bytes()[..chunk.len()]);
-        }
     }
 
     /// Mostly zeros.
@@ -133,9 +166,15 @@ impl History {
         result.unwrap();
         let within = range.start..range.end.min(self.size());
         self.expected[bytes(&within)].fill(0);
-        if discard {
+        if discard && self.makes_holes() {
             self.assert_unmapped(&within);
         }
+    }
+
+    /// Whether what is discarded has no host cluster afterwards: version 2 must write zeros over a
+    /// backing file.
+    fn makes_holes(&self) -> bool {
+        self.chain.is_none() || self.shape.version > 2
     }
 
     /// Whole clusters within a range that was just discarded are holes.
@@ -182,6 +221,11 @@ impl History {
         let grain = *self.rng.pick(&[512, self.grains[3].min(self.most)]);
         let size = (self.rng.within(1..self.most + 1)).next_multiple_of(grain).min(self.most);
         self.note(format!("resize {:x} to {size:x}", self.size()));
+        if self.shape.version == 2 && !self.snapshots.is_empty() {
+            let error = self.image.resize(size).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            return;
+        }
         self.image.resize(size).unwrap();
         assert_eq!(self.image.virtual_size(), size);
         self.expected.resize(size as usize, 0);
@@ -197,7 +241,9 @@ impl History {
         self.note("discard everything".into());
         self.image.discard(0..self.size()).unwrap();
         self.expected.fill(0);
-        assert_eq!(self.image.next_data(0).unwrap(), None);
+        if self.makes_holes() {
+            assert_eq!(self.image.next_data(0).unwrap(), None);
+        }
     }
 
     fn close(&mut self) {
@@ -208,7 +254,7 @@ impl History {
     fn open(&mut self) {
         let options = busy(&mut self.rng);
         self.note(format!("open with {options:?}"));
-        self.image = Image::open(host_file(&self.path), &options).unwrap();
+        self.image = open(&self.path, self.chain.as_ref(), &options);
         assert_eq!(self.image.virtual_size(), self.size());
     }
 
@@ -222,28 +268,54 @@ impl History {
         self.close();
         qemu::assert_clean(&self.path);
         qemu::assert_same(&self.path, &self.expected);
+        self.assert_snapshots_keep();
         self.open();
         self.assert_all_read();
+    }
+
+    /// Each snapshot of the closed image holds what the disk held when it was taken. QEMU shows as
+    /// much of it as the disk has now.
+    fn assert_snapshots_keep(&self) {
+        for (name, disk) in &self.snapshots {
+            let found = qemu::contents(&self.path, Some(name));
+            let shown = found.len().min(disk.len());
+            if let Some(difference) = difference(&found[..shown], &disk[..shown]) {
+                panic!("snapshot {name} holds {difference}");
+            }
+        }
     }
 
     /// The other direction: QEMU writes into what we wrote, and we read it.
     fn let_qemu_write(&mut self) {
         self.close();
-        let mut commands = Vec::new();
-        for _ in 0..self.rng.within(1..12) {
-            let range = self.range();
-            let (start, length) = (range.start, range.end - range.start);
-            let byte = self.rng.within(1..256) as u8;
-            let (command, byte) = match self.rng.within(0..4) {
-                0 => (format!("write -z -u {start} {length}"), 0),
-                1 => (format!("write -z {start} {length}"), 0),
-                _ => (format!("write -P {byte} {start} {length}"), byte),
-            };
-            self.expected[bytes(&range)].fill(byte);
-            self.note(format!("qemu-io {command}"));
-            commands.push(command);
-        }
+        let compress = self.features.compression;
+        let commands = random_changes(&mut self.rng, &mut self.expected, &self.shape, compress);
+        self.note(format!("qemu-io {commands:?}"));
         qemu::io(&self.path, &commands);
+        self.open();
+        self.assert_all_read();
+    }
+
+    /// QEMU takes a snapshot of the closed image, deletes one, or returns to one.
+    fn let_qemu_snapshot(&mut self) {
+        self.close();
+        let number = self.snapshots.len();
+        let any = self.rng.within(0..number.max(1) as u64) as usize;
+        let (action, name) = match self.rng.within(0..4) {
+            0 if number > 0 => ("-d", self.snapshots.remove(any).0),
+            1 if number > 0 => {
+                self.expected.clone_from(&self.snapshots[any].1);
+                ("-a", self.snapshots[any].0.clone())
+            }
+            _ if number < 3 => {
+                let name = format!("s{}", self.done.len());
+                self.snapshots.push((name.clone(), self.expected.clone()));
+                ("-c", name)
+            }
+            _ => return self.open(),
+        };
+        self.note(format!("qemu-img snapshot {action} {name}"));
+        qemu::snapshot(&self.path, action, &name);
         self.open();
         self.assert_all_read();
     }
@@ -280,6 +352,36 @@ impl Drop for History {
     }
 }
 
+/// Makes an image at `path`; returns what it holds.
+fn make_disk(
+    rng: &mut Rng,
+    path: &Path,
+    shape: &Shape,
+    features: Features,
+    chain: Option<&Chain>,
+) -> Vec<u8> {
+    let compression = compression(rng, shape, features.compression);
+    match (chain, compression) {
+        (Some(chain), _) => {
+            shape.make(path, compression, Some(chain.top()));
+            chain.disk(shape.size)
+        }
+        (None, Some(kind)) => {
+            let disk = plausible_disk(rng, shape.size);
+            shape.convert(path, &disk, Some(kind));
+            disk
+        }
+        (None, None) => {
+            shape.create(path);
+            vec![0; shape.size as usize]
+        }
+    }
+}
+
+fn open(path: &Path, chain: Option<&Chain>, options: &Options) -> Arc<Image> {
+    Image::open_over(host_file(path), options, chain.map(Chain::open)).unwrap()
+}
+
 fn bytes(range: &Range<u64>) -> Range<usize> {
     range.start as usize..range.end as usize
 }
@@ -296,11 +398,74 @@ fn disks_of_any_shape_hold_what_was_written() {
         let shape = Shape::random(&mut rng, 16 << 20);
         println!("{seed}: {shape} {} bytes", shape.size);
         let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
-        let mut history = History::begin(seed, &shape, most, directory.path());
+        let mut history = History::begin(seed, &shape, most, Features::default(), directory.path());
         for _ in 0..steps(&mut rng) {
             history.step();
         }
         history.end();
+    });
+}
+
+/// Histories of disks with `features`.
+fn layered_disks(name: &'static str, seconds: u64, features: impl Fn(&mut Rng) -> Features) {
+    for_seeds(name, seconds, |seed| {
+        let directory = scratch();
+        let mut rng = Rng::new(seed);
+        let features = features(&mut rng);
+        let shape = layered_shape(&mut rng, features);
+        println!("{seed}: {shape} {} bytes, {features:?}", shape.size);
+        let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
+        let mut history = History::begin(seed, &shape, most, features, directory.path());
+        for _ in 0..steps(&mut rng) {
+            history.step();
+        }
+        history.end();
+    });
+}
+
+/// Shapes that QEMU makes with these features. It raises narrow refcounts too far when it takes
+/// snapshots, and preallocates neither over backing files nor when it compresses.
+fn layered_shape(rng: &mut Rng, features: Features) -> Shape {
+    let mut shape = Shape::random(rng, 8 << 20);
+    if features.snapshots {
+        shape.refcount_bits = shape.refcount_bits.max(16);
+    }
+    if features.backing > 0 || features.compression {
+        shape.preallocation = "off";
+    }
+    shape
+}
+
+#[test]
+fn overlays_hold_what_was_written() {
+    layered_disks("overlays_hold_what_was_written", 12, |_| Features {
+        backing: 4,
+        ..Features::default()
+    });
+}
+
+#[test]
+fn compressed_disks_hold_what_was_written() {
+    layered_disks("compressed_disks_hold_what_was_written", 12, |_| Features {
+        compression: true,
+        ..Features::default()
+    });
+}
+
+#[test]
+fn disks_and_their_snapshots_hold_what_was_written() {
+    layered_disks("disks_and_their_snapshots_hold_what_was_written", 12, |_| Features {
+        snapshots: true,
+        ..Features::default()
+    });
+}
+
+#[test]
+fn disks_with_everything_at_once_hold_what_was_written() {
+    layered_disks("disks_with_everything_at_once_hold_what_was_written", 20, |rng| Features {
+        backing: rng.within(0..3),
+        compression: !rng.one_in(3),
+        snapshots: !rng.one_in(3),
     });
 }
 
@@ -319,7 +484,8 @@ fn tables_of_small_clusters_grow() {
         let shape =
             Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
         println!("{seed}: {shape} {} bytes", shape.size);
-        let mut history = History::begin(seed, &shape, 2 * size, directory.path());
+        let plain = Features::default();
+        let mut history = History::begin(seed, &shape, 2 * size, plain, directory.path());
         for _ in 0..steps(&mut rng) {
             if history.rng.one_in(3) {
                 history.write_much();
@@ -335,7 +501,7 @@ impl History {
         let range = self.rng.range(self.size(), 1 << 20, &self.grains);
         self.note(format!("write {range:x?}"));
         let mut data = vec![0; (range.end - range.start) as usize];
-        self.fill(&mut data);
+        fill(&mut self.rng, &mut data);
         self.image.write(range.start, &data).unwrap();
         self.expected[bytes(&range)].copy_from_slice(&data);
     }

@@ -4,6 +4,7 @@
 // Every test program compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod layers;
 pub mod oracle;
 pub mod qemu;
 pub mod rng;
@@ -116,6 +117,13 @@ pub fn for_seeds(test: &'static str, seconds: u64, mut history: impl FnMut(u64))
         }
     }
     println!("{test}: {runs} histories from seed {first} in {:.1?}", started.elapsed());
+}
+
+/// Fills `bytes` with what nothing compresses.
+pub fn fill(rng: &mut Rng, bytes: &mut [u8]) {
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&rng.next().to_le_bytes()[..chunk.len()]);
+    }
 }
 
 /// The first place where two byte strings differ, for a message; `None` when they are the same.

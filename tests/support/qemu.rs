@@ -49,10 +49,21 @@ impl Shape {
 
     /// Makes the image at `path`.
     pub fn create(&self, path: &Path) {
-        run(Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-o", &self.to_string()])
-            .arg(path)
-            .arg(self.size.to_string()));
+        self.make(path, None, None);
+    }
+
+    /// Makes the image at `path`, for compression of a kind (`zlib`, `zstd`) and over a backing file
+    /// of a format where they are given; that file's name is recorded relative to the image.
+    pub fn make(&self, path: &Path, compression: Option<&str>, backing: Option<(&Path, &str)>) {
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2", "-o", &self.to_string()]);
+        if compression == Some("zstd") {
+            command.args(["-o", "compression_type=zstd"]);
+        }
+        if let Some((backing, format)) = backing {
+            command.arg("-b").arg(backing.file_name().unwrap()).args(["-F", format]);
+        }
+        run(command.arg(path).arg(self.size.to_string()));
     }
 }
 
@@ -116,6 +127,12 @@ pub fn assert_same(path: &Path, expected: &[u8]) {
     let info = run(Command::new("qemu-img").args(["info", "--output=json"]).arg(path));
     let size = format!("\"virtual-size\": {},", expected.len());
     assert!(info.contains(&size), "not {} bytes: {info}", expected.len());
+}
+
+/// Takes (`-c`), deletes (`-d`) or returns to (`-a`) an internal snapshot.
+#[track_caller]
+pub fn snapshot(path: &Path, action: &str, name: &str) {
+    run(Command::new("qemu-img").args(["snapshot", "-q", action, name]).arg(path));
 }
 
 /// The contents of the image as QEMU reads them; of snapshot `snapshot` where one is named.
