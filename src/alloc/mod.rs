@@ -167,14 +167,26 @@ impl Refcounts {
         let is_new = first >= state.end;
         let limit = if is_new { first + wanted } else { (first + wanted).min(state.end) };
         let mut last = first;
-        while last < limit && self.has_block(&state, last) && self.read(&mut state, last)? == 0 {
-            self.check_unused(last)?;
-            self.write(&mut state, last, 1)?;
-            last += 1;
+        while last < limit && self.has_block(&state, last) {
+            match self.take_free(&mut state, last) {
+                Ok(true) => last += 1,
+                // What comes after an error is asked for again; what came before is taken.
+                Err(e) if last == first => return Err(e),
+                Ok(false) | Err(_) => break,
+            }
         }
         state.first_free = last;
         state.end = state.end.max(last);
         Ok(Allocated { clusters: first..last, is_new })
+    }
+
+    /// Counts a cluster that has a block, if it is free; whether it was.
+    fn take_free(&self, state: &mut State, cluster: u64) -> Result<bool> {
+        if self.read(state, cluster)? != 0 {
+            return Ok(false);
+        }
+        self.check_unused(cluster)?;
+        self.write(state, cluster, 1).map(|()| true)
     }
 
     /// Takes `wanted` consecutive clusters at the end of the file.
@@ -211,26 +223,21 @@ impl Refcounts {
         Ok(())
     }
 
-    /// One more than the last cluster that is in use and not `spare`.
+    /// One more than the last cluster of the file that is in use and not `spare`.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where metadata after it is found free.
     pub fn used_end(&self, spare: impl Fn(u64) -> bool) -> Result<u64> {
-        let mut state = self.state.lock();
-        let mut end = state.end;
-        while end > 1 && (spare(end - 1) || self.read(&mut state, end - 1)? == 0) {
-            end -= 1;
-        }
-        Ok(end)
+        self.find_end(&mut self.state.lock(), spare)
     }
 
     /// Cuts the free clusters at the end of the file off; returns the bytes that it is shorter.
     ///
     /// # Errors
-    /// Host errors.
+    /// Host errors; `Corrupt` where metadata is found free.
     pub fn cut_tail(&self) -> Result<u64> {
         let mut state = self.state.lock();
-        let mut end = state.end;
-        while end > 1 && self.read(&mut state, end - 1)? == 0 {
-            end -= 1;
-        }
+        let end = self.find_end(&mut state, |_| false)?;
         let cut = self.set_file_length(end, |old, new| new < old)?;
         state.end = end;
         Ok(cut)
@@ -243,11 +250,59 @@ impl Refcounts {
         self.set_file_length(state.end, |old, new| new > old).map(|_| ())
     }
 
+    /// See [`Refcounts::used_end`].
+    fn find_end(&self, state: &mut State, spare: impl Fn(u64) -> bool) -> Result<u64> {
+        // A cluster may have been in use past the end that the file had when it was opened; being
+        // written in place it made the file longer since.
+        let file_end = state.end.max(self.geometry.clusters_for(self.file_length()?).0);
+        let end = self.last_used_before(state, file_end, spare)?.map_or(1, |last| last + 1);
+        if self.metadata.any_in(&(end..file_end)) {
+            return Err(Error::corrupt(
+                "a cluster at the end holds metadata but its refcount is 0",
+            ));
+        }
+        Ok(end)
+    }
+
+    /// The last cluster before `end` that is counted and not `spare`. What has no refcount block is
+    /// passed over as a whole.
+    fn last_used_before(
+        &self,
+        state: &mut State,
+        mut end: u64,
+        spare: impl Fn(u64) -> bool,
+    ) -> Result<Option<u64>> {
+        let (order, per_block) =
+            (self.geometry.refcount_order(), self.geometry.refcounts_per_block());
+        end = end.min(state.table.len() as u64 * per_block);
+        while end > 0 {
+            let last = end - 1;
+            let Some((key, index)) = self.locate(state, last) else {
+                end = last / per_block * per_block;
+                continue;
+            };
+            self.load(state, key)?;
+            let counts = state.cache.get(key).unwrap_or_default();
+            let first = last - index as u64;
+            let is_used =
+                |&i: &usize| refcount::get(counts, i, order) != 0 && !spare(first + i as u64);
+            if let Some(used) = (0..=index).rev().find(is_used) {
+                return Ok(Some(first + used as u64));
+            }
+            end = first;
+        }
+        Ok(None)
+    }
+
+    fn file_length(&self) -> Result<u64> {
+        self.storage.len().map_err(|e| Error::io("reading the image's length", e))
+    }
+
     /// Gives the file the length of `end` clusters where `applies` to its old length and that one;
     /// returns the bytes that it is shorter. All writes are to clusters before the end, so this
     /// cannot cut one off.
     fn set_file_length(&self, end: u64, applies: impl Fn(u64, u64) -> bool) -> Result<u64> {
-        let old = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let old = self.file_length()?;
         let new = end << self.geometry.cluster_bits();
         if !applies(old, new) {
             return Ok(0);

@@ -85,7 +85,10 @@ impl Backing for RawBacking {
 
     fn next_data(&self, offset: u64) -> Result<Option<u64>> {
         let found = self.storage.seek_data(offset);
-        found.map_err(|e| Error::io("looking for data in the raw backing file", e))
+        // Not what the file has become longer by since: `next_hole` knows nothing of that.
+        found
+            .map(|found| found.filter(|at| *at < self.size))
+            .map_err(|e| Error::io("looking for data in the raw backing file", e))
     }
 
     fn next_hole(&self, _offset: u64) -> Result<u64> {

@@ -169,6 +169,10 @@ impl Image {
     }
 
     fn settle_everything(&self, writer: &Writer) -> Result<()> {
+        if !writer.prepared.load(Ordering::Acquire) {
+            // Nobody has changed anything: the file stays as it is, whatever is at its end.
+            return Ok(());
+        }
         if !self.health.is_good() {
             return if self.needs_flush() { self.flush() } else { Ok(()) };
         }

@@ -196,7 +196,7 @@ impl Image {
         match writer.refcounts.get(table)? {
             0 => return Err(self.uncounted(table)),
             // It is ours, only the flag was missing.
-            1 => return self.tables.install_table(cluster, table, shared, LinkOrder::Any),
+            1 => return self.tables.install_table(cluster, table, shared, LinkOrder::AfterSync),
             _ => {}
         }
         let bytes = self.tables.read_table(table)?;
@@ -220,10 +220,11 @@ impl Image {
             match writer.refcounts.get(first)? {
                 0 => return Err(self.uncounted(first)),
                 1 => {
-                    // It is ours, only the flag was missing.
+                    // It is ours, only the flag was missing. On disk the refcount may still be
+                    // higher: it goes first.
                     self.ensure_table(writer, guest)?;
                     let entry = L2Entry::Data { cluster: first, copied: true };
-                    self.set_entry(guest, LinkOrder::Any, entry)?;
+                    self.set_entry(guest, LinkOrder::AfterSync, entry)?;
                     writer.recycler.note_change();
                     return self.write_host(data, self.host_offset(first, at));
                 }
@@ -244,6 +245,7 @@ impl Image {
         let entry = L2Entry::Data { cluster, copied: true };
         self.set_entry(guest, LinkOrder::AfterSync, entry)?;
         rooted.linked(1);
+        writer.recycler.note_change();
         self.drop_old(writer, old)
     }
 

@@ -117,6 +117,11 @@ impl ClusterMap {
         self.shared_released.pop()
     }
 
+    /// Dropping that reference failed: it is due again.
+    pub fn shared_not_freed(&mut self, cluster: u64) {
+        self.shared_released.push(cluster);
+    }
+
     /// released -> free.
     pub fn freed(&mut self, clusters: Range<u64>) {
         self.punching.remove(clusters);

@@ -255,6 +255,7 @@ impl Recycler {
             let not_in_the_map = |_| ();
             return self
                 .free(cluster..cluster + 1, &mut cluster.clone(), not_in_the_map)
+                .inspect_err(|_| self.map.lock().shared_not_freed(cluster))
                 .map(|()| true);
         }
         let max = (PUNCH_BYTES >> self.geometry.cluster_bits()).max(1);
@@ -319,7 +320,7 @@ impl Recycler {
             let clusters = self.allocate_zeroed(missing)?;
             self.map.lock().add_erased(clusters);
         }
-        self.refcounts.extend_file()
+        Ok(())
     }
 
     /// When the end of the file should be looked at; `None` when nothing was freed since.
@@ -361,12 +362,14 @@ impl Recycler {
         Ok(())
     }
 
-    /// Free clusters, counted now, that read as zeros.
+    /// Free clusters, counted now, that read as zeros and lie within the file.
     fn allocate_zeroed(&self, wanted: u64) -> Result<Range<u64>> {
         let allocated = self.refcounts.allocate(wanted)?;
-        if !allocated.is_new
-            && let Err(e) = self.punch(allocated.clusters.clone())
-        {
+        let zeroed = match allocated.is_new {
+            true => self.refcounts.extend_file(),
+            false => self.punch(allocated.clusters.clone()),
+        };
+        if let Err(e) = zeroed {
             self.refcounts.release(allocated.clusters)?;
             return Err(e);
         }

@@ -1,9 +1,10 @@
 //! The recycler's thread: which step is next.
 //!
-//! In this order: what is released is freed; the pool is filled; a flush is made when it is due or
-//! the pool waits for it; the end of the file is cut when allocation has paused. Otherwise it
-//! sleeps. It does not keep the image alive, and an error does not end it: the image is told (which
-//! may latch it), and the step is tried again later.
+//! In this order: a flush is made when it is due; what is released is freed; the pool is filled; a
+//! flush is made when the pool waits for it; the end of the file is cut when allocation has paused.
+//! Otherwise it sleeps. It does not keep the image alive, and an error does not end it: the image is
+//! told (which may latch it), and the step is tried again later. What is due comes first, so that
+//! what cannot be freed or allocated keeps nothing from being flushed.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -98,11 +99,25 @@ fn work<T: Recycled>(
 impl Agenda {
     fn step(&mut self, image: &impl Recycled, now: Instant, flush_after: Duration) -> Result<Next> {
         let recycler = image.recycler();
+        if self.flush_due.is_none() {
+            recycler.forget_changes();
+        }
+        if !image.needs_flush() {
+            if self.flush_due.take().is_some() {
+                // Somebody else has flushed. Look again, so that the next change wakes the thread.
+                return Ok(Next::Again);
+            }
+        } else if *self.flush_due.get_or_insert(now + flush_after) <= now {
+            self.flush_due = None;
+            image.flush()?;
+            return Ok(Next::Again);
+        }
         if recycler.free_some()? {
             return Ok(Next::Again);
         }
         if recycler.is_pool_low() {
             recycler.refill()?;
+            return Ok(Next::Again);
         }
         let mut pool_due = None;
         if recycler.is_pool_short() {
@@ -114,16 +129,6 @@ impl Agenda {
                 return Ok(Next::Again);
             }
             pool_due = Some(due);
-        }
-        if self.flush_due.is_none() {
-            recycler.forget_changes();
-        }
-        if !image.needs_flush() {
-            self.flush_due = None;
-        } else if *self.flush_due.get_or_insert(now + flush_after) <= now {
-            self.flush_due = None;
-            image.flush()?;
-            return Ok(Next::Again);
         }
         let tail_due = recycler.tail_due();
         if tail_due.is_some_and(|at| at <= now) {

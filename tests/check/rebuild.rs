@@ -30,12 +30,15 @@ fn dirty(options: &str) -> (Vec<u8>, usize) {
 fn a_rebuilt_image_is_sound_and_no_longer_dirty() {
     for options in ["refcount_bits=1", "refcount_bits=16", "refcount_bits=64", "extended_l2=on"] {
         let options = options.replace("extended_l2=on", "extended_l2=on,cluster_size=16k");
-        let (bytes, _) = dirty(&options);
-        let storage = MemoryStorage::new(bytes);
+        let (mut bytes, _) = dirty(&options);
+        // Something that no table refers to: nothing may be written there either.
+        bytes.extend([0xaa; 40 << 10]);
+        let storage = MemoryStorage::new(bytes.clone());
         let header = Header::parse(&storage.contents()).unwrap();
         let new = rebuild_dirty(&storage, &header).unwrap();
         let report = check(&storage).unwrap();
         assert_eq!(report.exit_code(), 0, "{options}: {:?}", report.findings);
+        assert!(storage.contents()[512..bytes.len()] == bytes[512..], "{options}: written within");
         let on_disk = Header::parse(&storage.contents()).unwrap();
         for header in [new, on_disk] {
             assert_eq!(header.incompatible_features & INCOMPATIBLE_DIRTY, 0, "{options}");

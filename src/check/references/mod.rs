@@ -1,7 +1,7 @@
 //! Counting the references to every host cluster: what its refcount has to be.
 //!
 //! The walk starts at the header and believes nothing that it reads. It never writes, and never
-//! reads refcounts: those are compared with its result in [`super::refcounts`]. The old refcount
+//! reads refcounts: those are compared with its result elsewhere. The old refcount
 //! structure is not counted here, so that a new one can be built from the result.
 
 mod extensions;

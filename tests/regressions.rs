@@ -1,0 +1,409 @@
+//! Defects that were found by thinking, each with the story that shows it.
+#![allow(clippy::unwrap_used)]
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use qcow2fs::image::{Backing, Image, Options, RawBacking};
+use qcow2fs::storage::Storage;
+use qcow2fs::storage::testing::MemoryStorage;
+
+const CLUSTER: u64 = 65536;
+
+/// No pool and no flush that nobody asked for.
+fn quiet() -> Options {
+    let flush_after = Duration::from_secs(3600);
+    Options { writable: true, keep_erased: 0, flush_after, ..Options::default() }
+}
+
+/// The bytes of an image of 8 MiB that `qemu-img create` made with `options`.
+fn created(options: &[&str]) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-u", "-f", "qcow2"]).args(options).arg(&path).arg("8M");
+    assert!(command.status().unwrap().success());
+    std::fs::read(path).unwrap()
+}
+
+/// What `qemu-img check` says of an image without its backing file: 0 sound, 2 corrupt, 3 leaks.
+fn checked(bytes: &[u8]) -> (Option<i32>, Output) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let output = check_command(&path).output().unwrap();
+    (output.status.code(), output)
+}
+
+fn check_command(path: &Path) -> Command {
+    let mut command = Command::new("qemu-img");
+    let options = format!("driver=qcow2,file.filename={},backing=", path.display());
+    command.args(["check", "--image-opts", &options]);
+    command
+}
+
+fn be64(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap())
+}
+
+/// Where the L2 entry of guest cluster `guest` is; there must be a table.
+fn l2_entry_at(bytes: &[u8], guest: u64) -> u64 {
+    let l1 = be64(bytes, 40);
+    (be64(bytes, l1) & 0x00ff_ffff_ffff_fe00) + guest * 8
+}
+
+/// Where the refcount of host cluster `host` is, two bytes wide, in the first block.
+fn refcount_at(bytes: &[u8], host: u64) -> u64 {
+    be64(bytes, be64(bytes, 48)) + host * 2
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Write(Range<u64>),
+    Sync,
+}
+
+/// Memory that notes writes and syncs, and can refuse to punch, or to read one place.
+#[derive(Default)]
+struct Probe {
+    memory: MemoryStorage,
+    steps: Mutex<Vec<Step>>,
+    cannot_punch: AtomicBool,
+    cannot_read: Mutex<Range<u64>>,
+}
+
+impl Probe {
+    fn new(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Probe { memory: MemoryStorage::new(bytes), ..Probe::default() })
+    }
+
+    /// Which step first wrote the byte at `at`, and the steps.
+    fn first_write(steps: &[Step], at: u64) -> usize {
+        let touches = |step: &Step| matches!(step, Step::Write(range) if range.contains(&at));
+        steps.iter().position(touches).unwrap()
+    }
+}
+
+impl Storage for Probe {
+    fn len(&self) -> io::Result<u64> {
+        self.memory.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.cannot_read.lock().unwrap().contains(&offset) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.memory.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.steps.lock().unwrap().push(Step::Write(offset..offset + data.len() as u64));
+        self.memory.write_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.steps.lock().unwrap().push(Step::Sync);
+        self.memory.sync()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.memory.set_len(len)
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        if self.cannot_punch.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.memory.punch_hole(range)
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        self.memory.zero_range(range)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        self.memory.allocate(range)
+    }
+
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.memory.seek_data(offset)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.memory.allocated()
+    }
+}
+
+/// An image of two guest clusters that share one host cluster, whose refcount is 2. Also the host
+/// cluster.
+fn with_a_shared_cluster() -> (Vec<u8>, u64) {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[7; CLUSTER as usize]).unwrap();
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    let entry = l2_entry_at(&bytes, 0);
+    let data = be64(&bytes, entry) & 0x00ff_ffff_ffff_fe00;
+    for guest in 0..2 {
+        let at = l2_entry_at(&bytes, guest) as usize;
+        bytes[at..at + 8].copy_from_slice(&data.to_be_bytes());
+    }
+    let count = refcount_at(&bytes, data / CLUSTER) as usize;
+    bytes[count..count + 2].copy_from_slice(&2u16.to_be_bytes());
+    assert_eq!(checked(&bytes).0, Some(0));
+    (bytes, data / CLUSTER)
+}
+
+/// A file may end before the last cluster in use: what lies past it reads as zeros. Writing there
+/// in place makes the file longer than the refcounts had thought, and cutting its free end must not
+/// take that away.
+#[test]
+fn data_written_past_the_end_that_the_file_had_at_open_is_not_cut_off() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    for guest in 0..3 {
+        image.write(guest * CLUSTER, &[1; CLUSTER as usize]).unwrap();
+    }
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    bytes.truncate(bytes.len() - CLUSTER as usize);
+
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(2 * CLUSTER, &[2; CLUSTER as usize]).unwrap();
+    image.discard(CLUSTER..2 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    image.close().unwrap();
+
+    let image = Image::open(storage, &Options::default()).unwrap();
+    let mut read = vec![0; CLUSTER as usize];
+    image.read(2 * CLUSTER, &mut read).unwrap();
+    assert!(read.iter().all(|byte| *byte == 2), "the data is gone");
+}
+
+/// The end of the file is looked for once a close: not cluster by cluster through a hole of
+/// terabytes.
+#[test]
+fn a_file_that_is_all_hole_at_its_end_closes_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, created(&["-o", "cluster_size=512"])).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    if file.set_len(8 << 40).is_err() {
+        return; // the host's file system has smaller files only
+    }
+    let storage = Arc::new(qcow2fs::storage::HostFile::new(file));
+    let image = Image::open(storage, &quiet()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    let (closed, is_closed) = mpsc::channel();
+    thread::spawn(move || closed.send(image.close().is_ok()));
+    assert_eq!(is_closed.recv_timeout(Duration::from_secs(10)), Ok(true));
+    assert!(std::fs::metadata(&path).unwrap().len() < 1 << 20);
+}
+
+/// Where the refcounts are too low, an L2 table at the end of the file looks free. It must not be
+/// cut off with the end.
+#[test]
+fn metadata_that_nothing_counts_is_not_cut_off_with_the_end_of_the_file() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    image.close().unwrap();
+    // The L2 table moves to the end of the file, uncounted.
+    let mut bytes = storage.contents();
+    let l1 = be64(&bytes, 40);
+    let table = be64(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    bytes.resize(bytes.len().next_multiple_of(CLUSTER as usize), 0);
+    let end = bytes.len() as u64;
+    bytes.extend_from_within(table as usize..(table + CLUSTER) as usize);
+    bytes[l1 as usize..l1 as usize + 8].copy_from_slice(&(end | 1 << 63).to_be_bytes());
+
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(CLUSTER..2 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    let _ = image.close();
+    assert!(storage.len().unwrap() >= end + CLUSTER, "the L2 table was cut off");
+}
+
+/// An image that was opened for writing and not written to stays as it is, free clusters at its end
+/// included.
+#[test]
+fn an_image_that_nobody_changed_stays_as_it_is() {
+    let mut bytes = created(&[]);
+    bytes.resize(bytes.len().next_multiple_of(CLUSTER as usize) + 4 * CLUSTER as usize, 5);
+    let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.read(0, &mut [0; 512]).unwrap();
+    image.close().unwrap();
+    assert!(storage.contents() == bytes);
+}
+
+/// Version 2 maps a cluster of zeros where a backing file would show through. Nothing is written
+/// to that cluster, yet the file has to reach as far: QEMU takes what lies past it for corruption.
+#[test]
+fn a_cluster_that_is_mapped_and_never_written_lies_within_the_file() {
+    let backing = Arc::new(MemoryStorage::new(vec![9; 4 * CLUSTER as usize]));
+    let backing = Arc::new(RawBacking::new(backing).unwrap());
+    let bytes = created(&["-o", "compat=0.10", "-b", "base", "-F", "raw"]);
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open_over(storage.clone(), &quiet(), Some(backing)).unwrap();
+    image.discard(0..2 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    let (code, output) = checked(&storage.contents());
+    assert_eq!(code, Some(0), "{output:?}");
+    image.close().unwrap();
+}
+
+/// A refcount that has fallen to 1 in memory is perhaps still 2 on disk. COPIED may not get there
+/// first.
+#[test]
+fn copied_is_written_after_the_refcount_that_it_speaks_of() {
+    let (bytes, shared) = with_a_shared_cluster();
+    let (entry, count) = (l2_entry_at(&bytes, 1), refcount_at(&bytes, shared));
+    let storage = Probe::new(bytes);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.flush().unwrap();
+    wait_until("the reference is not dropped", || {
+        let clusters = image.status().unwrap().clusters;
+        clusters.junk + clusters.released == 0
+    });
+    thread::sleep(Duration::from_millis(50));
+    storage.steps.lock().unwrap().clear();
+    image.write(CLUSTER, &[2; 512]).unwrap();
+    image.flush().unwrap();
+    {
+        let steps = storage.steps.lock().unwrap();
+        let (counted, copied) =
+            (Probe::first_write(&steps, count), Probe::first_write(&steps, entry));
+        assert!(counted < copied, "{steps:?}");
+        assert!(steps[counted..copied].contains(&Step::Sync), "{steps:?}");
+    }
+    image.close().unwrap();
+}
+
+/// One failure to punch is tried again, also for a cluster that lost its references one by one.
+#[test]
+fn a_shared_cluster_that_could_not_be_punched_is_freed_later() {
+    let (bytes, _) = with_a_shared_cluster();
+    let storage = Probe::new(bytes);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(0..2 * CLUSTER).unwrap();
+    storage.cannot_punch.store(true, Ordering::SeqCst);
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(200));
+    storage.cannot_punch.store(false, Ordering::SeqCst);
+    image.close().unwrap();
+    let (code, output) = checked(&storage.memory.contents());
+    assert_eq!(code, Some(0), "{output:?}");
+}
+
+/// A refcount block that cannot be read ends an allocation, but what was counted before it belongs
+/// to somebody.
+#[test]
+fn clusters_counted_before_a_block_that_cannot_be_read_do_not_leak() {
+    let small = created(&["-o", "cluster_size=512"]);
+    let storage = Probe::new(small);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[1; 300 << 10]).unwrap();
+    image.discard(0..200 << 10).unwrap();
+    image.close().unwrap();
+    let bytes = storage.memory.contents();
+    let block = be64(&bytes, be64(&bytes, 48) + 8);
+
+    let storage = Probe::new(bytes);
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    *storage.cannot_read.lock().unwrap() = block..block + 512;
+    image.write(0, &[1; 200 << 10]).unwrap_err();
+    *storage.cannot_read.lock().unwrap() = 0..0;
+    image.close().unwrap();
+    let (code, output) = checked(&storage.memory.contents());
+    assert_eq!(code, Some(0), "{output:?}");
+}
+
+/// A client's flush in the middle of the wait for the recycler's own must not make it forget that
+/// later changes want one, too.
+#[test]
+fn changes_after_a_clients_flush_are_flushed_in_time() {
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let image = Image::open(Arc::new(MemoryStorage::new(created(&[]))), &options).unwrap();
+    let change = |guest: u64| {
+        image.write(guest * CLUSTER, &[1; 512]).unwrap();
+        thread::sleep(Duration::from_millis(100));
+    };
+    change(0);
+    change(1);
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    change(2);
+    wait_until("no flush came", || image.status().unwrap().flushes > flushes);
+    image.close().unwrap();
+}
+
+/// Copying a cluster from a backing file changes an entry and drops nothing: a change like any
+/// other.
+#[test]
+fn a_copy_from_the_backing_file_is_flushed_in_time() {
+    let backing = Arc::new(MemoryStorage::new(vec![9; 4 * CLUSTER as usize]));
+    let backing = Arc::new(RawBacking::new(backing).unwrap());
+    let storage = Arc::new(MemoryStorage::new(created(&["-b", "base", "-F", "raw"])));
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let image = Image::open_over(storage, &options, Some(backing)).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    wait_until("no flush came", || image.status().unwrap().flushes > 0);
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    wait_until("no second flush came", || image.status().unwrap().flushes > flushes);
+    image.close().unwrap();
+}
+
+/// What cannot be punched or allocated is no reason to leave changes unflushed.
+#[test]
+fn a_recycler_that_cannot_free_flushes_all_the_same() {
+    let options = Options { flush_after: Duration::from_millis(400), ..quiet() };
+    let storage = Probe::new(created(&[]));
+    let image = Image::open(storage.clone(), &options).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.flush().unwrap();
+    storage.cannot_punch.store(true, Ordering::SeqCst);
+    image.discard(0..CLUSTER).unwrap();
+    image.flush().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let flushes = image.status().unwrap().flushes;
+    image.write(CLUSTER, &[1; 512]).unwrap();
+    wait_until("no flush came", || image.status().unwrap().flushes > flushes);
+    storage.cannot_punch.store(false, Ordering::SeqCst);
+    image.close().unwrap();
+}
+
+/// A raw backing file that grows though it should not may show anything but must not hang who looks
+/// for holes.
+#[test]
+fn a_raw_backing_file_that_grows_does_not_hang_the_search_for_holes() {
+    let base = Arc::new(MemoryStorage::new(vec![9; 1000]));
+    let backing: Arc<dyn Backing> = Arc::new(RawBacking::new(base.clone()).unwrap());
+    let storage = Arc::new(MemoryStorage::new(created(&["-b", "base", "-F", "raw"])));
+    let image = Image::open_over(storage, &Options::default(), Some(backing)).unwrap();
+    base.write_at(&[9; 8192], 1000).unwrap();
+    let (found, is_found) = mpsc::channel();
+    thread::spawn(move || found.send(image.next_hole(0).unwrap()));
+    assert_eq!(is_found.recv_timeout(Duration::from_secs(5)), Ok(1000));
+}
