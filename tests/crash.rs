@@ -3,7 +3,8 @@
 //! them: of the changes that no sync covers none, all, all but one, one alone, random ones, and
 //! each torn at 512 bytes. Every file must open, hold in every sector what the oracle allows, and
 //! have no corruption. Some of them are judged by QEMU, some are opened for writing, written to,
-//! closed, and must be clean then.
+//! closed, and must be clean then. The images are empty at first, or lie on backing files, have
+//! compressed clusters, or have internal snapshots, which must hold the same in every state.
 //!
 //! The search is what found that a freed cluster handed out before its unmapping is durable shows
 //! another sector's data (in QEMU): the invariants in the crate's documentation are written from it.
@@ -20,15 +21,107 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use qcow2fs::image::Image;
+use qcow2fs::image::{Backing, Image, Options};
+use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{Entry, Fate, MemoryStorage, RecordingStorage, Replay};
+use support::layers::{Chain, compression, plausible_disk, random_changes, snapshot_disk};
 use support::oracle::{After, Kind, Operation, Oracle, data};
 use support::qemu::{self, Shape};
 use support::rng::Rng;
-use support::{SECTOR, busy, for_seeds, open_read_only, scratch, verify};
+use support::{SECTOR, busy, difference, for_seeds, scratch, verify};
 
 /// Crash files are looked at for so long in one history, then the next one starts.
 const SEARCH_TIME: Duration = Duration::from_secs(2);
+
+/// An image before a history, and what it holds.
+struct Start {
+    file: MemoryStorage,
+    backing: Option<Arc<dyn Backing>>,
+    disk: Vec<u8>,
+    /// Names and contents, in the order of the snapshot table.
+    snapshots: Vec<(String, Vec<u8>)>,
+    cluster_size: u64,
+}
+
+impl Start {
+    /// A disk of zeros.
+    fn empty(shape: &Shape, path: &Path) -> Start {
+        shape.create(path);
+        Start {
+            file: MemoryStorage::new(std::fs::read(path).unwrap()),
+            backing: None,
+            disk: vec![0; shape.size as usize],
+            snapshots: Vec::new(),
+            cluster_size: shape.cluster_size(),
+        }
+    }
+
+    /// A disk on a chain of backing files, one that was compressed when it was made, or neither,
+    /// with clusters of its own; then so many snapshots, each followed by changes.
+    fn layered(rng: &mut Rng, shape: &Shape, path: &Path, way: Way) -> Start {
+        let compression = compression(rng, shape, way.compressed);
+        let chain = way.backed.then(|| Chain::random(rng, path.parent().unwrap(), shape.size, 2));
+        let mut disk = match &chain {
+            Some(chain) => {
+                shape.make(path, compression, Some(chain.top()));
+                chain.disk(shape.size)
+            }
+            None => {
+                let disk = plausible_disk(rng, shape.size);
+                shape.convert(path, &disk, compression);
+                disk
+            }
+        };
+        let mut change = |disk: &mut Vec<u8>| {
+            qemu::io(path, &random_changes(rng, disk, shape, way.compressed));
+        };
+        if chain.is_some() {
+            change(&mut disk);
+        }
+        let mut snapshots = Vec::new();
+        for n in 0..way.snapshots {
+            let name = format!("s{n}");
+            qemu::snapshot(path, "-c", &name);
+            snapshots.push((name, disk.clone()));
+            change(&mut disk);
+        }
+        let file = MemoryStorage::new(std::fs::read(path).unwrap());
+        let backing = chain.as_ref().map(Chain::open);
+        Start { file, backing, disk, snapshots, cluster_size: shape.cluster_size() }
+    }
+
+    fn open(&self, file: Arc<dyn Storage>, options: &Options) -> qcow2fs::Result<Arc<Image>> {
+        Image::open_over(file, options, self.backing.clone())
+    }
+
+    /// What `file`, which came from this one, holds for its readers.
+    fn read(&self, file: Arc<dyn Storage>) -> Result<Vec<u8>, String> {
+        let options = Options::default();
+        let image = self.open(file, &options).map_err(|e| format!("opening it: {e}"))?;
+        let mut disk = vec![0xee; self.disk.len()];
+        image.read(0, &mut disk).map_err(|e| format!("reading it: {e}"))?;
+        Ok(disk)
+    }
+
+    /// Every snapshot in `file` holds what it held at first.
+    fn check_snapshots(&self, file: &MemoryStorage) -> Result<(), String> {
+        for (n, (_, disk)) in self.snapshots.iter().enumerate() {
+            let found = snapshot_disk(file, n, disk.len() as u64, self.backing.clone())?;
+            if let Some(difference) = difference(&found, disk) {
+                return Err(format!("snapshot {n} holds {difference}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is under an image and in it before a history.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    backed: bool,
+    compressed: bool,
+    snapshots: u64,
+}
 
 /// Clients that work on one image whose file is recorded.
 struct Clients {
@@ -99,22 +192,21 @@ impl Clients {
 struct Recorded {
     storage: Arc<RecordingStorage>,
     operations: HashMap<u64, Operation>,
-    sectors: u64,
 }
 
-fn record(initial: MemoryStorage, first_number: u64, cluster_size: u64, rng: &mut Rng) -> Recorded {
+fn record(start: &Start, rng: &mut Rng) -> Recorded {
     let sync_takes = Duration::from_micros(*rng.pick(&[0, 0, 200, 2000]));
-    let storage = Arc::new(RecordingStorage::new(initial).with_slow_sync(sync_takes));
-    let image = Image::open(storage.clone(), &busy(rng)).unwrap();
+    let storage = Arc::new(RecordingStorage::new(start.file.fork()).with_slow_sync(sync_takes));
+    let image = start.open(storage.clone(), &busy(rng)).unwrap();
     let sectors = image.virtual_size() / SECTOR;
-    let in_cluster = cluster_size / SECTOR;
+    let in_cluster = start.cluster_size / SECTOR;
     let piece = *rng.pick(&[1, 3, in_cluster, 2 * in_cluster, 5 * in_cluster]);
     let clients = if sectors < piece * 3 { 1 } else { rng.within(1..4) };
     let clients = Clients {
         image: image.clone(),
         storage: storage.clone(),
         operations: Mutex::default(),
-        next: AtomicU64::new(first_number),
+        next: AtomicU64::new(1),
         sectors,
         piece,
         clients,
@@ -132,11 +224,12 @@ fn record(initial: MemoryStorage, first_number: u64, cluster_size: u64, rng: &mu
     }
     let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
     clients.act(everything, |_| image.close());
-    Recorded { storage, operations: clients.operations.into_inner(), sectors }
+    Recorded { storage, operations: clients.operations.into_inner() }
 }
 
 /// One walk along a log, looking at what crashes leave.
 struct Search<'a> {
+    start: &'a Start,
     recorded: &'a Recorded,
     replay: Replay,
     oracle: Oracle,
@@ -243,22 +336,31 @@ impl Search<'_> {
     /// What is wrong with the file that a crash left.
     fn complaint(&mut self, file: &Arc<MemoryStorage>) -> Result<(), String> {
         verify(&**file)?;
-        let image = open_read_only(file.clone()).map_err(|e| format!("opening it: {e}"))?;
-        let mut disk = vec![0xee; (self.recorded.sectors * SECTOR) as usize];
-        image.read(0, &mut disk).map_err(|e| format!("reading it: {e}"))?;
+        let disk = self.start.read(file.clone())?;
+        self.start.check_snapshots(file)?;
         self.oracle.check(&disk, 0, After::Crash)?;
         if self.tally.states.is_multiple_of(400) {
             self.tally.judged_by_qemu += 1;
-            let path = self.directory.join("crashed.qcow2");
-            std::fs::write(&path, file.contents()).unwrap();
-            qemu::check_allowing_leaks(&path)?;
-            if qemu::contents(&path, None) != disk {
-                return Err("QEMU reads something else".into());
-            }
+            self.judge_by_qemu(file, &disk)?;
         }
         if self.tally.states.is_multiple_of(20) {
             self.tally.recovered += 1;
-            recover(file, &disk, &mut self.rng)?;
+            recover(self.start, file, &disk, &mut self.rng)?;
+        }
+        Ok(())
+    }
+
+    fn judge_by_qemu(&self, file: &MemoryStorage, disk: &[u8]) -> Result<(), String> {
+        let path = self.directory.join("crashed.qcow2");
+        std::fs::write(&path, file.contents()).unwrap();
+        qemu::check_allowing_leaks(&path)?;
+        if let Some(difference) = difference(&qemu::contents(&path, None), disk) {
+            return Err(format!("QEMU reads {difference}"));
+        }
+        for (name, disk) in &self.start.snapshots {
+            if let Some(difference) = difference(&qemu::contents(&path, Some(name)), disk) {
+                return Err(format!("QEMU reads from snapshot {name} {difference}"));
+            }
         }
         Ok(())
     }
@@ -273,10 +375,10 @@ fn random_fate(rng: &mut Rng) -> Fate {
 }
 
 /// Works on a file that a crash left, and closes it: it must be clean then, without a leak.
-fn recover(file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
+fn recover(start: &Start, file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
     let mut expected = disk.to_vec();
     let storage = Arc::new(file.fork());
-    let image = Image::open(storage.clone(), &busy(rng)).map_err(|e| format!("recovering: {e}"))?;
+    let image = start.open(storage.clone(), &busy(rng)).map_err(|e| format!("recovering: {e}"))?;
     for _ in 0..6 {
         let range = rng.range(disk.len() as u64, 4096, &[SECTOR]);
         let bytes = range.start as usize..range.end as usize;
@@ -295,10 +397,9 @@ fn recover(file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), Strin
     }
     image.close().map_err(|e| format!("closing after recovery: {e}"))?;
     verify(&*storage).map_err(|e| format!("after recovery and close: {e}"))?;
-    let image = open_read_only(storage).map_err(|e| format!("opening it again: {e}"))?;
-    let mut found = vec![0xee; disk.len()];
-    image.read(0, &mut found).map_err(|e| format!("reading it again: {e}"))?;
-    match support::difference(&found, &expected) {
+    start.check_snapshots(&storage).map_err(|e| format!("after recovery: {e}"))?;
+    let found = start.read(storage).map_err(|e| format!("after recovery: {e}"))?;
+    match difference(&found, &expected) {
         Some(difference) => Err(format!("after recovery we read {difference}")),
         None => Ok(()),
     }
@@ -314,27 +415,77 @@ fn small_shape(rng: &mut Rng) -> Shape {
     shape
 }
 
-#[test]
-fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
+/// Histories that start from what `begin` makes at a path, and the crashes in them.
+fn search(name: &'static str, seconds: u64, begin: impl Fn(&mut Rng, &Shape, &Path) -> Start) {
     let mut tally = Tally::default();
-    for_seeds("every_crash_leaves_a_sound_image_with_old_or_new_data", 40, |seed| {
+    for_seeds(name, seconds, |seed| {
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
         let mut rng = Rng::new(seed);
         let shape = small_shape(&mut rng);
         println!("{seed}: {shape} {} bytes", shape.size);
-        shape.create(&path);
-        let initial = MemoryStorage::new(std::fs::read(&path).unwrap());
-        let recorded = record(initial, 1, shape.cluster_size(), &mut rng);
+        let start = begin(&mut rng, &shape, &path);
+        let recorded = record(&start, &mut rng);
         let search = Search {
             replay: recorded.storage.replay(),
-            oracle: Oracle::new(recorded.sectors),
+            oracle: Oracle::over(start.disk.clone()),
             rng,
             directory: directory.path(),
             tally: &mut tally,
             recorded: &recorded,
+            start: &start,
         };
         search.run();
     });
-    println!("crash search: {tally:?}");
+    println!("{name}: {tally:?}");
+}
+
+#[test]
+fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
+    let name = "every_crash_leaves_a_sound_image_with_old_or_new_data";
+    search(name, 40, |_, shape, path| Start::empty(shape, path));
+}
+
+/// The same with one of `ways` to start.
+fn search_layered(name: &'static str, seconds: u64, ways: &[Way]) {
+    search(name, seconds, |rng, shape, path| {
+        let way = *rng.pick(ways);
+        println!("from {way:?}");
+        let mut shape = shape.clone();
+        shape.preallocation = "off";
+        if way.snapshots > 0 {
+            // QEMU raises narrower refcounts too far.
+            shape.refcount_bits = shape.refcount_bits.max(16);
+        }
+        Start::layered(rng, &shape, path, way)
+    });
+}
+
+const OVERLAY: Way = Way { backed: true, compressed: false, snapshots: 0 };
+const COMPRESSED: Way = Way { backed: false, compressed: true, snapshots: 0 };
+const SNAPSHOTS: Way = Way { backed: false, compressed: false, snapshots: 2 };
+
+#[test]
+fn every_crash_leaves_a_sound_overlay() {
+    let with_compressed = Way { compressed: true, ..OVERLAY };
+    let ways = [OVERLAY, OVERLAY, with_compressed];
+    search_layered("every_crash_leaves_a_sound_overlay", 20, &ways);
+}
+
+#[test]
+fn every_crash_leaves_a_sound_image_with_compressed_clusters() {
+    let name = "every_crash_leaves_a_sound_image_with_compressed_clusters";
+    search_layered(name, 20, &[COMPRESSED]);
+}
+
+#[test]
+fn every_crash_leaves_the_snapshots_as_they_were() {
+    let ways = [
+        SNAPSHOTS,
+        Way { snapshots: 1, ..SNAPSHOTS },
+        Way { snapshots: 1, ..OVERLAY },
+        Way { snapshots: 1, ..COMPRESSED },
+        Way { backed: true, compressed: true, snapshots: 2 },
+    ];
+    search_layered("every_crash_leaves_the_snapshots_as_they_were", 25, &ways);
 }

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use qcow2fs::format::{Header, Snapshot};
 use qcow2fs::image::{Backing, Image, Options, RawBacking};
+use qcow2fs::storage::testing::MemoryStorage;
 use qcow2fs::storage::{HostFile, Storage};
 
 use super::SECTOR;
@@ -215,4 +217,42 @@ fn compress_clusters(
         commands.extend(change(disk, format!("write -c -P {byte}"), &cluster, byte));
     }
     commands
+}
+
+/// What internal snapshot number `n` of `file` reads, whose disk has `size` bytes: the file is read
+/// with that snapshot's L1 table for its own.
+pub fn snapshot_disk(
+    file: &MemoryStorage,
+    n: usize,
+    size: u64,
+    backing: Option<Arc<dyn Backing>>,
+) -> Result<Vec<u8>, String> {
+    let snapshot = find_snapshot(file, n).map_err(|e| format!("finding snapshot {n}: {e}"))?;
+    let seen = file.fork();
+    let l1 = Header::patch_l1(snapshot.l1_size, snapshot.l1_table_offset);
+    for patch in [l1, Header::patch_size(size)] {
+        seen.write_at(&patch.bytes, patch.offset.0).unwrap();
+    }
+    let failed = |e| format!("reading snapshot {n}: {e}");
+    let image = Image::open_over(Arc::new(seen), &Options::default(), backing).map_err(failed)?;
+    let mut disk = vec![0xee; size as usize];
+    image.read(0, &mut disk).map_err(failed)?;
+    Ok(disk)
+}
+
+fn find_snapshot(file: &MemoryStorage, n: usize) -> qcow2fs::Result<Snapshot> {
+    let mut header = vec![0; file.len().unwrap().min(4096) as usize];
+    file.read_at(&mut header, 0).unwrap();
+    let mut at = Header::parse(&header)?.snapshots_offset.0;
+    let mut left = n;
+    loop {
+        let mut fixed = [0; Snapshot::FIXED_LENGTH];
+        file.read_at(&mut fixed, at).unwrap();
+        let length = Snapshot::length(&fixed)?;
+        if left == 0 {
+            return Ok(Snapshot::parse(&fixed));
+        }
+        left -= 1;
+        at += (length as u64).next_multiple_of(8);
+    }
 }

@@ -60,7 +60,7 @@ pub fn data(number: u64, sectors: Range<u64>) -> Vec<u8> {
 /// One thing that a sector may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Version {
-    /// The operation that made it; 0 for what the disk held at first, zeros.
+    /// The operation that made it; 0 for what the disk held at first.
     number: u64,
     zero: bool,
     acknowledged: bool,
@@ -76,6 +76,8 @@ pub enum After {
 
 /// The sectors of a disk.
 pub struct Oracle {
+    /// What the disk held at first.
+    initial: Vec<u8>,
     /// The versions of each sector since the last flush, the flushed one first.
     sectors: Vec<VecDeque<Version>>,
     /// Flushes that have begun: number, and the operations acknowledged by then.
@@ -91,9 +93,15 @@ pub struct Oracle {
 impl Oracle {
     /// A disk of zeros.
     pub fn new(sectors: u64) -> Self {
-        let zeros = Version { number: 0, zero: true, acknowledged: true };
+        Oracle::over(vec![0; (sectors * SECTOR) as usize])
+    }
+
+    /// A disk that holds `initial`, which is whole sectors.
+    pub fn over(initial: Vec<u8>) -> Self {
+        let first = Version { number: 0, zero: false, acknowledged: true };
         Oracle {
-            sectors: vec![VecDeque::from([zeros]); sectors as usize],
+            sectors: vec![VecDeque::from([first]); initial.len() / SECTOR as usize],
+            initial,
             flushes: Vec::new(),
             acknowledged: 0,
             ranks: [(0, 0)].into(),
@@ -153,7 +161,7 @@ impl Oracle {
                 After::Running => versions.iter().rposition(|v| v.acknowledged).unwrap_or(0),
             };
             let mut allowed = versions.range(oldest..);
-            if !allowed.any(|version| version.is(sector, bytes)) {
+            if !allowed.any(|version| self.is(version, sector, bytes)) {
                 let allowed: Vec<_> = versions.range(oldest..).collect();
                 let found = describe(bytes);
                 return Err(format!("sector {sector} holds {found}; allowed are {allowed:?}"));
@@ -161,14 +169,16 @@ impl Oracle {
         }
         Ok(())
     }
-}
 
-impl Version {
-    fn is(&self, sector: u64, bytes: &[u8]) -> bool {
-        if self.zero {
-            return bytes.iter().all(|&b| b == 0);
+    fn is(&self, version: &Version, sector: u64, bytes: &[u8]) -> bool {
+        let at = (sector * SECTOR) as usize;
+        match version {
+            Version { zero: true, .. } => bytes.iter().all(|&b| b == 0),
+            Version { number: 0, .. } => bytes == &self.initial[at..at + bytes.len()],
+            Version { number, .. } => {
+                bytes[..8] == number.to_le_bytes() && bytes == pattern(*number, sector)
+            }
         }
-        bytes[..8] == self.number.to_le_bytes() && bytes == pattern(self.number, sector)
     }
 }
 
