@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::host::{self, HostId, Root};
+use super::host::{self, HostId, Root, Stamp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, BackingFile, Image, Options, RawBacking};
 use crate::storage::HostFile;
@@ -36,8 +36,19 @@ type Users = Mutex<HashMap<HostId, Vec<PathBuf>>>;
 pub(super) struct Chain {
     /// What the image reads where it has nothing of its own.
     pub(super) backing: Arc<dyn Backing>,
+    /// Each file as it was when it was opened: what was read through the image holds as long as
+    /// these do.
+    pub(super) stamps: Vec<Stamp>,
     /// Counts the files out when the image is closed.
     _uses: Uses,
+}
+
+/// What has been opened of a chain so far.
+struct Opened {
+    /// The image itself first.
+    seen: Vec<HostId>,
+    stamps: Vec<Stamp>,
+    uses: Uses,
 }
 
 struct Uses {
@@ -107,12 +118,12 @@ impl Chains {
         let Some(needed) = Image::summarize(file)?.backing else { return Ok(None) };
         let metadata =
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
-        let mut seen = vec![HostId::of(&metadata)];
-        let mut uses =
+        let uses =
             Uses { users: Arc::clone(&self.users), user: path.to_owned(), files: Vec::new() };
+        let mut opened = Opened { seen: vec![HostId::of(&metadata)], stamps: Vec::new(), uses };
         let image = self.roots.first().map_or_else(|| path.to_owned(), |(root, _)| root.join(path));
-        let backing = self.follow(&image, &needed, options, &mut seen, &mut uses)?;
-        Ok(Some(Chain { backing, _uses: uses }))
+        let backing = self.follow(&image, &needed, options, &mut opened)?;
+        Ok(Some(Chain { backing, stamps: opened.stamps, _uses: opened.uses }))
     }
 
     /// Opens the backing file that `image` (a whole path) needs, and those behind it.
@@ -121,12 +132,11 @@ impl Chains {
         image: &Path,
         needed: &BackingFile,
         options: &Options,
-        seen: &mut Vec<HostId>,
-        uses: &mut Uses,
+        opened: &mut Opened,
     ) -> Result<Arc<dyn Backing>> {
         let name = String::from_utf8_lossy(&needed.name).escape_debug().to_string();
         let in_file = |e: Error| e.context(format!("backing file {name}"));
-        if seen.len() > MAX_DEPTH {
+        if opened.seen.len() > MAX_DEPTH {
             return Err(in_file(unsupported(format!(
                 "the chain is longer than {MAX_DEPTH} files"
             ))));
@@ -138,18 +148,21 @@ impl Chains {
         if !metadata.is_file() {
             return Err(in_file(unsupported("it is not a regular file")));
         }
-        if seen.contains(&id) {
+        if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
-        seen.push(id);
+        opened.seen.push(id);
         image_lock::acquire(&file, None, Access::Read).map_err(in_file)?;
-        uses.add(id);
+        opened.uses.add(id);
+        // Not before the lock keeps writers away.
+        let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
+        opened.stamps.push(Stamp::of(&metadata));
         let file = Arc::new(HostFile::new(file));
         match needed.format.as_deref() {
             Some("raw") => Ok(Arc::new(RawBacking::new(file).map_err(in_file)?)),
             Some("qcow2") => {
                 let behind = match Image::summarize(&*file).map_err(in_file)?.backing {
-                    Some(next) => Some(self.follow(&path, &next, options, seen, uses)?),
+                    Some(next) => Some(self.follow(&path, &next, options, opened)?),
                     None => None,
                 };
                 let options = Options { writable: false, ..options.clone() };
