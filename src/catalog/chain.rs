@@ -145,9 +145,6 @@ impl Chains {
         let file = self.open_file(&path).map_err(in_file)?;
         let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
         let id = HostId::of(&metadata);
-        if !metadata.is_file() {
-            return Err(in_file(unsupported("it is not a regular file")));
-        }
         if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
@@ -193,16 +190,19 @@ impl Chains {
                 "it lies outside the image directory: mount with `--allow {parent}` to trust it"
             )));
         };
-        directory
-            .place_in_same_mount(rest)
-            .and_then(|place| {
-                // Not opened if it is something else: opening a FIFO or a device does something.
-                if !place.metadata()?.is_file() {
-                    return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
-                }
-                host::open_file(&place, false)
-            })
-            .map_err(|e| Error::io(format!("opening {}", path.display()), e))
+        let failed = |e: std::io::Error| match e.raw_os_error() {
+            Some(libc::ELOOP) => unsupported(
+                "a symbolic link leads to it, which is not followed: `qemu-img rebase -u` with its \
+                 real path records that",
+            ),
+            _ => Error::io(format!("opening {}", path.display()), e),
+        };
+        let place = directory.place_in_same_mount(rest).map_err(failed)?;
+        // Not opened if it is something else: opening a FIFO or a device does something.
+        if !place.metadata().map_err(failed)?.is_file() {
+            return Err(unsupported("it is not a regular file"));
+        }
+        host::open_file(&place, false).map_err(failed)
     }
 }
 
