@@ -24,7 +24,8 @@ const MAX_DEPTH: usize = 64;
 
 /// The directories that backing files may lie in, and the files that are in use as such.
 pub(super) struct Chains {
-    /// By their real paths, the image directory first.
+    /// By their real paths, the image directory first; then the allowed ones by the paths they were
+    /// given by, which images may have recorded: a symbolic link may be on those.
     roots: Vec<(PathBuf, Root)>,
     users: Arc<Users>,
 }
@@ -86,14 +87,11 @@ impl Chains {
     /// # Errors
     /// Those of the host for a directory that cannot be opened.
     pub(super) fn new(source: &Path, allowed: &[PathBuf]) -> Result<Chains> {
-        let open = |directory: &Path| {
-            let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
-            let path = directory.canonicalize().map_err(failed)?;
-            let root = Root::open(&path).map_err(failed)?;
-            Ok((path, root))
-        };
         let directories = std::iter::once(source).chain(allowed.iter().map(PathBuf::as_path));
-        let roots = directories.map(open).collect::<Result<Vec<_>>>()?;
+        let real = directories.map(|directory| open_root(directory, |path| path.canonicalize()));
+        let given =
+            allowed.iter().map(|directory| open_root(directory, |path| std::path::absolute(path)));
+        let roots = real.chain(given).collect::<Result<Vec<_>>>()?;
         Ok(Chains { roots, users: Arc::default() })
     }
 
@@ -181,9 +179,11 @@ impl Chains {
 
     /// Opens a file for reading if it lies where it may.
     fn open_file(&self, path: &Path) -> Result<File> {
-        let found = self.roots.iter().find_map(|(root, directory)| {
+        let beneath = self.roots.iter().filter_map(|(root, directory)| {
             path.strip_prefix(root).ok().map(|rest| (directory, rest))
         });
+        // The nearest one: a directory on a mount of its own is reached only from itself.
+        let found = beneath.min_by_key(|(_, rest)| rest.components().count());
         let Some((directory, rest)) = found else {
             let parent = path.parent().unwrap_or(path).display();
             return Err(unsupported(format!(
@@ -204,6 +204,15 @@ impl Chains {
         }
         host::open_file(&place, false).map_err(failed)
     }
+}
+
+/// Opens a directory under the path that `name` makes of it.
+fn open_root(
+    directory: &Path,
+    name: impl FnOnce(&Path) -> std::io::Result<PathBuf>,
+) -> Result<(PathBuf, Root)> {
+    let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
+    Ok((name(directory).map_err(failed)?, Root::open(directory).map_err(failed)?))
 }
 
 /// The whole path that `name` means inside the file at `image`, `.` and `..` resolved by name: no

@@ -168,6 +168,23 @@ fn names_through_a_symbolic_link_to_an_allowed_directory_are_followed() {
     mount.umount();
 }
 
+/// A directory of images may have another file system mounted in it.
+#[test]
+fn a_mount_within_the_images_can_be_allowed() {
+    let lab = Lab::new();
+    let inner = lab.subdirectory("images/inner");
+    let disk = FileSystem::in_memory(inner.clone());
+    image_of(&lab, "inner/base.qcow2", &pattern(3, 2 * MIB), "");
+    overlay_on(&lab, "inner/overlay.qcow2", "base.qcow2", "qcow2");
+    let mount = lab.mount();
+    assert_eq!(errno_of(File::open(mount.path("inner/overlay.raw"))), libc::EXDEV);
+    mount.umount();
+    let mount = lab.mount_with(&format!("--allow {}", inner.display()));
+    assert_same(&read_all(&mount.path("inner/overlay.raw")), &pattern(3, 2 * MIB), "overlay");
+    mount.umount();
+    disk.umount();
+}
+
 #[test]
 fn what_is_no_file_is_never_opened_as_one() {
     let lab = Lab::new();
@@ -338,7 +355,7 @@ fn an_overlay_shows_a_base_as_it_is_not_as_it_was() {
     assert_same(&read_all(&raw), &pattern(1, 2 * MIB), "at first");
     wait_until_free(&base);
     sh!("qemu-io -f qcow2 -c 'write -P 0x5a 0 1M' {}", base.display());
-    assert_eq!(read_all(&raw)[..MIB], vec![0x5a; MIB]);
+    assert_same(&read_all(&raw)[..MIB], &vec![0x5a; MIB], "after the change");
     mount.umount();
 }
 
