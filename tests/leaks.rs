@@ -102,7 +102,7 @@ fn what_a_killed_process_leaked_is_returned_while_the_disk_is_in_use() {
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
         let shape = Shape::random(&mut rng, 16 << 20);
-        shape.create(&path);
+        shape.create(&path, None);
         let mut expected = vec![0; shape.size as usize];
 
         let before = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
@@ -160,7 +160,7 @@ fn a_search_that_is_cut_short_by_a_close_changes_nothing() {
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
         let shape = Shape::random(&mut rng, 16 << 20);
-        shape.create(&path);
+        shape.create(&path, None);
         let mut expected = vec![0; shape.size as usize];
         let storage = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
         for _ in 0..10 {
