@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::discards::{open, read_all};
 use crate::lab::{
-    Lab, Mount, PROGRAM, assert_same, assert_sound, attempt, eventually, guest_bytes, is_mounted,
-    pattern, signal, wait_for_end,
+    Lab, Mount, PROGRAM, alive, assert_same, assert_sound, attempt, eventually, guest_bytes,
+    is_mounted, pattern, signal, wait_for_end,
 };
 
 /// Who neither owns the images nor is root.
@@ -184,6 +184,28 @@ fn a_second_sigterm_saves_everything_and_goes() {
     drop(file);
     assert_same(&guest_bytes(&image)[..2 << 20], &data, "after two SIGTERMs");
     assert_sound(&image);
+}
+
+#[test]
+fn the_end_of_one_mount_leaves_others_in_its_place_alone() {
+    let lab = Lab::new();
+    lab.create("below.qcow2", "1M", "");
+    let below = lab.mount();
+    let over = lab.subdirectory("over");
+    sh!("qemu-img create -q -f qcow2 {}/over.qcow2 1M", over.display());
+    let (point, log) = (lab.point(), lab.path("log-over"));
+    sh!("$qcow2fs mount --log-file {} {} {}", log.display(), over.display(), point.display());
+    let over = Mount::adopt(point.clone(), log);
+
+    signal(below.pid(), libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(alive(below.pid()), "it ended though its mount is still there");
+    assert!(point.join("over.raw").exists(), "it unmounted what was mounted over it");
+
+    sh!("umount {}", point.display());
+    wait_for_end(over.pid());
+    assert!(point.join("below.raw").exists(), "what ended unmounted what was below it");
+    below.umount();
 }
 
 #[test]
