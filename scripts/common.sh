@@ -60,24 +60,40 @@ need_rust() {
     need "cc=gcc libc6-dev"
 }
 
-# take_down DIRECTORY: detaches every mount and loop device beneath it, whatever went wrong.
+# take_down DIRECTORY: undoes every mount and loop device beneath it, whatever went wrong: what lies
+# on loop devices first, then those, then the mounts that hold their files.
 take_down() {
-    local directory=$1 point device file
-    mounts_beneath "$directory" | while read -r point; do
-        timeout 20 umount "$point" 2>/dev/null || umount -l "$point" 2>/dev/null || true
+    local directory=$1 devices device point pass
+    devices=$(loops_beneath "$directory")
+    for pass in other fuse; do
+        mounts_beneath "$directory" "$pass" | while read -r point; do
+            timeout 20 umount "$point" 2>/dev/null || umount -l "$point" 2>/dev/null || true
+        done
+        for device in $devices; do
+            losetup -d "$device" 2>/dev/null || true
+        done
+        devices=
     done
+}
+
+# loops_beneath DIRECTORY: the loop devices on files there.
+loops_beneath() {
+    local file device
     for file in /sys/block/loop*/loop/backing_file; do
         [ -e "$file" ] || continue
         case $(cat "$file" 2>/dev/null) in
-            "$directory"/*)
+            "$1"/*)
                 device=${file#/sys/block/}
-                losetup -d "/dev/${device%%/*}" 2>/dev/null || true
+                echo "/dev/${device%%/*}"
                 ;;
         esac
     done
 }
 
-# mounts_beneath DIRECTORY: their mount points, the newest first.
+# mounts_beneath DIRECTORY fuse|other: mount points of one kind, the newest first.
 mounts_beneath() {
-    awk -v directory="$1/" 'index($2, directory) == 1 { print $2 }' /proc/self/mounts | tac
+    awk -v directory="$1/" -v wanted="$2" '
+        { kind = $3 ~ /^fuse/ ? "fuse" : "other" }
+        index($2, directory) == 1 && kind == wanted { print $2 }
+    ' /proc/self/mounts | tac
 }

@@ -102,14 +102,10 @@ impl Client {
     }
 
     fn close(&mut self) -> qcow2fs::Result<()> {
-        let was_bad = self.latched();
-        self.act(Operation { kind: Kind::Flush, sectors: 0..0 }, |image, _| {
-            // An image that is latched and has nothing left to write closes without an error.
-            match image.close() {
-                Ok(()) if was_bad => Err(Error::new(ErrorKind::ReadOnly, "closed as it was")),
-                other => other,
-            }
-        })
+        let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
+        let result = self.act(everything, |image, _| image.close());
+        assert!(result.is_err() || !self.sync_failed(), "closed without a word of the failed sync");
+        result
     }
 
     /// A short history that a seed fixes; errors are as they come.

@@ -77,13 +77,15 @@ enum Step {
     Sync,
 }
 
-/// Memory that notes writes and syncs, and can refuse to punch, or to read one place.
+/// Memory that notes writes and syncs, can refuse to punch or to read one place, and syncs only
+/// while nobody holds `gate`.
 #[derive(Default)]
 struct Probe {
     memory: MemoryStorage,
     steps: Mutex<Vec<Step>>,
     cannot_punch: AtomicBool,
     cannot_read: Mutex<Range<u64>>,
+    gate: Mutex<()>,
 }
 
 impl Probe {
@@ -116,6 +118,7 @@ impl Storage for Probe {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _gate = self.gate.lock().unwrap();
         self.steps.lock().unwrap().push(Step::Sync);
         self.memory.sync()
     }
@@ -406,4 +409,47 @@ fn a_raw_backing_file_that_grows_does_not_hang_the_search_for_holes() {
     let (found, is_found) = mpsc::channel();
     thread::spawn(move || found.send(image.next_hole(0).unwrap()));
     assert_eq!(is_found.recv_timeout(Duration::from_secs(5)), Ok(1000));
+}
+
+/// A write that waits for a cut of the disk to end must not put its data past the new end, where it
+/// would show when the disk grows.
+#[test]
+fn a_write_that_a_cut_overtakes_leaves_nothing_past_the_end() {
+    let storage = Probe::new(created(&[]));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.resize(9 << 20).unwrap();
+    image.write(0, &[1; CLUSTER as usize]).unwrap();
+    image.flush().unwrap();
+    thread::scope(|scope| {
+        let gate = storage.gate.lock().unwrap();
+        let cut = scope.spawn(|| image.resize(512));
+        thread::sleep(Duration::from_millis(200));
+        let write = scope.spawn(|| image.write(1024, &[7; 512]));
+        thread::sleep(Duration::from_millis(200));
+        drop(gate);
+        cut.join().unwrap().unwrap();
+        let _ = write.join().unwrap();
+    });
+    image.resize(8 << 20).unwrap();
+    let mut read = [9; 512];
+    image.read(1024, &mut read).unwrap();
+    assert_eq!(read, [0; 512]);
+    image.close().unwrap();
+}
+
+/// A host that cannot read for a moment says nothing about the image.
+#[test]
+fn an_image_whose_snapshots_cannot_be_read_is_not_marked_as_corrupt() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, created(&[])).unwrap();
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(&path).status();
+    assert!(taken.unwrap().success());
+    let bytes = std::fs::read(&path).unwrap();
+    let snapshots = be64(&bytes, 64);
+
+    let storage = Probe::new(bytes.clone());
+    *storage.cannot_read.lock().unwrap() = snapshots..snapshots + 1;
+    assert!(Image::open(storage.clone(), &quiet()).is_err());
+    assert!(storage.memory.contents() == bytes, "the image was changed");
 }

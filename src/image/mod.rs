@@ -174,7 +174,8 @@ impl Image {
             return Ok(());
         }
         if !self.health.is_good() {
-            return if self.needs_flush() { self.flush() } else { Ok(()) };
+            // It says so if a sync failed before, even if nothing but data was to be made durable.
+            return self.flush();
         }
         self.flush()?;
         if writer.recycler.awaits_flush() {

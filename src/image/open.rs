@@ -157,7 +157,8 @@ impl Image {
         });
         match sound {
             Ok(()) => image.start_recycler(options)?,
-            Err(e) => image.found_corrupt(&e),
+            Err(e) if e.kind() == ErrorKind::Corrupt => image.found_corrupt(&e),
+            Err(e) => return Err(e),
         }
         Ok(image)
     }

@@ -26,7 +26,9 @@ impl Image {
         let range = offset..end;
         let mut at = {
             let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
-            self.note(self.write_in_place(&range, data))?
+            // The disk may have been cut while nothing was held.
+            let within_disk = offset..end.min(self.virtual_size()).max(offset);
+            self.note(self.write_in_place(&within_disk, data))?
         };
         if at < end {
             let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));

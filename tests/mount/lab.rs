@@ -1,7 +1,7 @@
 //! A directory of images, the program that serves it, and commands with a time limit.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -125,6 +125,14 @@ pub fn assert_sound(image: &Path) {
 pub fn wait_until_free(image: &Path) {
     let free = || attempt!("qemu-io -f qcow2 -c 'read 0 512' {}", image.display()).ok();
     eventually(Duration::from_secs(10), free, || format!("{} still locked", image.display()));
+}
+
+/// Writes the start of a file from another process, so that no process that we fork meanwhile has a
+/// copy of the open file.
+pub fn write_by_dd(file: &Path, data: &[u8]) {
+    let mut source = tempfile::NamedTempFile::new().unwrap();
+    source.write_all(data).unwrap();
+    sh!("dd if={} of={} bs=64k conv=notrunc", source.path().display(), file.display());
 }
 
 /// The bytes of the virtual disk, read by QEMU.
@@ -290,9 +298,18 @@ impl Mount {
         serde_json::from_str(&text).expect("status is JSON")
     }
 
-    /// Unmounts as users do, and checks that nothing is left.
+    /// Unmounts as users do, and checks that nothing is left. For a moment the mount may be busy
+    /// by our own doing: a child that another test has just forked, not yet executing its program,
+    /// has a copy of every file that was open.
     pub fn umount(self) {
-        sh!("$qcow2fs umount {}", self.point.display());
+        let last = std::cell::RefCell::new(String::new());
+        let done = || {
+            let outcome = attempt!("$qcow2fs umount {}", self.point.display());
+            *last.borrow_mut() = outcome.text();
+            assert!(outcome.ok() || outcome.text().contains("busy"), "umount: {}", outcome.text());
+            outcome.ok()
+        };
+        eventually(Duration::from_secs(5), done, || last.borrow().clone());
         assert!(!is_mounted(&self.point), "still mounted after umount");
         assert!(!alive(self.pid), "umount returned before the daemon had ended");
     }

@@ -20,6 +20,7 @@ mod discards;
 mod files;
 mod filesystems;
 mod hosts;
+mod layers;
 mod locks;
 mod options;
 mod refusals;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::discards::{open, read_all};
 use crate::lab::{
     Lab, Mount, PROGRAM, alive, assert_same, assert_sound, attempt, eventually, guest_bytes,
-    is_mounted, pattern, signal, wait_for_end,
+    is_mounted, pattern, signal, wait_for_end, write_by_dd,
 };
 
 /// Who neither owns the images nor is root.
@@ -105,7 +105,7 @@ fn a_plain_umount_leaves_the_image_sound() {
     let image = lab.create("disk.qcow2", "8M", "");
     let mount = lab.mount();
     let data = pattern(4, 2 << 20);
-    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
+    write_by_dd(&mount.path("disk.raw"), &data);
     let pid = mount.pid();
     sh!("umount {}", mount.point().display());
     wait_for_end(pid);
@@ -139,7 +139,7 @@ fn sigterm_unmounts_cleanly() {
     let image = lab.create("disk.qcow2", "8M", "");
     let mount = lab.mount();
     let data = pattern(5, 2 << 20);
-    open(&mount.path("disk.raw")).write_all_at(&data, 0).unwrap();
+    write_by_dd(&mount.path("disk.raw"), &data);
     signal(mount.pid(), libc::SIGTERM);
     wait_for_end(mount.pid());
     assert!(!is_mounted(mount.point()), "the mount is still there");
@@ -221,7 +221,7 @@ fn a_foreground_daemon_serves_until_it_is_unmounted() {
     eventually(Duration::from_secs(10), mounted, || "the foreground mount is not there".into());
     let mount = Mount::adopt(lab.point(), lab.path("log"));
     assert_eq!(mount.pid(), daemon.id() as i32, "it did not stay in the foreground");
-    open(&mount.path("disk.raw")).write_all_at(b"here", 0).unwrap();
+    write_by_dd(&mount.path("disk.raw"), b"here");
     sh!("umount {}", mount.point().display());
     let mut code = None;
     let mut ended = || {
