@@ -258,19 +258,29 @@ fn plain(error: &io::Error) -> String {
     }
 }
 
-/// A mount over its own images could never be answered.
+/// A mount over its own images could never be answered. A bind mount may give either of them a
+/// second name.
 fn refuse_nesting(source: &Path, mountpoint: &Path) -> Result<(), String> {
     let (images, place) = (source.display(), mountpoint.display());
-    if source == mountpoint {
+    if is_within(source, mountpoint) && is_within(mountpoint, source) {
         return Err(format!("{place} cannot be mounted over itself: mount it somewhere else"));
     }
-    if source.starts_with(mountpoint) {
+    if is_within(source, mountpoint) {
         return Err(format!("{images} lies beneath the mount point {place}, which would hide it"));
     }
-    if mountpoint.starts_with(source) {
+    if is_within(mountpoint, source) {
         return Err(format!("the mount point {place} lies beneath the image directory {images}"));
     }
     Ok(())
+}
+
+/// Whether `path` is `directory` or lies beneath it, by whatever name.
+fn is_within(path: &Path, directory: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| path.metadata().ok().map(|m| (m.dev(), m.ino()));
+    let wanted = id(directory);
+    path.starts_with(directory)
+        || wanted.is_some() && path.ancestors().any(|parent| id(parent) == wanted)
 }
 
 #[cfg(test)]

@@ -134,6 +134,20 @@ fn mounts_that_cannot_work_say_why_and_fail() {
 }
 
 #[test]
+fn a_mount_within_its_images_is_refused_under_any_name() {
+    let lab = Lab::new();
+    let (alias, inner) = (lab.subdirectory("alias"), lab.subdirectory("images/inner"));
+    let (images, inner) = (lab.images(), inner.file_name().unwrap().to_owned());
+    sh!("mount --bind {} {}", images.display(), alias.display());
+    let place = alias.join(inner);
+    let refused = attempt!("timeout 10 $qcow2fs mount {} {}", images.display(), place.display());
+    attempt!("umount -l {}", place.display());
+    sh!("umount -l {}", alias.display());
+    assert_eq!(refused.code, Some(1), "{}", refused.text());
+    assert!(refused.err.contains("beneath"), "{}", refused.text());
+}
+
+#[test]
 fn sigterm_unmounts_cleanly() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
