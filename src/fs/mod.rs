@@ -69,6 +69,10 @@ impl Filesys {
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
+        if control::attributes(ino).is_some() {
+            // Nothing of ours can be changed.
+            return Err(Errno::EPERM);
+        }
         self.verbs.catalog.node(ino.0).map_err(|e| fail(None, &e))
     }
 
@@ -106,6 +110,9 @@ fn answer(done: Result<()>, node: Option<&Node>, reply: ReplyEmpty) {
 fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
     if let Some(attr) = control::lookup(parent, name) {
         return reply.entry(&ENTRY_TTL, &attr, GENERATION);
+    }
+    if parent == control::DIRECTORY {
+        return reply.error(Errno::ENOENT);
     }
     match verbs.catalog.lookup(parent.0, name) {
         Ok(found) => {

@@ -248,6 +248,25 @@ fn a_foreground_daemon_serves_until_it_is_unmounted() {
 }
 
 #[test]
+fn what_is_hidden_cannot_be_changed() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let (hidden, status) = (mount.path(".qcow2fs"), mount.path(".qcow2fs/status"));
+    let missing = fs::metadata(hidden.join("missing")).map(drop);
+    assert_eq!(missing.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    let (mode, times) = (fs::Permissions::from_mode(0o600), fs::FileTimes::new());
+    for refused in [
+        fs::set_permissions(&status, mode),
+        File::open(&status).unwrap().set_times(times.set_modified(std::time::UNIX_EPOCH)),
+        fs::remove_file(&status),
+        fs::create_dir(hidden.join("new")),
+    ] {
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
+    mount.umount();
+}
+
+#[test]
 fn status_names_what_is_open() {
     let lab = Lab::new();
     lab.create("disk.qcow2", "8M", "");
