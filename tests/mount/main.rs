@@ -19,6 +19,7 @@ mod directory;
 mod discards;
 mod files;
 mod filesystems;
+mod hosts;
 mod layers;
 mod locks;
 mod options;

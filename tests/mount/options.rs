@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::discards::{open, read_all};
 use crate::lab::{
-    Lab, Mount, PROGRAM, assert_same, assert_sound, attempt, eventually, guest_bytes, is_mounted,
-    pattern, signal, wait_for_end, write_by_dd,
+    Lab, Mount, PROGRAM, alive, assert_same, assert_sound, attempt, eventually, guest_bytes,
+    is_mounted, pattern, signal, wait_for_end, write_by_dd,
 };
 
 /// Who neither owns the images nor is root.
@@ -152,6 +152,20 @@ fn mounts_that_cannot_work_say_why_and_fail() {
 }
 
 #[test]
+fn a_mount_within_its_images_is_refused_under_any_name() {
+    let lab = Lab::new();
+    let (alias, inner) = (lab.subdirectory("alias"), lab.subdirectory("images/inner"));
+    let (images, inner) = (lab.images(), inner.file_name().unwrap().to_owned());
+    sh!("mount --bind {} {}", images.display(), alias.display());
+    let place = alias.join(inner);
+    let refused = attempt!("timeout 10 $qcow2fs mount {} {}", images.display(), place.display());
+    attempt!("umount -l {}", place.display());
+    sh!("umount -l {}", alias.display());
+    assert_eq!(refused.code, Some(1), "{}", refused.text());
+    assert!(refused.err.contains("beneath"), "{}", refused.text());
+}
+
+#[test]
 fn sigterm_unmounts_cleanly() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
@@ -205,6 +219,28 @@ fn a_second_sigterm_saves_everything_and_goes() {
 }
 
 #[test]
+fn the_end_of_one_mount_leaves_others_in_its_place_alone() {
+    let lab = Lab::new();
+    lab.create("below.qcow2", "1M", "");
+    let below = lab.mount();
+    let over = lab.subdirectory("over");
+    sh!("qemu-img create -q -f qcow2 {}/over.qcow2 1M", over.display());
+    let (point, log) = (lab.point(), lab.path("log-over"));
+    sh!("$qcow2fs mount --log-file {} {} {}", log.display(), over.display(), point.display());
+    let over = Mount::adopt(point.clone(), log);
+
+    signal(below.pid(), libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(alive(below.pid()), "it ended though its mount is still there");
+    assert!(point.join("over.raw").exists(), "it unmounted what was mounted over it");
+
+    sh!("umount {}", point.display());
+    wait_for_end(over.pid());
+    assert!(point.join("below.raw").exists(), "what ended unmounted what was below it");
+    below.umount();
+}
+
+#[test]
 fn a_foreground_daemon_serves_until_it_is_unmounted() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
@@ -227,6 +263,25 @@ fn a_foreground_daemon_serves_until_it_is_unmounted() {
     eventually(Duration::from_secs(20), &mut ended, || "the daemon does not end".into());
     assert!(code.is_some_and(|code| code.success()), "it ended with {code:?}");
     assert_sound(&image);
+}
+
+#[test]
+fn what_is_hidden_cannot_be_changed() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let (hidden, status) = (mount.path(".qcow2fs"), mount.path(".qcow2fs/status"));
+    let missing = fs::metadata(hidden.join("missing")).map(drop);
+    assert_eq!(missing.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    let (mode, times) = (fs::Permissions::from_mode(0o600), fs::FileTimes::new());
+    for refused in [
+        fs::set_permissions(&status, mode),
+        File::open(&status).unwrap().set_times(times.set_modified(std::time::UNIX_EPOCH)),
+        fs::remove_file(&status),
+        fs::create_dir(hidden.join("new")),
+    ] {
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
+    mount.umount();
 }
 
 #[test]
