@@ -177,7 +177,8 @@ impl Catalog {
             match self.place(&path) {
                 Ok((place, metadata)) if metadata.is_file() => return Ok((path, place, metadata)),
                 Ok(_) => {}
-                Err(e) if e.errno() == libc::ENOENT || e.errno() == libc::ELOOP => {}
+                // The image's name is longer than its raw file's.
+                Err(e) if matches!(e.errno(), libc::ENOENT | libc::ELOOP | libc::ENAMETOOLONG) => {}
                 Err(e) => return Err(e),
             }
         }

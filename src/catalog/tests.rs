@@ -85,6 +85,17 @@ fn images_and_directories_are_shown_and_nothing_else() {
 }
 
 #[test]
+fn the_longest_names_are_found() {
+    let tree = Tree::new();
+    tree.image(&format!("{}.qcow2", "x".repeat(249)), "1M");
+    fs::create_dir(tree.path(&format!("{}.raw", "d".repeat(251)))).unwrap();
+    for name in tree.names() {
+        tree.lookup(ROOT, &name).unwrap();
+    }
+    assert_eq!(tree.names().len(), 2);
+}
+
+#[test]
 fn an_image_that_makes_no_sense_is_listed_empty_and_refused() {
     let tree = Tree::new();
     fs::write(tree.path("bad.qcow2"), "no image").unwrap();

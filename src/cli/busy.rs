@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::unmounting;
 use crate::storage::image_lock::process_name;
 
 /// How long the search may take.
@@ -59,10 +60,9 @@ fn loop_devices(mountpoint: &Path) -> Vec<String> {
 }
 
 fn mounts(mountpoint: &Path) -> Vec<String> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let places = unmounting::mounts().into_iter().map(|(_, place)| place);
     places
-        .filter(|place| Path::new(place) != mountpoint && Path::new(place).starts_with(mountpoint))
-        .map(|place| format!("a mount at {place}"))
+        .filter(|place| place != mountpoint && place.starts_with(mountpoint))
+        .map(|place| format!("a mount at {}", place.display()))
         .collect()
 }

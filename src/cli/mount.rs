@@ -1,6 +1,7 @@
 //! `qcow2fs mount`: from arguments to a mount that is served until it is unmounted.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,6 +9,8 @@ use fuser::{Config, MountOption, Session, SessionACL};
 
 use super::daemon::{self, Parent};
 use super::options::MountOptions;
+use super::umount::is_dead;
+use super::unmounting::{self, Served};
 use super::{logging, signals, size};
 use crate::catalog::{self, Catalog};
 use crate::fs::Filesys;
@@ -107,8 +110,7 @@ impl Plan {
             image.keep_erased = bytes;
         }
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
-        let allow = allow.map(|path| directory(&path, "the allowed directory"));
-        let allow = allow.collect::<Result<Vec<_>, _>>()?;
+        let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -155,7 +157,9 @@ impl Plan {
         let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
         let session = Session::new(files, &self.mountpoint, &self.config())
             .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
-        signals.serve(self.mountpoint.clone(), Arc::clone(&catalog)).map_err(thread)?;
+        let mount = Served::new(self.mountpoint.clone(), session.as_fd())
+            .map_err(|e| format!("looking for the mount at {}: {e}", self.mountpoint.display()))?;
+        signals.serve(mount, Arc::clone(&catalog)).map_err(thread)?;
         Ok((session, catalog))
     }
 
@@ -170,13 +174,18 @@ impl Plan {
     }
 
     fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
-        let ended = session.run();
+        let ended = serve_to_the_end(session);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
         let failed = catalog.close_all();
         if failed > 0 {
             log::error!("{failed} times an image could not be closed in order; check it");
+        }
+        if is_dead(&self.mountpoint)
+            && let Err(e) = unmounting::unmount(&self.mountpoint, true)
+        {
+            log::warn!("cannot detach {}: {e}", self.mountpoint.display());
         }
         log::info!("{} is no longer served", self.mountpoint.display());
         i32::from(failed > 0 || ended.is_err())
@@ -215,6 +224,18 @@ impl Plan {
     }
 }
 
+/// Serves until the connection to the kernel ends.
+///
+/// A session that is dropped unmounts what is at its mount point, whether or not that is its own
+/// mount: by then it may be the one that was below, or one that somebody has made since. So what
+/// would do that is never dropped.
+fn serve_to_the_end(session: Session<Filesys>) -> io::Result<()> {
+    let nothing = std::thread::spawn(|| Ok(()));
+    let session = Box::leak(Box::new(session.spawn()?));
+    let served = std::mem::replace(&mut session.guard, nothing).join();
+    served.unwrap_or_else(|_| Err(io::Error::other("a defect in this program")))
+}
+
 /// The directory's path without links in it.
 fn directory(path: &Path, what: &str) -> Result<PathBuf, String> {
     let shown = path.display();
@@ -236,19 +257,35 @@ fn plain(error: &io::Error) -> String {
     }
 }
 
-/// A mount over its own images could never be answered.
+/// A directory that must exist, by the name it was given: images may have recorded that one.
+fn allowed(path: &Path) -> Result<PathBuf, String> {
+    directory(path, "the allowed directory")?;
+    std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+/// A mount over its own images could never be answered. A bind mount may give either of them a
+/// second name.
 fn refuse_nesting(source: &Path, mountpoint: &Path) -> Result<(), String> {
     let (images, place) = (source.display(), mountpoint.display());
-    if source == mountpoint {
+    if is_within(source, mountpoint) && is_within(mountpoint, source) {
         return Err(format!("{place} cannot be mounted over itself: mount it somewhere else"));
     }
-    if source.starts_with(mountpoint) {
+    if is_within(source, mountpoint) {
         return Err(format!("{images} lies beneath the mount point {place}, which would hide it"));
     }
-    if mountpoint.starts_with(source) {
+    if is_within(mountpoint, source) {
         return Err(format!("the mount point {place} lies beneath the image directory {images}"));
     }
     Ok(())
+}
+
+/// Whether `path` is `directory` or lies beneath it, by whatever name.
+fn is_within(path: &Path, directory: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| path.metadata().ok().map(|m| (m.dev(), m.ino()));
+    let wanted = id(directory);
+    path.starts_with(directory)
+        || wanted.is_some() && path.ancestors().any(|parent| id(parent) == wanted)
 }
 
 #[cfg(test)]

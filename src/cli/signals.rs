@@ -2,10 +2,10 @@
 //! every image and ends the process.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{busy, unmounting};
+use super::busy;
+use super::unmounting::Served;
 use crate::catalog::Catalog;
 
 /// The signals, kept from every thread that is started after [`block`].
@@ -30,15 +30,15 @@ impl Signals {
     ///
     /// # Errors
     /// Those of the host when it cannot start a thread.
-    pub(super) fn serve(self, mountpoint: PathBuf, catalog: Arc<Catalog>) -> io::Result<()> {
+    pub(super) fn serve(self, mount: Served, catalog: Arc<Catalog>) -> io::Result<()> {
         let serve = move || {
             let mut busy = false;
             loop {
                 self.wait();
                 if busy {
-                    end(&mountpoint, &catalog);
+                    end(&mount, &catalog);
                 }
-                busy = !unmount(&mountpoint);
+                busy = !unmount(&mount);
             }
         };
         std::thread::Builder::new().name("signals".into()).spawn(serve).map(drop)
@@ -52,14 +52,14 @@ impl Signals {
 }
 
 /// Unmounts; the session ends with it. Says who is in the way when it is busy.
-fn unmount(mountpoint: &Path) -> bool {
-    let error = match unmounting::unmount(mountpoint, false) {
+fn unmount(mount: &Served) -> bool {
+    let error = match mount.unmount(false) {
         Ok(()) => return true,
         Err(e) => e,
     };
-    let place = mountpoint.display();
+    let place = mount.mountpoint().display();
     if error.raw_os_error() == Some(libc::EBUSY) {
-        let users = busy::users(mountpoint);
+        let users = busy::users(mount.mountpoint());
         log::error!(
             "{place} is busy, still serving it; another signal ends it. In use by: {users}"
         );
@@ -70,9 +70,9 @@ fn unmount(mountpoint: &Path) -> bool {
 }
 
 /// Closes every image under its users' hands and ends the process.
-fn end(mountpoint: &Path, catalog: &Catalog) -> ! {
-    if let Err(e) = unmounting::unmount(mountpoint, true) {
-        log::error!("cannot detach {}: {e}", mountpoint.display());
+fn end(mount: &Served, catalog: &Catalog) -> ! {
+    if let Err(e) = mount.unmount(true) {
+        log::error!("cannot detach {}: {e}", mount.mountpoint().display());
     }
     let failed = catalog.close_all();
     std::process::exit(i32::from(failed > 0))

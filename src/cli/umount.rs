@@ -64,7 +64,7 @@ fn unmount(given: &Path) -> Result<(), String> {
 }
 
 /// Whether a mount is there whose process is gone.
-fn is_dead(mountpoint: &Path) -> bool {
+pub(super) fn is_dead(mountpoint: &Path) -> bool {
     mountpoint.metadata().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
 }
 

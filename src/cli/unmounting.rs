@@ -1,10 +1,97 @@
-//! Taking a mount away: umount2(2), or `fusermount3` for who may not.
+//! What is mounted where, and taking a mount away: umount2(2), or `fusermount3` for who may not.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
+use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+/// The mount that this process serves. What others have mounted in the same place, over it or after
+/// it, is never touched.
+pub(super) struct Served {
+    mountpoint: PathBuf,
+    /// Nobody else's as long as the connection is up.
+    device: Vec<u8>,
+    connection: OwnedFd,
+}
+
+impl Served {
+    /// What has just been mounted at `mountpoint`; the kernel talks to it through `connection`.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub(super) fn new(mountpoint: PathBuf, connection: BorrowedFd<'_>) -> io::Result<Served> {
+        let connection = connection.try_clone_to_owned()?;
+        let device = device_at(&mountpoint).ok_or_else(not_there)?;
+        Ok(Served { mountpoint, device, connection })
+    }
+
+    /// Where it is mounted.
+    pub(super) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// As [`unmount`], unless something else is what is seen there.
+    ///
+    /// # Errors
+    /// Those of [`unmount`].
+    pub(super) fn unmount(&self, lazy: bool) -> io::Result<()> {
+        if !self.is_connected() || device_at(&self.mountpoint).as_ref() != Some(&self.device) {
+            return Err(not_there());
+        }
+        unmount(&self.mountpoint, lazy)
+    }
+
+    fn is_connected(&self) -> bool {
+        let mut look = libc::pollfd { fd: self.connection.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: there is one `pollfd`, which lives through the call.
+        unsafe { libc::poll(&mut look, 1, 0) == 0 }
+    }
+}
+
+fn not_there() -> io::Error {
+    io::Error::other("it is detached already, or something else is mounted over it")
+}
+
+/// The number of the file system that is seen at `place`, as the kernel prints it.
+fn device_at(place: &Path) -> Option<Vec<u8>> {
+    // The latest one covers those before.
+    mounts().into_iter().rev().find(|(_, point)| point == place).map(|(device, _)| device)
+}
+
+/// Every mount, in the order in which they were made: the number of its file system and its place.
+pub(super) fn mounts() -> Vec<(Vec<u8>, PathBuf)> {
+    parse(&fs::read("/proc/self/mountinfo").unwrap_or_default())
+}
+
+/// The third and the fifth field of each line of mountinfo: proc_pid_mountinfo(5).
+fn parse(table: &[u8]) -> Vec<(Vec<u8>, PathBuf)> {
+    let mount = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(2);
+        let device = fields.next()?.to_vec();
+        Some((device, unescape(fields.nth(1)?)))
+    };
+    table.split(|byte| *byte == b'\n').filter_map(mount).collect()
+}
+
+/// The kernel writes blanks and backslashes as three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, after @ ..] = rest {
+        rest = after;
+        bytes.push(match rest {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] if *first == b'\\' => {
+                rest = after;
+                (a - b'0') << 6 | (b - b'0') << 3 | (c - b'0')
+            }
+            _ => *first,
+        });
+    }
+    OsString::from_vec(bytes).into()
+}
 
 /// Unmounts `mountpoint`; `lazy` detaches it now and ends it when nobody uses it any more.
 ///
@@ -37,4 +124,23 @@ fn with_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     Err(io::Error::other(said.trim().to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_table_is_read_with_any_name_and_the_latest_mount_last() {
+        let table = b"29 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            31 29 0:50 / /a\\040b\\134\\012 rw shared:1 - fuse.qcow2fs /i rw\n\
+            32 31 0:51 / /a\\040b\\134\\012 rw - fuse.qcow2fs /j rw\n";
+        let mounts = parse(table);
+        let place = PathBuf::from("/a b\\\n");
+        let wanted =
+            [("8:1", Path::new("/")), ("0:50", place.as_path()), ("0:51", place.as_path())];
+        let found: Vec<_> = mounts.iter().map(|(device, at)| (&device[..], at.as_path())).collect();
+        assert_eq!(found, wanted.map(|(device, at)| (device.as_bytes(), at)));
+        assert!(device_at(Path::new("/")).is_some());
+    }
 }

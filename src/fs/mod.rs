@@ -1,8 +1,9 @@
 //! FUSE requests to verbs of the catalog and the images, and the replies.
 //!
 //! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
-//! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so does a read that
-//! meets an image which is being opened. Nothing of qcow2 is known here.
+//! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
+//! meets an image which is being opened and a write that makes the disk larger, which waits for a
+//! flush. Nothing of qcow2 is known here.
 //!
 //! How the page cache is used: handles go through it, and what it holds is kept from one open to
 //! the next as long as nobody else has touched the image file. The first handle of a file decides
@@ -68,6 +69,10 @@ impl Filesys {
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
+        if control::attributes(ino).is_some() {
+            // Nothing of ours can be changed.
+            return Err(Errno::EPERM);
+        }
         self.verbs.catalog.node(ino.0).map_err(|e| fail(None, &e))
     }
 
@@ -106,6 +111,9 @@ fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry)
     if let Some(attr) = control::lookup(parent, name) {
         return reply.entry(&ENTRY_TTL, &attr, GENERATION);
     }
+    if parent == control::DIRECTORY {
+        return reply.error(Errno::ENOENT);
+    }
     match verbs.catalog.lookup(parent.0, name) {
         Ok(found) => {
             reply.entry_with_ttls(
@@ -122,6 +130,13 @@ fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry)
 fn answer_attributes(verbs: &Verbs, node: &Node, reply: ReplyAttr) {
     match verbs.catalog.attributes(node) {
         Ok(found) => reply.attr(&attribute_ttl(&found), &file_attr(&found)),
+        Err(e) => reply.error(fail(Some(node), &e)),
+    }
+}
+
+fn answer_write(verbs: &Verbs, node: &Node, offset: u64, data: &[u8], reply: ReplyWrite) {
+    match verbs.write(node, offset, data) {
+        Ok(()) => reply.written(data.len() as u32),
         Err(e) => reply.error(fail(Some(node), &e)),
     }
 }
@@ -279,10 +294,11 @@ impl Filesystem for Filesys {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
-        match self.verbs.write(&node, offset, data) {
-            Ok(()) => reply.written(data.len() as u32),
-            Err(e) => reply.error(fail(Some(&node), &e)),
+        if node.is_busy() || self.verbs.grows(&node, offset, data.len()) {
+            let (verbs, data) = (Arc::clone(&self.verbs), data.to_vec());
+            return self.pool.run(move || answer_write(&verbs, &node, offset, &data, reply));
         }
+        answer_write(&self.verbs, &node, offset, data, reply);
     }
 
     fn flush(

@@ -130,6 +130,12 @@ impl Verbs {
         })
     }
 
+    /// Whether a write makes the disk larger.
+    pub(super) fn grows(&self, node: &Node, offset: u64, length: usize) -> bool {
+        let end = offset.saturating_add(length as u64);
+        node.with_image(|image| Ok(end > image.virtual_size())).unwrap_or(false)
+    }
+
     /// fallocate(2): reserves, discards, or zeroes.
     ///
     /// # Errors

@@ -13,12 +13,13 @@
 
 #[macro_use]
 mod lab;
+mod chains;
 mod devices;
-
 mod directory;
 mod discards;
 mod files;
 mod filesystems;
+mod hosts;
 mod layers;
 mod locks;
 mod options;

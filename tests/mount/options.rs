@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::discards::{open, read_all};
 use crate::lab::{
-    Lab, Mount, PROGRAM, assert_same, assert_sound, attempt, eventually, guest_bytes, is_mounted,
-    pattern, signal, wait_for_end, write_by_dd,
+    Lab, Mount, PROGRAM, alive, assert_same, assert_sound, attempt, eventually, guest_bytes,
+    is_mounted, pattern, signal, wait_for_end, write_by_dd,
 };
 
 /// Who neither owns the images nor is root.
@@ -48,32 +50,48 @@ fn other_users_read_only_where_allowed() {
     mount.umount();
 }
 
-/// Mounts with `mount`, writes, and unmounts with a plain umount(8).
-///
-/// mount(8) looks for the program in a path of its own, so this happens in a mount namespace of its
-/// own, in which the program under test stands in /usr/local/bin.
+/// The program under test where mount(8) looks for it, which takes no PATH from its caller. Before
+/// /usr/local/bin, so that one installed there is left alone.
+struct Installed {
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Installed {
+    const LINK: &str = "/usr/local/sbin/qcow2fs";
+
+    fn new() -> Installed {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+        let left_behind =
+            fs::read_link(Self::LINK).is_ok_and(|target| target == Path::new(PROGRAM));
+        if !left_behind {
+            std::os::unix::fs::symlink(PROGRAM, Self::LINK)
+                .unwrap_or_else(|e| panic!("a link to the program at {}: {e}", Self::LINK));
+        }
+        Installed { _alone: alone }
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::LINK);
+    }
+}
+
+/// Mounts with the command `mount`, writes, and unmounts with a plain umount(8).
 fn mounts_by_type(lab: &Lab, mount: &str) {
     let image = lab.create("disk.qcow2", "8M", "");
-    let bin = lab.subdirectory("bin");
-    std::os::unix::fs::symlink(PROGRAM, bin.join("qcow2fs")).unwrap();
-    let (data, source) = (pattern(3, 1 << 20), lab.path("source"));
-    fs::write(&source, &data).unwrap();
-    let script = format!(
-        r#"mount --bind {bin} /usr/local/bin
-           trap 'umount -l {point} 2>/dev/null || true' EXIT
-           {mount}
-           grep '{point} fuse.qcow2fs ' /proc/self/mounts
-           pid=$(qcow2fs status --json {point} | sed -n 's/.*"pid": *\([0-9]*\).*/\1/p')
-           dd if={source} of={point}/disk.raw bs=64k conv=notrunc
-           umount {point}
-           timeout 30 tail --pid="$pid" -f /dev/null"#,
-        bin = bin.display(),
-        point = lab.point().display(),
-        source = source.display(),
-    );
-    let file = lab.path("script");
-    fs::write(&file, script).unwrap();
-    sh!("unshare --mount bash -exo pipefail {}", file.display());
+    let installed = Installed::new();
+    sh!("{mount}");
+    drop(installed);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = Mount::adopt(lab.point(), lab.path("log"));
+    let shown = format!(" {} fuse.qcow2fs ", lab.point().display());
+    assert!(mounts.contains(&shown), "the mount table shows another type");
+    let data = pattern(3, 1 << 20);
+    write_by_dd(&mount.path("disk.raw"), &data);
+    sh!("umount {}", mount.point().display());
+    wait_for_end(mount.pid());
     assert_same(&guest_bytes(&image)[..1 << 20], &data, "after a plain umount");
     assert_sound(&image);
 }
@@ -134,6 +152,20 @@ fn mounts_that_cannot_work_say_why_and_fail() {
 }
 
 #[test]
+fn a_mount_within_its_images_is_refused_under_any_name() {
+    let lab = Lab::new();
+    let (alias, inner) = (lab.subdirectory("alias"), lab.subdirectory("images/inner"));
+    let (images, inner) = (lab.images(), inner.file_name().unwrap().to_owned());
+    sh!("mount --bind {} {}", images.display(), alias.display());
+    let place = alias.join(inner);
+    let refused = attempt!("timeout 10 $qcow2fs mount {} {}", images.display(), place.display());
+    attempt!("umount -l {}", place.display());
+    sh!("umount -l {}", alias.display());
+    assert_eq!(refused.code, Some(1), "{}", refused.text());
+    assert!(refused.err.contains("beneath"), "{}", refused.text());
+}
+
+#[test]
 fn sigterm_unmounts_cleanly() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
@@ -187,6 +219,28 @@ fn a_second_sigterm_saves_everything_and_goes() {
 }
 
 #[test]
+fn the_end_of_one_mount_leaves_others_in_its_place_alone() {
+    let lab = Lab::new();
+    lab.create("below.qcow2", "1M", "");
+    let below = lab.mount();
+    let over = lab.subdirectory("over");
+    sh!("qemu-img create -q -f qcow2 {}/over.qcow2 1M", over.display());
+    let (point, log) = (lab.point(), lab.path("log-over"));
+    sh!("$qcow2fs mount --log-file {} {} {}", log.display(), over.display(), point.display());
+    let over = Mount::adopt(point.clone(), log);
+
+    signal(below.pid(), libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(alive(below.pid()), "it ended though its mount is still there");
+    assert!(point.join("over.raw").exists(), "it unmounted what was mounted over it");
+
+    sh!("umount {}", point.display());
+    wait_for_end(over.pid());
+    assert!(point.join("below.raw").exists(), "what ended unmounted what was below it");
+    below.umount();
+}
+
+#[test]
 fn a_foreground_daemon_serves_until_it_is_unmounted() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
@@ -209,6 +263,25 @@ fn a_foreground_daemon_serves_until_it_is_unmounted() {
     eventually(Duration::from_secs(20), &mut ended, || "the daemon does not end".into());
     assert!(code.is_some_and(|code| code.success()), "it ended with {code:?}");
     assert_sound(&image);
+}
+
+#[test]
+fn what_is_hidden_cannot_be_changed() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let (hidden, status) = (mount.path(".qcow2fs"), mount.path(".qcow2fs/status"));
+    let missing = fs::metadata(hidden.join("missing")).map(drop);
+    assert_eq!(missing.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    let (mode, times) = (fs::Permissions::from_mode(0o600), fs::FileTimes::new());
+    for refused in [
+        fs::set_permissions(&status, mode),
+        File::open(&status).unwrap().set_times(times.set_modified(std::time::UNIX_EPOCH)),
+        fs::remove_file(&status),
+        fs::create_dir(hidden.join("new")),
+    ] {
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
+    mount.umount();
 }
 
 #[test]

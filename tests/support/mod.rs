@@ -47,6 +47,7 @@ pub fn busy(rng: &mut Rng) -> Options {
         keep_erased: *rng.pick(&[0, 8 << 10, 256 << 10, 4 << 20]),
         flush_after: Duration::from_millis(*rng.pick(&[1, 10, 100])),
         metadata_cache: *rng.pick(&[0, 4096, 1 << 20]),
+        return_leaks: true,
     }
 }
 
