@@ -18,6 +18,8 @@ pub struct Made {
     pub path: PathBuf,
     pub shape: Shape,
     backing: Option<PathBuf>,
+    /// Whether clusters may be shared, by snapshots or by compressed data.
+    pub may_share: bool,
     /// What the disk holds.
     pub contents: Vec<u8>,
     snapshots: Snapshots,
@@ -36,7 +38,8 @@ impl Made {
         let path = directory.join("disk.qcow2");
         shape.create(&path, None);
         let contents = vec![0; shape.size as usize];
-        Made { path, shape, backing: None, contents, snapshots: Snapshots::default() }
+        let snapshots = Snapshots::default();
+        Made { path, shape, backing: None, may_share: false, contents, snapshots }
     }
 
     /// An image with any of what there can be.
@@ -47,13 +50,17 @@ impl Made {
             shape.preallocation = "off";
         }
         shape.create(&path, backing.as_deref());
-        if rng.one_in(2) {
+        let mut may_share = rng.one_in(2);
+        if may_share {
             let commands: Vec<_> = (0..6).map(|_| write_command(&shape, rng)).collect();
             let _some_may_fail = qemu::try_io(&path, &commands);
         }
         let contents = qemu::contents(&path, None);
-        let mut made = Made { path, shape, backing, contents, snapshots: Snapshots::default() };
-        if rng.one_in(2) {
+        let snapshots = Snapshots::default();
+        let takes_snapshot = rng.one_in(2);
+        may_share |= takes_snapshot;
+        let mut made = Made { path, shape, backing, may_share, contents, snapshots };
+        if takes_snapshot {
             made.snapshots.change(&made.shape, &made.path, &made.contents, rng);
         }
         qemu::repair_leaks(&made.path);
