@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::devices::{FileSystem, LoopDevice};
 use crate::discards::{open, read_all};
-use crate::lab::{Lab, assert_same, assert_sound, attempt, eventually, pattern};
+use crate::lab::{Lab, assert_same, assert_sound, eventually, pattern};
 
 const SOON: Duration = Duration::from_secs(10);
 /// As many as there may be threads that answer the kernel.
