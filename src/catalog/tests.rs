@@ -57,8 +57,15 @@ impl Tree {
     /// Whether somebody else could open the image so.
     fn is_free(&self, name: &str, access: Access) -> bool {
         let file = File::options().read(true).write(true).open(self.path(name)).unwrap();
-        image_lock::acquire(&file, None, access).is_ok()
+        let is_free = image_lock::acquire(&file, None, access).is_ok();
+        unlock(&file);
+        is_free
     }
+}
+
+/// Closing the file is not enough: a child that another test is just starting has it open, too.
+fn unlock(file: &File) {
+    image_lock::release_down_to(file, None).unwrap();
 }
 
 const READ: Opening = Opening { write: false, direct: false };
@@ -172,7 +179,7 @@ fn a_writer_that_is_refused_leaves_the_readers_alone() {
     image_lock::acquire(&other, None, Access::Read).unwrap();
     assert_eq!(tree.catalog.open(&node, WRITE).unwrap_err().kind(), ErrorKind::InUse);
     node.with_image(|image| image.read(0, &mut [0; 512])).unwrap();
-    drop(other);
+    unlock(&other);
     tree.catalog.open(&node, WRITE).unwrap();
     node.with_image(|image| image.write(0, b"data")).unwrap();
     assert!(tree.catalog.status("/".as_ref()).errors.is_empty(), "the error is over");
