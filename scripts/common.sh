@@ -56,7 +56,7 @@ need() {
 }
 
 need_rust() {
-    command -v cargo >/dev/null || die "needs Rust 1.85 or later: https://rustup.rs"
+    command -v cargo >/dev/null || die "needs Rust 1.88 or later: https://rustup.rs"
     need "cc=gcc libc6-dev"
 }
 

@@ -16,12 +16,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use qcow2fs::image::Image;
+use support::made::Made;
 use support::oracle::{data, describe, number_of, pattern};
 use support::qemu::{self, Shape};
 use support::rng::Rng;
 use support::{SECTOR, Watchdog, busy, difference, host_file, scratch, setting};
 
-/// A sector's value is the number of the operation that made it, with this bit if that zeroed it.
+/// A sector's value is the number of the operation that made it, with this bit if that zeroed it;
+/// or 0 for what it held at first.
 const ZEROED: u64 = 1 << 63;
 
 /// The number of the next operation on any image.
@@ -35,8 +37,10 @@ struct Sector {
     over: AtomicU64,
 }
 
-struct Arena {
+struct Arena<'a> {
     image: Arc<Image>,
+    /// What the disk held at first.
+    initial: &'a [u8],
     sectors: Vec<Sector>,
     writers: u64,
     /// Sectors are dealt to the writers in pieces of so many.
@@ -44,11 +48,11 @@ struct Arena {
     stop: AtomicBool,
 }
 
-impl Arena {
-    fn new(image: Arc<Image>, writers: u64, piece: u64) -> Self {
-        let fresh = || Sector { begun: ZEROED.into(), over: ZEROED.into() };
+impl<'a> Arena<'a> {
+    fn new(image: Arc<Image>, initial: &'a [u8], writers: u64, piece: u64) -> Self {
+        let fresh = || Sector { begun: 0.into(), over: 0.into() };
         let sectors = (0..image.virtual_size() / SECTOR).map(|_| fresh()).collect();
-        Arena { image, sectors, writers, piece, stop: AtomicBool::new(false) }
+        Arena { image, initial, sectors, writers, piece, stop: AtomicBool::new(false) }
     }
 
     /// Some consecutive sectors that belong to `writer`.
@@ -105,7 +109,7 @@ impl Arena {
         self.image.read(own.start * SECTOR, &mut found).unwrap();
         for (sector, bytes) in own.clone().zip(found.chunks_exact(SECTOR as usize)) {
             let value = self.sectors[sector as usize].over.load(Ordering::SeqCst);
-            let right = holds(value, sector, bytes);
+            let right = self.holds(value, sector, bytes);
             assert!(right, "sector {sector} holds {}, not {value:x}", describe(bytes));
         }
     }
@@ -124,7 +128,7 @@ impl Arena {
             let chunks = found.chunks_exact(SECTOR as usize);
             for ((sector, bytes), over) in sectors.zip(chunks).zip(before) {
                 let begun = self.sectors[sector as usize].begun.load(Ordering::SeqCst);
-                let allowed = may_hold(over, begun, sector, bytes);
+                let allowed = self.may_hold(over, begun, sector, bytes);
                 let what = describe(bytes);
                 assert!(allowed, "sector {sector} holds {what}, between {over:x} and {begun:x}");
             }
@@ -139,37 +143,49 @@ impl Arena {
         }
     }
 
+    /// What a sector held at first.
+    fn initially(&self, sector: u64) -> &[u8] {
+        let at = (sector * SECTOR) as usize;
+        &self.initial[at..at + SECTOR as usize]
+    }
+
+    fn holds(&self, value: u64, sector: u64, bytes: &[u8]) -> bool {
+        match value {
+            0 => bytes == self.initially(sector),
+            value if value & ZEROED != 0 => bytes.iter().all(|&b| b == 0),
+            value => bytes == pattern(value, sector),
+        }
+    }
+
+    /// Whether a sector may be read so when `over` was acknowledged before the read and nothing
+    /// after `begun` had begun at its end.
+    fn may_hold(&self, over: u64, begun: u64, sector: u64, bytes: &[u8]) -> bool {
+        if over == begun {
+            return self.holds(over, sector, bytes);
+        }
+        // An operation was under way. A read of what is being written in place may meet old and new
+        // words, as it does in any file; nothing else.
+        let numbers = (over & !ZEROED)..=(begun & !ZEROED);
+        let initially = self.initially(sector).chunks_exact(8);
+        (0..).zip(bytes.chunks_exact(8)).zip(initially).all(|((n, bytes), first)| {
+            let word = bytes.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte));
+            let is_written = match n {
+                1 => word == sector,
+                _ => numbers.contains(&number_of(word, n, sector)),
+            };
+            word == 0 || is_written || (over == 0 && bytes == first)
+        })
+    }
+
     /// What the disk holds when nobody works on it.
     fn expected(&self) -> Vec<u8> {
-        let contents = |(sector, state): (usize, &Sector)| match state.over.load(Ordering::SeqCst) {
-            value if value & ZEROED != 0 => [0; SECTOR as usize],
-            value => pattern(value, sector as u64),
+        let contents = |(sector, state): (u64, &Sector)| match state.over.load(Ordering::SeqCst) {
+            0 => self.initially(sector).to_vec(),
+            value if value & ZEROED != 0 => vec![0; SECTOR as usize],
+            value => pattern(value, sector).to_vec(),
         };
-        self.sectors.iter().enumerate().flat_map(contents).collect()
+        (0..).zip(&self.sectors).flat_map(contents).collect()
     }
-}
-
-fn holds(value: u64, sector: u64, bytes: &[u8]) -> bool {
-    match value & ZEROED {
-        0 => bytes == pattern(value, sector),
-        _ => bytes.iter().all(|&b| b == 0),
-    }
-}
-
-/// Whether a sector may be read so when `over` was acknowledged before the read and nothing after
-/// `begun` had begun at its end.
-fn may_hold(over: u64, begun: u64, sector: u64, bytes: &[u8]) -> bool {
-    if over == begun {
-        return holds(over, sector, bytes);
-    }
-    // An operation was under way. A read of what is being written in place may meet old and new
-    // words, as it does in any file; nothing else.
-    let numbers = (over & !ZEROED)..=(begun & !ZEROED);
-    (0..).zip(bytes.chunks_exact(8)).all(|(n, word)| {
-        let word = word.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte));
-        word == 0
-            || if n == 1 { word == sector } else { numbers.contains(&number_of(word, n, sector)) }
-    })
 }
 
 /// Images of these shapes are worked on at once for some seconds, then judged.
@@ -179,36 +195,40 @@ fn stress(name: &str, shapes: &[Shape], writers: u64, seconds: u64) {
     println!("{name}: QCOW2FS_SEED={seed}");
     let mut rng = Rng::new(seed);
     let directory = scratch();
-    let paths: Vec<_> =
-        (0..shapes.len()).map(|n| directory.path().join(format!("{n}.qcow2"))).collect();
+    let images: Vec<Made> = (0..)
+        .zip(shapes)
+        .map(|(n, shape)| {
+            let own = directory.path().join(format!("{n}"));
+            std::fs::create_dir(&own).unwrap();
+            Made::furnished(shape.clone(), &own, &mut rng)
+        })
+        .collect();
     let rounds = 3;
     let mut held: Vec<Option<Vec<Sector>>> = shapes.iter().map(|_| None).collect();
-    for (shape, path) in shapes.iter().zip(&paths) {
-        shape.create(path);
-    }
     for _ in 0..rounds {
         let _watchdog = Watchdog::new(format!("{name} with QCOW2FS_SEED={seed}"), seconds + 60);
         let mut arenas = Vec::new();
-        for ((shape, path), held) in shapes.iter().zip(&paths).zip(&mut held) {
-            let image = Image::open(host_file(path), &busy(&mut rng)).unwrap();
-            let in_cluster = shape.cluster_size() / SECTOR;
+        for (made, held) in images.iter().zip(&mut held) {
+            let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+            let in_cluster = made.shape.cluster_size() / SECTOR;
             let pieces = [1, 3, in_cluster, 2 * in_cluster + 1];
             let most = image.virtual_size() / SECTOR / writers;
-            let mut arena = Arena::new(image, writers, (*rng.pick(&pieces)).min(most));
+            let mut arena =
+                Arena::new(image, &made.contents, writers, (*rng.pick(&pieces)).min(most));
             if let Some(sectors) = held.take() {
                 arena.sectors = sectors;
             }
             arenas.push(arena);
         }
         work(&arenas, &mut rng, Duration::from_millis(seconds * 1000 / rounds));
-        for ((arena, path), held) in arenas.into_iter().zip(&paths).zip(&mut held) {
-            judge(&arena, path);
+        for ((arena, made), held) in arenas.into_iter().zip(&images).zip(&mut held) {
+            judge(&arena, made);
             *held = Some(arena.sectors);
         }
     }
 }
 
-fn work(arenas: &[Arena], rng: &mut Rng, time: Duration) {
+fn work(arenas: &[Arena<'_>], rng: &mut Rng, time: Duration) {
     thread::scope(|scope| {
         for arena in arenas {
             for writer in 0..arena.writers {
@@ -230,7 +250,7 @@ fn work(arenas: &[Arena], rng: &mut Rng, time: Duration) {
 
 /// Does something; a failure stops the others too.
 fn stopping(arena: &Arena, act: impl FnOnce()) {
-    struct Stop<'a>(&'a Arena);
+    struct Stop<'a>(&'a Arena<'a>);
     impl Drop for Stop<'_> {
         fn drop(&mut self) {
             if thread::panicking() {
@@ -242,14 +262,15 @@ fn stopping(arena: &Arena, act: impl FnOnce()) {
     act();
 }
 
-fn judge(arena: &Arena, path: &std::path::Path) {
+fn judge(arena: &Arena, made: &Made) {
     let expected = arena.expected();
     let mut found = vec![0xee; expected.len()];
     arena.image.read(0, &mut found).unwrap();
     assert_eq!(difference(&found, &expected), None);
     arena.image.close().unwrap();
-    qemu::assert_clean(path);
-    qemu::assert_same(path, &expected);
+    qemu::assert_clean(&made.path);
+    qemu::assert_same(&made.path, &expected);
+    made.assert_snapshots(&made.path).unwrap();
 }
 
 fn shape(cluster_bits: u32, refcount_bits: u32, size: u64) -> Shape {
@@ -287,13 +308,12 @@ fn many_images_at_once_do_not_meet() {
 #[test]
 fn a_disk_is_resized_while_it_is_written() {
     let directory = scratch();
-    let path = directory.path().join("disk.qcow2");
     let size = 1 << 20;
-    shape(9, 16, size).create(&path);
+    let made = Made::empty(shape(9, 16, size), directory.path());
     let _watchdog = Watchdog::new("resizing", 60);
     let mut rng = Rng::new(support::rng::fresh_seed());
-    let image = Image::open(host_file(&path), &busy(&mut rng)).unwrap();
-    let arena = Arena::new(image.clone(), 3, 5);
+    let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+    let arena = Arena::new(image.clone(), &made.contents, 3, 5);
     thread::scope(|scope| {
         for writer in 0..3 {
             let rng = Rng::new(rng.next());
@@ -317,5 +337,5 @@ fn a_disk_is_resized_while_it_is_written() {
         arena.stop.store(true, Ordering::Relaxed);
     });
     image.resize(size).unwrap();
-    judge(&arena, &path);
+    judge(&arena, &made);
 }

@@ -9,12 +9,12 @@
 mod support;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use qcow2fs::ErrorKind;
 use qcow2fs::image::Image;
+use support::made::Made;
 use support::qemu::{self, Shape};
 use support::rng::Rng;
 use support::{busy, difference, for_seeds, host_file, scratch, setting};
@@ -22,7 +22,7 @@ use support::{busy, difference, for_seeds, host_file, scratch, setting};
 /// An image, what it should hold, and what to do with it next.
 struct History {
     rng: Rng,
-    path: PathBuf,
+    made: Made,
     image: Arc<Image>,
     expected: Vec<u8>,
     /// Sizes and offsets are often multiples of these.
@@ -33,16 +33,16 @@ struct History {
 }
 
 impl History {
-    fn begin(seed: u64, shape: &Shape, most: u64, directory: &Path) -> Self {
+    fn begin(seed: u64, made: Made, most: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed);
-        let path = directory.join("disk.qcow2");
-        shape.create(&path);
-        let image = Image::open(host_file(&path), &busy(&mut rng)).unwrap();
+        qemu::assert_clean(&made.path);
+        let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+        let shape = &made.shape;
         assert_eq!(image.virtual_size(), shape.size);
         assert_eq!(image.cluster_size(), shape.cluster_size());
         let grains = [1, 512, 4096, shape.cluster_size()];
-        let expected = vec![0; shape.size as usize];
-        History { rng, path, image, expected, grains, most, done: Vec::new() }
+        let expected = made.contents.clone();
+        History { rng, made, image, expected, grains, most, done: Vec::new() }
     }
 
     fn size(&self) -> u64 {
@@ -133,7 +133,7 @@ impl History {
         result.unwrap();
         let within = range.start..range.end.min(self.size());
         self.expected[bytes(&within)].fill(0);
-        if discard {
+        if discard && !self.maps_zeros() {
             self.assert_unmapped(&within);
         }
     }
@@ -179,6 +179,9 @@ impl History {
     }
 
     fn resize(&mut self) {
+        if self.made.has_snapshots() && self.made.shape.version == 2 {
+            return;
+        }
         let grain = *self.rng.pick(&[512, self.grains[3].min(self.most)]);
         let size = (self.rng.within(1..self.most + 1)).next_multiple_of(grain).min(self.most);
         self.note(format!("resize {:x} to {size:x}", self.size()));
@@ -197,7 +200,14 @@ impl History {
         self.note("discard everything".into());
         self.image.discard(0..self.size()).unwrap();
         self.expected.fill(0);
-        assert_eq!(self.image.next_data(0).unwrap(), None);
+        if !self.maps_zeros() {
+            assert_eq!(self.image.next_data(0).unwrap(), None);
+        }
+    }
+
+    /// Whether zeros have to be allocated.
+    fn maps_zeros(&self) -> bool {
+        self.made.is_backed() && self.made.shape.version == 2
     }
 
     fn close(&mut self) {
@@ -208,7 +218,7 @@ impl History {
     fn open(&mut self) {
         let options = busy(&mut self.rng);
         self.note(format!("open with {options:?}"));
-        self.image = Image::open(host_file(&self.path), &options).unwrap();
+        self.image = self.made.open(host_file(&self.made.path), &options).unwrap();
         assert_eq!(self.image.virtual_size(), self.size());
     }
 
@@ -220,8 +230,14 @@ impl History {
     /// QEMU finds the closed image sound and reads the same from it.
     fn judge(&mut self) {
         self.close();
-        qemu::assert_clean(&self.path);
-        qemu::assert_same(&self.path, &self.expected);
+        qemu::assert_clean(&self.made.path);
+        qemu::assert_same(&self.made.path, &self.expected);
+        self.made.assert_snapshots(&self.made.path).unwrap();
+        if self.rng.one_in(3) {
+            self.note("QEMU takes or deletes a snapshot".into());
+            self.made.change_snapshots(&self.expected, &mut self.rng);
+        }
+        qemu::assert_clean(&self.made.path);
         self.open();
         self.assert_all_read();
     }
@@ -243,9 +259,30 @@ impl History {
             self.note(format!("qemu-io {command}"));
             commands.push(command);
         }
-        qemu::io(&self.path, &commands);
+        qemu::io(&self.made.path, &commands);
+        if self.rng.one_in(2) {
+            self.let_qemu_compress();
+        }
+        qemu::assert_clean(&self.made.path);
         self.open();
         self.assert_all_read();
+    }
+
+    fn let_qemu_compress(&mut self) {
+        let range = self.rng.range(self.size(), self.grains[3] * 4, &self.grains[3..]);
+        let (start, length) = (range.start, range.end - range.start);
+        let byte = self.rng.within(1..256) as u8;
+        let command = format!("write -c -P {byte} {start} {length}");
+        self.note(format!("qemu-io {command}"));
+        qemu::io(&self.made.path, &[format!("write -z -u {start} {length}")]);
+        self.expected[bytes(&range)].fill(0);
+        if qemu::try_io(&self.made.path, &[command]).is_ok() {
+            self.expected[bytes(&range)].fill(byte);
+        } else {
+            // Some of its clusters may have been written.
+            self.expected = qemu::contents(&self.made.path, None);
+            qemu::repair_leaks(&self.made.path);
+        }
     }
 
     fn assert_all_read(&self) {
@@ -274,7 +311,7 @@ impl History {
 impl Drop for History {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let last = self.done.len().saturating_sub(60);
+            let last = self.done.len().saturating_sub(80);
             eprintln!("the last steps:\n  {}", self.done[last..].join("\n  "));
         }
     }
@@ -296,7 +333,8 @@ fn disks_of_any_shape_hold_what_was_written() {
         let shape = Shape::random(&mut rng, 16 << 20);
         println!("{seed}: {shape} {} bytes", shape.size);
         let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
-        let mut history = History::begin(seed, &shape, most, directory.path());
+        let made = Made::furnished(shape, directory.path(), &mut rng);
+        let mut history = History::begin(seed, made, most);
         for _ in 0..steps(&mut rng) {
             history.step();
         }
@@ -319,7 +357,8 @@ fn tables_of_small_clusters_grow() {
         let shape =
             Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
         println!("{seed}: {shape} {} bytes", shape.size);
-        let mut history = History::begin(seed, &shape, 2 * size, directory.path());
+        let made = Made::empty(shape, directory.path());
+        let mut history = History::begin(seed, made, 2 * size);
         for _ in 0..steps(&mut rng) {
             if history.rng.one_in(3) {
                 history.write_much();

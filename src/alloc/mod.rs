@@ -24,6 +24,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rangemap::RangeSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
@@ -60,6 +61,8 @@ struct State {
     end: u64,
     /// No cluster before this one is free.
     first_free: u64,
+    /// Clusters that were counted since this was asked for.
+    counted: Option<RangeSet<u64>>,
 }
 
 /// Consecutive clusters whose refcount has just become 1.
@@ -110,6 +113,7 @@ impl Refcounts {
             cache: SliceCache::new(geometry.cluster_size(), CACHE_BYTES),
             end: geometry.clusters_for(len).0.max(1),
             first_free: 0,
+            counted: None,
         };
         Ok(Refcounts { geometry, storage, metadata, state: Mutex::new(state) })
     }
@@ -375,6 +379,47 @@ impl Refcounts {
         dirty.moved_from
     }
 
+    /// From now on, or no longer, remembers which clusters are counted.
+    pub fn remember_counted(&self, remember: bool) {
+        self.state.lock().counted = remember.then(RangeSet::new);
+    }
+
+    /// The number of refcount blocks that the table has room for.
+    pub fn blocks(&self) -> u64 {
+        self.state.lock().table.len() as u64
+    }
+
+    /// Passes those clusters that refcount block `index` describes to `take` that are counted once,
+    /// were so when [`Refcounts::remember_counted`] was called, are not `referenced` and no metadata
+    /// (of which refcount blocks and the refcount table are referenced by nothing else); the sum of
+    /// what it answers.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn leaked(
+        &self,
+        index: u64,
+        referenced: impl Fn(u64) -> bool,
+        take: impl Fn(u64) -> u64,
+    ) -> Result<u64> {
+        let mut state = self.state.lock();
+        let per_block = self.geometry.refcounts_per_block();
+        if !self.has_block(&state, index * per_block) {
+            return Ok(0);
+        }
+        let mut taken = 0;
+        for cluster in index * per_block..(index + 1) * per_block {
+            if self.read(&mut state, cluster)? != 1 || referenced(cluster) {
+                continue;
+            }
+            let is_old = state.counted.as_ref().is_some_and(|counted| !counted.contains(&cluster));
+            if is_old && !self.metadata.contains(HostCluster(cluster)) {
+                taken += take(cluster);
+            }
+        }
+        Ok(taken)
+    }
+
     /// The first cluster from `from` on whose refcount is 0; clusters without a block are free.
     fn first_free(&self, state: &mut State, from: u64) -> Result<u64> {
         let order = self.geometry.refcount_order();
@@ -433,6 +478,11 @@ impl Refcounts {
         let width = 1 << order.saturating_sub(3);
         if let Some(bytes) = state.cache.get_mut(key, byte..byte + width) {
             refcount::set(bytes, index, order, value);
+        }
+        if value > 0
+            && let Some(counted) = &mut state.counted
+        {
+            counted.insert(cluster..cluster + 1);
         }
         Ok(())
     }

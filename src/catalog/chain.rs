@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::host::{self, HostId, Root};
+use super::host::{self, HostId, Root, Stamp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, BackingFile, Image, Options, RawBacking};
 use crate::storage::HostFile;
@@ -24,7 +24,8 @@ const MAX_DEPTH: usize = 64;
 
 /// The directories that backing files may lie in, and the files that are in use as such.
 pub(super) struct Chains {
-    /// By their real paths, the image directory first.
+    /// By their real paths, the image directory first; then the allowed ones by the paths they were
+    /// given by, which images may have recorded: a symbolic link may be on those.
     roots: Vec<(PathBuf, Root)>,
     users: Arc<Users>,
 }
@@ -36,8 +37,19 @@ type Users = Mutex<HashMap<HostId, Vec<PathBuf>>>;
 pub(super) struct Chain {
     /// What the image reads where it has nothing of its own.
     pub(super) backing: Arc<dyn Backing>,
+    /// Each file as it was when it was opened: what was read through the image holds as long as
+    /// these do.
+    pub(super) stamps: Vec<Stamp>,
     /// Counts the files out when the image is closed.
     _uses: Uses,
+}
+
+/// What has been opened of a chain so far.
+struct Opened {
+    /// The image itself first.
+    seen: Vec<HostId>,
+    stamps: Vec<Stamp>,
+    uses: Uses,
 }
 
 struct Uses {
@@ -75,14 +87,11 @@ impl Chains {
     /// # Errors
     /// Those of the host for a directory that cannot be opened.
     pub(super) fn new(source: &Path, allowed: &[PathBuf]) -> Result<Chains> {
-        let open = |directory: &Path| {
-            let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
-            let path = directory.canonicalize().map_err(failed)?;
-            let root = Root::open(&path).map_err(failed)?;
-            Ok((path, root))
-        };
         let directories = std::iter::once(source).chain(allowed.iter().map(PathBuf::as_path));
-        let roots = directories.map(open).collect::<Result<Vec<_>>>()?;
+        let real = directories.map(|directory| open_root(directory, |path| path.canonicalize()));
+        let given =
+            allowed.iter().map(|directory| open_root(directory, |path| std::path::absolute(path)));
+        let roots = real.chain(given).collect::<Result<Vec<_>>>()?;
         Ok(Chains { roots, users: Arc::default() })
     }
 
@@ -107,12 +116,12 @@ impl Chains {
         let Some(needed) = Image::summarize(file)?.backing else { return Ok(None) };
         let metadata =
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
-        let mut seen = vec![HostId::of(&metadata)];
-        let mut uses =
+        let uses =
             Uses { users: Arc::clone(&self.users), user: path.to_owned(), files: Vec::new() };
+        let mut opened = Opened { seen: vec![HostId::of(&metadata)], stamps: Vec::new(), uses };
         let image = self.roots.first().map_or_else(|| path.to_owned(), |(root, _)| root.join(path));
-        let backing = self.follow(&image, &needed, options, &mut seen, &mut uses)?;
-        Ok(Some(Chain { backing, _uses: uses }))
+        let backing = self.follow(&image, &needed, options, &mut opened)?;
+        Ok(Some(Chain { backing, stamps: opened.stamps, _uses: opened.uses }))
     }
 
     /// Opens the backing file that `image` (a whole path) needs, and those behind it.
@@ -121,12 +130,11 @@ impl Chains {
         image: &Path,
         needed: &BackingFile,
         options: &Options,
-        seen: &mut Vec<HostId>,
-        uses: &mut Uses,
+        opened: &mut Opened,
     ) -> Result<Arc<dyn Backing>> {
         let name = String::from_utf8_lossy(&needed.name).escape_debug().to_string();
         let in_file = |e: Error| e.context(format!("backing file {name}"));
-        if seen.len() > MAX_DEPTH {
+        if opened.seen.len() > MAX_DEPTH {
             return Err(in_file(unsupported(format!(
                 "the chain is longer than {MAX_DEPTH} files"
             ))));
@@ -135,21 +143,21 @@ impl Chains {
         let file = self.open_file(&path).map_err(in_file)?;
         let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
         let id = HostId::of(&metadata);
-        if !metadata.is_file() {
-            return Err(in_file(unsupported("it is not a regular file")));
-        }
-        if seen.contains(&id) {
+        if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
-        seen.push(id);
+        opened.seen.push(id);
         image_lock::acquire(&file, None, Access::Read).map_err(in_file)?;
-        uses.add(id);
+        opened.uses.add(id);
+        // Not before the lock keeps writers away.
+        let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
+        opened.stamps.push(Stamp::of(&metadata));
         let file = Arc::new(HostFile::new(file));
         match needed.format.as_deref() {
             Some("raw") => Ok(Arc::new(RawBacking::new(file).map_err(in_file)?)),
             Some("qcow2") => {
                 let behind = match Image::summarize(&*file).map_err(in_file)?.backing {
-                    Some(next) => Some(self.follow(&path, &next, options, seen, uses)?),
+                    Some(next) => Some(self.follow(&path, &next, options, opened)?),
                     None => None,
                 };
                 let options = Options { writable: false, ..options.clone() };
@@ -171,26 +179,40 @@ impl Chains {
 
     /// Opens a file for reading if it lies where it may.
     fn open_file(&self, path: &Path) -> Result<File> {
-        let found = self.roots.iter().find_map(|(root, directory)| {
+        let beneath = self.roots.iter().filter_map(|(root, directory)| {
             path.strip_prefix(root).ok().map(|rest| (directory, rest))
         });
+        // The nearest one: a directory on a mount of its own is reached only from itself.
+        let found = beneath.min_by_key(|(_, rest)| rest.components().count());
         let Some((directory, rest)) = found else {
             let parent = path.parent().unwrap_or(path).display();
             return Err(unsupported(format!(
                 "it lies outside the image directory: mount with `--allow {parent}` to trust it"
             )));
         };
-        directory
-            .place_in_same_mount(rest)
-            .and_then(|place| {
-                // Not opened if it is something else: opening a FIFO or a device does something.
-                if !place.metadata()?.is_file() {
-                    return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
-                }
-                host::open_file(&place, false)
-            })
-            .map_err(|e| Error::io(format!("opening {}", path.display()), e))
+        let failed = |e: std::io::Error| match e.raw_os_error() {
+            Some(libc::ELOOP) => unsupported(
+                "a symbolic link leads to it, which is not followed: `qemu-img rebase -u` with its \
+                 real path records that",
+            ),
+            _ => Error::io(format!("opening {}", path.display()), e),
+        };
+        let place = directory.place_in_same_mount(rest).map_err(failed)?;
+        // Not opened if it is something else: opening a FIFO or a device does something.
+        if !place.metadata().map_err(failed)?.is_file() {
+            return Err(unsupported("it is not a regular file"));
+        }
+        host::open_file(&place, false).map_err(failed)
     }
+}
+
+/// Opens a directory under the path that `name` makes of it.
+fn open_root(
+    directory: &Path,
+    name: impl FnOnce(&Path) -> std::io::Result<PathBuf>,
+) -> Result<(PathBuf, Root)> {
+    let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
+    Ok((name(directory).map_err(failed)?, Root::open(directory).map_err(failed)?))
 }
 
 /// The whole path that `name` means inside the file at `image`, `.` and `..` resolved by name: no

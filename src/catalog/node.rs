@@ -51,9 +51,9 @@ struct Slot {
     /// The handles bypass the page cache. One way for all handles of a node, the first one's: pages
     /// that one handle caches while another writes past the cache could stay stale for good.
     direct: bool,
-    /// The file as we left it at the last close; what the kernel has cached since then holds as
-    /// long as the stamp does.
-    closed: Option<Stamp>,
+    /// The file as we left it at the last close, and those of its chain; what the kernel has cached
+    /// since then holds as long as the stamps do.
+    closed: Option<Vec<Stamp>>,
 }
 
 struct Opened {
@@ -233,7 +233,7 @@ impl Node {
             None => {
                 let (opened, stamp) =
                     Opened::new(&place()?.0, how.write, options, chains, &self.path())?;
-                keep_cache = slot.closed == Some(stamp);
+                keep_cache = slot.closed == Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
             }
@@ -293,7 +293,8 @@ impl Slot {
         let closed = opened.image.close();
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
-        self.closed = stamp.filter(|_| closed.is_ok() && !self.direct);
+        let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
+        self.closed = stamp.map(|stamp| opened.stamps(stamp));
         closed.and(unlock(opened.file.file()))
     }
 }
@@ -338,6 +339,12 @@ impl Opened {
             return Err(e);
         }
         Ok(opened)
+    }
+
+    /// The stamp of the image file, followed by those of its chain.
+    fn stamps(&self, own: Stamp) -> Vec<Stamp> {
+        let chain = self.chain.iter().flat_map(|chain| chain.stamps.iter().copied());
+        std::iter::once(own).chain(chain).collect()
     }
 
     /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for

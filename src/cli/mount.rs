@@ -110,8 +110,7 @@ impl Plan {
             image.keep_erased = bytes;
         }
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
-        let allow = allow.map(|path| directory(&path, "the allowed directory"));
-        let allow = allow.collect::<Result<Vec<_>, _>>()?;
+        let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -256,6 +255,12 @@ fn plain(error: &io::Error) -> String {
         io::ErrorKind::NotFound => "there is no such directory".into(),
         _ => error.to_string(),
     }
+}
+
+/// A directory that must exist, by the name it was given: images may have recorded that one.
+fn allowed(path: &Path) -> Result<PathBuf, String> {
+    directory(path, "the allowed directory")?;
+    std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a

@@ -9,6 +9,7 @@ mod clear;
 mod flush;
 mod health;
 mod inflate;
+mod leaks;
 mod open;
 mod read;
 mod resize;
@@ -45,6 +46,8 @@ pub struct Options {
     pub flush_after: Duration,
     /// Bytes of memory for parts of L2 tables that could be read again.
     pub metadata_cache: u64,
+    /// Whether clusters that a crash has leaked are looked for after the open, in the background.
+    pub return_leaks: bool,
 }
 
 impl Default for Options {
@@ -54,6 +57,7 @@ impl Default for Options {
             keep_erased: 64 << 20,
             flush_after: Duration::from_secs(5),
             metadata_cache: 32 << 20,
+            return_leaks: true,
         }
     }
 }
@@ -77,6 +81,8 @@ pub struct Status {
     pub clusters: StateCounts,
     /// What the recycler has done since the image was opened.
     pub recycled: WorkDone,
+    /// Clusters that a crash may have leaked are being looked for; nothing is freed meanwhile.
+    pub searching_leaks: bool,
     /// Completed flushes, those that several callers shared counted once.
     pub flushes: u64,
     /// Syncs of the host file.
@@ -111,6 +117,7 @@ struct Writer {
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
+    leak_search: Mutex<Option<leaks::LeakSearch>>,
 }
 
 impl Image {
@@ -145,6 +152,7 @@ impl Image {
             writable: self.is_writable(),
             clusters: writer.map(|w| w.recycler.counts()).unwrap_or_default(),
             recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),
+            searching_leaks: writer.is_some_and(|w| w.recycler.are_frees_held()),
             flushes: writer.map_or(0, |w| w.flush.flushes()),
             syncs: writer.map_or(0, |w| w.flush.syncs()),
         })
@@ -157,9 +165,11 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        let search = writer.leak_search.lock().take();
+        let searched = search.is_none_or(leaks::LeakSearch::stop);
         writer.recycler.wake_signal().stop();
         if let Some(thread) = writer.thread.lock().take()
-            && thread.join().is_err()
+            && thread.join().is_err() | !searched
         {
             self.health.latch("its recycler thread ended by a defect in this program");
         }

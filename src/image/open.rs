@@ -141,6 +141,7 @@ impl Image {
                 has_snapshots: header.snapshot_count > 0,
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
+                leak_search: Mutex::new(None),
             });
         }
         let image = Arc::new(Image {
@@ -156,15 +157,18 @@ impl Image {
             writer,
         });
         match sound {
-            Ok(()) => image.start_recycler(options)?,
+            Ok(()) => image.start_threads(&header, options)?,
             Err(e) if e.kind() == ErrorKind::Corrupt => image.found_corrupt(&e),
             Err(e) => return Err(e),
         }
         Ok(image)
     }
 
-    fn start_recycler(self: &Arc<Self>, options: &Options) -> Result<()> {
+    fn start_threads(self: &Arc<Self>, header: &Header, options: &Options) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        if options.return_leaks {
+            *writer.leak_search.lock() = self.search_leaks(header)?;
+        }
         let thread = thread::spawn(self, options.flush_after)
             .map_err(|e| Error::io("starting the recycler", e))?;
         *writer.thread.lock() = Some(thread);

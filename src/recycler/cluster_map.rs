@@ -104,6 +104,15 @@ impl ClusterMap {
         self.released.insert(clusters);
     }
 
+    /// leaked -> released, unless the cluster is in some state already; whether it was not.
+    pub fn take_leaked(&mut self, cluster: u64) -> bool {
+        let is_leaked = !self.sets().iter().any(|set| set.contains(cluster));
+        if is_leaked {
+            self.released.insert(cluster..cluster + 1);
+        }
+        is_leaked
+    }
+
     /// Takes released clusters to punch and free, at most `max`; [`ClusterMap::freed`] or
     /// [`ClusterMap::not_freed`] follows.
     pub fn take_released(&mut self, max: u64) -> Option<Range<u64>> {

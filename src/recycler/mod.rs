@@ -53,6 +53,8 @@ pub struct Recycler {
     pool_wanted: AtomicBool,
     /// Something was freed since the file's end was last looked at.
     tail_may_be_free: AtomicBool,
+    /// Nothing is freed for now.
+    frees_held: AtomicBool,
     /// The thread knows that a flush is due some time.
     change_noted: AtomicBool,
     opened: Instant,
@@ -141,6 +143,7 @@ impl Recycler {
             pool_size,
             pool_wanted: AtomicBool::new(false),
             tail_may_be_free: AtomicBool::new(false),
+            frees_held: AtomicBool::new(false),
             change_noted: AtomicBool::new(false),
             opened: Instant::now(),
             last_allocation_ms: AtomicU64::new(0),
@@ -245,11 +248,31 @@ impl Recycler {
         }
     }
 
+    /// While it holds, nothing is punched or freed: somebody reads tables that may be dropped.
+    pub fn hold_frees(&self, hold: bool) {
+        self.frees_held.store(hold, Ordering::Release);
+        self.wake.wake();
+    }
+
+    /// Whether [`Recycler::hold_frees`] holds.
+    pub fn are_frees_held(&self) -> bool {
+        self.frees_held.load(Ordering::Acquire)
+    }
+
+    /// Takes over a cluster that nothing refers to, to free it; how many that are: 0 when it is on
+    /// its way already.
+    pub fn take_leaked(&self, cluster: u64) -> u64 {
+        u64::from(self.map.lock().take_leaked(cluster))
+    }
+
     /// Punches and frees one run of released clusters; `false` when there is none.
     ///
     /// # Errors
     /// Host errors; the run stays released.
     pub fn free_some(&self) -> Result<bool> {
+        if self.frees_held.load(Ordering::Acquire) {
+            return Ok(false);
+        }
         let shared = self.map.lock().take_shared();
         if let Some(cluster) = shared {
             let not_in_the_map = |_| ();

@@ -408,7 +408,11 @@ impl Tables {
         self.storage
             .read_at(&mut bytes, key)
             .map_err(|e| Error::io(format!("reading an L2 table at {key:#x}"), e))?;
-        self.state.write().cache.insert(key, bytes);
+        let mut state = self.state.write();
+        // Another table may have taken the entry meanwhile, and other content this cluster.
+        if self.table_of(&state, cluster)?.is_some_and(|(now, _)| now == table) {
+            state.cache.insert(key, bytes);
+        }
         Ok(())
     }
 

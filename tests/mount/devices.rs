@@ -69,6 +69,12 @@ impl FileSystem {
         FileSystem { point }
     }
 
+    /// One that has no device and lives in memory.
+    pub fn in_memory(point: PathBuf) -> FileSystem {
+        sh!("mount -t tmpfs -o size=64m qcow2fs-test {}", point.display());
+        FileSystem { point }
+    }
+
     pub fn point(&self) -> &Path {
         &self.point
     }

@@ -11,13 +11,13 @@ use crate::lab::{Lab, assert_sound, eventually, signal, wait_until_free};
 const SOON: Duration = Duration::from_secs(10);
 
 /// A qemu-nbd that serves `image` on a socket, as a VM would hold it.
-struct Nbd {
+pub struct Nbd {
     child: Child,
     socket: PathBuf,
 }
 
 impl Nbd {
-    fn hold(image: &Path, arguments: &[&str], socket: PathBuf) -> Nbd {
+    pub fn hold(image: &Path, arguments: &[&str], socket: PathBuf) -> Nbd {
         let child = Command::new("qemu-nbd")
             .args(["--persistent", "-f", "qcow2", "-k"])
             .arg(&socket)
@@ -31,7 +31,7 @@ impl Nbd {
         nbd
     }
 
-    fn end(mut self) {
+    pub fn end(mut self) {
         signal(self.child.id() as i32, libc::SIGTERM);
         let ended = || self.child.try_wait().unwrap().is_some();
         eventually(SOON, ended, || "qemu-nbd does not end".into());

@@ -13,8 +13,8 @@
 
 #[macro_use]
 mod lab;
+mod chains;
 mod devices;
-
 mod directory;
 mod discards;
 mod files;

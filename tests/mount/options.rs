@@ -2,6 +2,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::discards::{open, read_all};
@@ -48,32 +50,48 @@ fn other_users_read_only_where_allowed() {
     mount.umount();
 }
 
-/// Mounts with `mount`, writes, and unmounts with a plain umount(8).
-///
-/// mount(8) looks for the program in a path of its own, so this happens in a mount namespace of its
-/// own, in which the program under test stands in /usr/local/bin.
+/// The program under test where mount(8) looks for it, which takes no PATH from its caller. Before
+/// /usr/local/bin, so that one installed there is left alone.
+struct Installed {
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Installed {
+    const LINK: &str = "/usr/local/sbin/qcow2fs";
+
+    fn new() -> Installed {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+        let left_behind =
+            fs::read_link(Self::LINK).is_ok_and(|target| target == Path::new(PROGRAM));
+        if !left_behind {
+            std::os::unix::fs::symlink(PROGRAM, Self::LINK)
+                .unwrap_or_else(|e| panic!("a link to the program at {}: {e}", Self::LINK));
+        }
+        Installed { _alone: alone }
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::LINK);
+    }
+}
+
+/// Mounts with the command `mount`, writes, and unmounts with a plain umount(8).
 fn mounts_by_type(lab: &Lab, mount: &str) {
     let image = lab.create("disk.qcow2", "8M", "");
-    let bin = lab.subdirectory("bin");
-    std::os::unix::fs::symlink(PROGRAM, bin.join("qcow2fs")).unwrap();
-    let (data, source) = (pattern(3, 1 << 20), lab.path("source"));
-    fs::write(&source, &data).unwrap();
-    let script = format!(
-        r#"mount --bind {bin} /usr/local/bin
-           trap 'umount -l {point} 2>/dev/null || true' EXIT
-           {mount}
-           grep '{point} fuse.qcow2fs ' /proc/self/mounts
-           pid=$(qcow2fs status --json {point} | sed -n 's/.*"pid": *\([0-9]*\).*/\1/p')
-           dd if={source} of={point}/disk.raw bs=64k conv=notrunc
-           umount {point}
-           timeout 30 tail --pid="$pid" -f /dev/null"#,
-        bin = bin.display(),
-        point = lab.point().display(),
-        source = source.display(),
-    );
-    let file = lab.path("script");
-    fs::write(&file, script).unwrap();
-    sh!("unshare --mount bash -exo pipefail {}", file.display());
+    let installed = Installed::new();
+    sh!("{mount}");
+    drop(installed);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = Mount::adopt(lab.point(), lab.path("log"));
+    let shown = format!(" {} fuse.qcow2fs ", lab.point().display());
+    assert!(mounts.contains(&shown), "the mount table shows another type");
+    let data = pattern(3, 1 << 20);
+    write_by_dd(&mount.path("disk.raw"), &data);
+    sh!("umount {}", mount.point().display());
+    wait_for_end(mount.pid());
     assert_same(&guest_bytes(&image)[..1 << 20], &data, "after a plain umount");
     assert_sound(&image);
 }

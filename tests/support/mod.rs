@@ -4,6 +4,7 @@
 // Every test program compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod made;
 pub mod oracle;
 pub mod qemu;
 pub mod rng;
@@ -15,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use rng::Rng;
 
-use qcow2fs::image::{Image, Options};
+use qcow2fs::check::{Report, check};
+use qcow2fs::image::{Backing, Image, Options};
 use qcow2fs::storage::{HostFile, Storage};
 
 /// Bytes in a sector.
@@ -46,20 +48,33 @@ pub fn busy(rng: &mut Rng) -> Options {
         keep_erased: *rng.pick(&[0, 8 << 10, 256 << 10, 4 << 20]),
         flush_after: Duration::from_millis(*rng.pick(&[1, 10, 100])),
         metadata_cache: *rng.pick(&[0, 4096, 1 << 20]),
+        return_leaks: true,
     }
 }
 
 /// Opens for reading.
-pub fn open_read_only(storage: Arc<dyn Storage>) -> qcow2fs::Result<Arc<Image>> {
-    Image::open(storage, &Options { writable: false, ..Options::default() })
+pub fn open_read_only(
+    storage: Arc<dyn Storage>,
+    backing: Option<Arc<dyn Backing>>,
+) -> qcow2fs::Result<Arc<Image>> {
+    Image::open_over(storage, &Options { writable: false, ..Options::default() }, backing)
 }
 
 /// No corruption, as far as this project's verifier can tell; leaks may be there.
 pub fn verify(file: &dyn Storage) -> Result<(), String> {
-    let report = qcow2fs::check::check(file).map_err(|e| format!("checking it: {e}"))?;
-    match report.corruptions {
+    find(file, |report| report.corruptions)
+}
+
+/// Neither corruption nor a leak.
+pub fn verify_clean(file: &dyn Storage) -> Result<(), String> {
+    find(file, |report| report.corruptions + report.leaks)
+}
+
+fn find(file: &dyn Storage, bad: impl Fn(&Report) -> u64) -> Result<(), String> {
+    let report = check(file).map_err(|e| format!("checking it: {e}"))?;
+    match bad(&report) {
         0 => Ok(()),
-        n => Err(format!("{n} corruptions:\n  {}", report.findings.join("\n  "))),
+        n => Err(format!("{n} things are wrong:\n  {}", report.findings.join("\n  "))),
     }
 }
 

@@ -26,6 +26,8 @@ pub enum Kind {
     /// Discards or zeroes.
     Zero,
     Flush,
+    /// Cuts the disk to so many sectors or grows it; the sectors concerned are those cut or added.
+    Resize(u64),
 }
 
 /// What sector `sector` holds after operation `number` wrote it: both numbers, then words that say
@@ -60,7 +62,7 @@ pub fn data(number: u64, sectors: Range<u64>) -> Vec<u8> {
 /// One thing that a sector may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Version {
-    /// The operation that made it; 0 for what the disk held at first, zeros.
+    /// The operation that made it; 0 for what the disk held at first.
     number: u64,
     zero: bool,
     acknowledged: bool,
@@ -76,6 +78,8 @@ pub enum After {
 
 /// The sectors of a disk.
 pub struct Oracle {
+    /// What the disk held at first.
+    initial: Vec<u8>,
     /// The versions of each sector since the last flush, the flushed one first.
     sectors: Vec<VecDeque<Version>>,
     /// Flushes that have begun: number, and the operations acknowledged by then.
@@ -86,18 +90,26 @@ pub struct Oracle {
     ranks: std::collections::HashMap<u64, u64>,
     /// Sectors with more than one version.
     unsettled: std::collections::HashSet<usize>,
+    /// The sizes of the disk since the last flush, in sectors, with the operations that set them;
+    /// the flushed one first.
+    sizes: Vec<(u64, u64)>,
 }
 
 impl Oracle {
-    /// A disk of zeros.
-    pub fn new(sectors: u64) -> Self {
-        let zeros = Version { number: 0, zero: true, acknowledged: true };
+    /// A disk that holds `initial`, durably, and may grow to `most` sectors.
+    pub fn new(initial: &[u8], most: u64) -> Self {
+        let size = initial.len() as u64 / SECTOR;
+        let mut initial = initial.to_vec();
+        initial.resize((most * SECTOR) as usize, 0);
+        let first = Version { number: 0, zero: false, acknowledged: true };
         Oracle {
-            sectors: vec![VecDeque::from([zeros]); sectors as usize],
+            initial,
+            sectors: vec![VecDeque::from([first]); most as usize],
             flushes: Vec::new(),
             acknowledged: 0,
             ranks: [(0, 0)].into(),
             unsettled: Default::default(),
+            sizes: vec![(0, size)],
         }
     }
 
@@ -106,7 +118,10 @@ impl Oracle {
         if operation.kind == Kind::Flush {
             self.flushes.push((number, self.acknowledged));
         }
-        let zero = operation.kind == Kind::Zero;
+        if let Kind::Resize(size) = operation.kind {
+            self.sizes.push((number, size));
+        }
+        let zero = operation.kind != Kind::Write;
         for sector in operation.sectors.clone() {
             let version = Version { number, zero, acknowledged: false };
             self.sectors[sector as usize].push_back(version);
@@ -129,10 +144,27 @@ impl Oracle {
                 version.acknowledged |= version.number == number;
             }
         }
+        if let Kind::Resize(size) = operation.kind {
+            self.settle_cut(number, size, &operation.sectors);
+        }
+    }
+
+    /// A cut is durable when it has succeeded.
+    fn settle_cut(&mut self, number: u64, size: u64, sectors: &Range<u64>) {
+        if sectors.is_empty() || size != sectors.start {
+            return;
+        }
+        self.sizes.retain(|&(by, _)| by >= number);
+        for sector in sectors.clone() {
+            self.sectors[sector as usize].retain(|version| version.number >= number);
+        }
     }
 
     /// What the first `rank` acknowledged operations wrote is durable.
     fn forget_before(&mut self, rank: u64) {
+        let durable = |(number, _): &(u64, u64)| self.ranks.get(number).is_some_and(|r| *r <= rank);
+        let last = self.sizes.iter().rposition(durable).unwrap_or(0);
+        self.sizes.drain(..last);
         let (sectors, ranks) = (&mut self.sectors, &self.ranks);
         self.unsettled.retain(|&sector| {
             let versions = &mut sectors[sector];
@@ -141,6 +173,14 @@ impl Oracle {
             versions.drain(..last);
             versions.len() > 1
         });
+    }
+
+    /// Whether the disk may have `sectors` sectors after a crash.
+    pub fn check_size(&self, sectors: u64) -> Result<(), String> {
+        match self.sizes.iter().any(|&(_, size)| size == sectors) {
+            true => Ok(()),
+            false => Err(format!("the disk has {sectors} sectors; allowed are {:?}", self.sizes)),
+        }
     }
 
     /// Whether every sector of `disk`, which starts with sector `first`, holds what it may. The
@@ -153,7 +193,7 @@ impl Oracle {
                 After::Running => versions.iter().rposition(|v| v.acknowledged).unwrap_or(0),
             };
             let mut allowed = versions.range(oldest..);
-            if !allowed.any(|version| version.is(sector, bytes)) {
+            if !allowed.any(|version| self.is(version, sector, bytes)) {
                 let allowed: Vec<_> = versions.range(oldest..).collect();
                 let found = describe(bytes);
                 return Err(format!("sector {sector} holds {found}; allowed are {allowed:?}"));
@@ -161,14 +201,19 @@ impl Oracle {
         }
         Ok(())
     }
-}
 
-impl Version {
-    fn is(&self, sector: u64, bytes: &[u8]) -> bool {
-        if self.zero {
-            return bytes.iter().all(|&b| b == 0);
+    /// Whether `bytes` are that version of a sector.
+    fn is(&self, version: &Version, sector: u64, bytes: &[u8]) -> bool {
+        match version {
+            Version { number: 0, .. } => {
+                let at = (sector * SECTOR) as usize;
+                bytes == &self.initial[at..at + SECTOR as usize]
+            }
+            Version { zero: true, .. } => bytes.iter().all(|&b| b == 0),
+            Version { number, .. } => {
+                bytes[..8] == number.to_le_bytes() && bytes == pattern(*number, sector)
+            }
         }
-        bytes[..8] == self.number.to_le_bytes() && bytes == pattern(self.number, sector)
     }
 }
 
