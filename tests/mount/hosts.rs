@@ -1,7 +1,9 @@
 //! The host's file system when it is slow or full.
 
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -11,6 +13,8 @@ use crate::discards::{open, read_all};
 use crate::lab::{Lab, assert_same, assert_sound, eventually, pattern};
 
 const SOON: Duration = Duration::from_secs(10);
+/// Seconds after which a frozen file system thaws by itself.
+const THAW: u64 = 4;
 /// As many as there may be threads that answer the kernel.
 const WRITERS: usize = 8;
 
@@ -24,19 +28,28 @@ fn small_file_system(lab: &Lab, name: &str, size: &str) -> (LoopDevice, FileSyst
     (device, mounted)
 }
 
-/// A file system on which every write waits until this is dropped.
-struct Frozen(PathBuf);
+/// A file system on which every write waits until this is dropped, at most [`THAW`] seconds long. No
+/// process may be started meanwhile: it would close the files that it got from us, and wait.
+struct Frozen(Child);
 
 impl Frozen {
     fn new(point: &Path) -> Frozen {
-        sh!("fsfreeze -f {}", point.display());
-        Frozen(point.to_owned())
+        let point = point.display();
+        // Thaws even if we are gone.
+        let script =
+            format!("fsfreeze -f {point} && {{ echo; read -t {THAW}; fsfreeze -u {point}; }}");
+        let mut bash = Command::new("bash");
+        let child = bash.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut frozen = Frozen(child.unwrap());
+        frozen.0.stdout.take().unwrap().read_exact(&mut [0]).expect("fsfreeze works");
+        frozen
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        attempt!("fsfreeze -u {}", self.0.display());
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
     }
 }
 
@@ -66,7 +79,7 @@ fn disks_that_cannot_grow_just_now_keep_no_other_waiting() {
         other.read_exact_at(&mut bytes, 1 << 20).unwrap();
         read.send(bytes).unwrap();
     });
-    let answer = answered.recv_timeout(SOON);
+    let answer = answered.recv_timeout(Duration::from_secs(THAW / 2));
     drop(frozen);
     writers.into_iter().for_each(|writer| writer.join().unwrap());
     assert_eq!(answer.expect("a read of another image waits for them"), [0; 4096]);
