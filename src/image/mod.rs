@@ -89,8 +89,9 @@ pub struct Status {
     pub syncs: u64,
 }
 
-/// An open image. All methods may be called from several threads at once; each is atomic towards
-/// the others on the clusters that it touches.
+/// An open image. All methods may be called from several threads at once. What changes the mapping
+/// of a cluster has it alone; a read that meets a write in place may see a part of it, as in any
+/// file.
 pub struct Image {
     storage: Arc<dyn Storage>,
     geometry: Geometry,
