@@ -28,7 +28,7 @@ use rangemap::RangeSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, refcount,
+    Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, be64, refcount,
 };
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, SliceCache, Write};
@@ -104,7 +104,7 @@ impl Refcounts {
             .read_at(&mut bytes, at.0)
             .map_err(|e| Error::io(format!("reading the refcount table at {at}"), e))?;
         let len = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
-        let table = bytes.chunks_exact(8).map(be64).collect();
+        let table = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
         let state = State {
             table,
             table_offset: at,
@@ -508,8 +508,4 @@ impl Refcounts {
             self.geometry.host_offset(HostCluster(cluster))
         )))
     }
-}
-
-fn be64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }

@@ -13,8 +13,8 @@ use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    AUTOCLEAR_BITMAPS, EXTENSION_BACKING_FORMAT, Header, HostCluster, INCOMPATIBLE_COMPRESSION,
-    INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2,
+    AUTOCLEAR_BITMAPS, EXTENSION_BACKING_FORMAT, Header, HostCluster, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN,
 };
 use crate::locks::GuestLocks;
 use crate::recycler::{Recycler, thread};
@@ -219,12 +219,7 @@ fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Why an image is not served: one line that names the feature and what to do.
 fn refusal(header: &Header) -> Option<String> {
     let incompatible = header.incompatible_features;
-    let known = INCOMPATIBLE_DIRTY
-        | INCOMPATIBLE_CORRUPT
-        | INCOMPATIBLE_DATA_FILE
-        | INCOMPATIBLE_COMPRESSION
-        | INCOMPATIBLE_EXTENDED_L2;
-    let unknown = incompatible & !known;
+    let unknown = incompatible & !INCOMPATIBLE_KNOWN;
     if unknown != 0 {
         let bit = unknown.trailing_zeros();
         let name = header.incompatible_feature_name(bit).unwrap_or_else(|| "no name given".into());

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Geometry, Header, HostCluster, HostOffset, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES,
-    MAX_SNAPSHOTS, Snapshot,
+    MAX_SNAPSHOTS, Snapshot, be64,
 };
 use crate::storage::Storage;
 use crate::tables::MetadataMap;
@@ -93,8 +93,7 @@ fn l2_tables(
         .read_at(&mut l1, offset.0)
         .map_err(|e| Error::io(format!("reading the L1 table of snapshot {}", snapshot.name), e))?;
     let entries = l1.chunks_exact(8).map(|word| {
-        let raw = word.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
-        L1Entry::decode(raw, geometry).map_err(|bad| {
+        L1Entry::decode(be64(word, 0), geometry).map_err(|bad| {
             Error::corrupt(format!("an L1 entry of snapshot {} {bad}", snapshot.name))
         })
     });
