@@ -21,8 +21,12 @@ pub enum ErrorKind {
     Corrupt,
     /// The image is sound but uses a feature that is not served.
     Unsupported,
-    /// Another process uses the image.
+    /// Another process uses the image, or somebody reads the snapshot.
     InUse,
+    /// A snapshot of that name or id is not there.
+    NotFound,
+    /// A snapshot of that name is there already.
+    Exists,
     /// The image or the mount may not be written to.
     ReadOnly,
     /// What was asked for makes no sense (ranges, sizes, options).
@@ -83,6 +87,8 @@ impl Error {
             ErrorKind::Corrupt => libc::EIO,
             ErrorKind::Unsupported => libc::EOPNOTSUPP,
             ErrorKind::InUse => libc::EBUSY,
+            ErrorKind::NotFound => libc::ENOENT,
+            ErrorKind::Exists => libc::EEXIST,
             ErrorKind::ReadOnly => libc::EROFS,
             ErrorKind::TooBig => libc::EFBIG,
         }

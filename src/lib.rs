@@ -11,9 +11,9 @@
 //! | [`cli`] | one file a command: arguments in, exit code out |
 //! | [`fs`] | FUSE requests to catalog and image verbs, and the replies |
 //! | [`catalog`] | names, inodes, which image is open how often |
-//! | [`image`] | one open image: read, write, discard, zero, flush, resize, close |
+//! | [`image`] | one open image: read, write, discard, zero, flush, resize, snapshots, compaction, close |
 //! | [`recycler`] | the states of host clusters, and the thread that turns junk into free space |
-//! | [`alloc`] | refcounts: allocate, free, grow, rebuild |
+//! | [`alloc`] | refcounts: allocate, free, grow, shrink, rebuild |
 //! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
@@ -30,12 +30,14 @@
 //! 3. a discarded range reads zeros (old or zeros until flushed);
 //! 4. a cluster is linked on disk again only after the table write that dropped its last reference
 //!    is durable, and after it durably reads as zeros;
-//! 5. nothing is written outside the image, and no metadata cluster is overwritten with data.
+//! 5. nothing is written outside the image and its data file, and no metadata cluster is
+//!    overwritten with data.
 //!
 //! # Locks
-//! In this order, each optional: catalog, [`image`]'s flush lock, guest clusters ([`locks`]),
-//! [`tables`], [`alloc`]'s refcounts, [`recycler`]'s cluster map, the recycler's wake flag. No data
-//! I/O happens under tables, refcounts or the map. Nobody who holds guest clusters starts a flush.
+//! In this order, each optional: catalog, [`image`]'s lock of snapshot changes, that of compaction,
+//! the flush lock, guest clusters ([`locks`]), [`tables`], [`alloc`]'s refcounts, [`recycler`]'s
+//! cluster map, the recycler's wake flag. No data I/O happens under tables, refcounts or the map.
+//! Nobody who holds guest clusters starts a flush.
 
 pub mod alloc;
 pub mod catalog;
@@ -48,6 +50,7 @@ pub mod image;
 pub mod locks;
 pub mod recycler;
 pub mod storage;
+mod sync;
 pub mod tables;
 
 pub use error::{Error, ErrorKind, Result};

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex};
 
 /// The locks of one image, by guest cluster.
 #[derive(Debug, Default)]
@@ -101,10 +101,13 @@ impl Drop for Guard<'_> {
 }
 
 #[cfg(debug_assertions)]
+#[allow(clippy::missing_const_for_thread_local, reason = "the model's takes no constant")]
 mod one_guard_a_thread {
     use std::cell::Cell;
 
-    thread_local!(static HELD: Cell<bool> = const { Cell::new(false) });
+    use crate::sync::thread_local;
+
+    thread_local!(static HELD: Cell<bool> = Cell::new(false));
 
     pub(super) fn enter() {
         HELD.with(|held| assert!(!held.replace(true), "a thread holds two guest cluster guards"));
@@ -125,6 +128,9 @@ pub fn assert_none_held() {
     #[cfg(debug_assertions)]
     assert!(!one_guard_a_thread::held(), "a flush starts while guest clusters are held");
 }
+
+#[cfg(all(test, feature = "model"))]
+mod models;
 
 #[cfg(test)]
 mod tests {

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use qcow2fs::image::Image;
 use support::made::Made;
 use support::oracle::{data, describe, number_of, pattern};
-use support::qemu::{self, Shape};
+use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
-use support::{SECTOR, Watchdog, busy, difference, host_file, scratch, setting};
+use support::{SECTOR, Watchdog, busy, difference, scratch, setting};
 
 /// A sector's value is the number of the operation that made it, with this bit if that zeroed it;
 /// or 0 for what it held at first.
@@ -209,7 +209,7 @@ fn stress(name: &str, shapes: &[Shape], writers: u64, seconds: u64) {
         let _watchdog = Watchdog::new(format!("{name} with QCOW2FS_SEED={seed}"), seconds + 60);
         let mut arenas = Vec::new();
         for (made, held) in images.iter().zip(&mut held) {
-            let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+            let image = made.open(&busy(&mut rng)).unwrap();
             let in_cluster = made.shape.cluster_size() / SECTOR;
             let pieces = [1, 3, in_cluster, 2 * in_cluster + 1];
             let most = image.virtual_size() / SECTOR / writers;
@@ -274,8 +274,7 @@ fn judge(arena: &Arena, made: &Made) {
 }
 
 fn shape(cluster_bits: u32, refcount_bits: u32, size: u64) -> Shape {
-    let (preallocation, lazy_refcounts) = ("off", false);
-    Shape { version: 3, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts }
+    Shape::new(cluster_bits, refcount_bits, size)
 }
 
 #[test]
@@ -286,6 +285,12 @@ fn threads_that_share_small_clusters_do_not_meet() {
 #[test]
 fn threads_that_share_large_clusters_do_not_meet() {
     stress("large clusters", &[shape(16, 16, 8 << 20)], 4, 6);
+}
+
+#[test]
+fn threads_that_share_clusters_of_subclusters_do_not_meet() {
+    let shapes = [14, 16].map(|bits| Shape { extended_l2: true, ..shape(bits, 16, 2 << 20) });
+    stress("subclusters", &shapes, 4, 6);
 }
 
 #[test]
@@ -300,6 +305,8 @@ fn many_images_at_once_do_not_meet() {
         shape(12, 8, 3 << 20),
         shape(16, 16, 6 << 20),
         shape(21, 64, 8 << 20),
+        Shape { data_file: DataFile::Plain, ..shape(12, 16, 2 << 20) },
+        Shape { data_file: DataFile::Raw, ..shape(9, 16, 1 << 20) },
     ];
     stress("many images", &shapes, 2, 8);
 }
@@ -312,7 +319,7 @@ fn a_disk_is_resized_while_it_is_written() {
     let made = Made::empty(shape(9, 16, size), directory.path());
     let _watchdog = Watchdog::new("resizing", 60);
     let mut rng = Rng::new(support::rng::fresh_seed());
-    let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+    let image = made.open(&busy(&mut rng)).unwrap();
     let arena = Arena::new(image.clone(), &made.contents, 3, 5);
     thread::scope(|scope| {
         for writer in 0..3 {

@@ -20,11 +20,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use qcow2fs::image::Image;
-use qcow2fs::storage::testing::{Entry, Fate, MemoryStorage, RecordingStorage, Replay};
+use qcow2fs::image::{Beside, Image};
+use qcow2fs::storage::Storage;
+use qcow2fs::storage::testing::{Change, Entry, Fate, MemoryStorage, RecordingStorage, Replay};
 use support::made::Made;
 use support::oracle::{After, Kind, Operation, Oracle, data};
-use support::qemu::{self, Shape};
+use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
 use support::{SECTOR, busy, for_seeds, open_read_only, scratch, verify, verify_clean};
 
@@ -74,7 +75,8 @@ impl Clients {
                 }),
                 78..81 => image.preallocate(bytes).unwrap(),
                 81..90 => self.flush(),
-                90..94 if self.may_resize => self.resize(&mut rng),
+                90..93 if self.may_resize => self.resize(&mut rng),
+                93..96 => self.image.compact(|_| true).unwrap(),
                 _ => thread::sleep(Duration::from_millis(rng.within(0..6))),
             }
         }
@@ -113,16 +115,29 @@ impl Clients {
 struct Recorded<'a> {
     made: &'a Made,
     storage: Arc<RecordingStorage>,
+    /// The external data file.
+    data: Option<Arc<RecordingStorage>>,
     operations: HashMap<u64, Operation>,
 }
 
 fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
     let sync_takes = Duration::from_micros(*rng.pick(&[0, 0, 200, 2000]));
     let storage = Arc::new(RecordingStorage::new(made.file()).with_slow_sync(sync_takes));
-    let image = made.open(storage.clone(), &busy(rng)).unwrap();
+    let data = made.data().map(|data| Arc::new(storage.beside(1, data)));
+    let opened_data = data.clone().map(|data| data as Arc<dyn Storage>);
+    let image = made.open_on(storage.clone(), opened_data, &busy(rng)).unwrap();
     let sectors = image.virtual_size() / SECTOR;
     let in_cluster = made.shape.cluster_size() / SECTOR;
-    let piece = *rng.pick(&[1, 3, in_cluster, 2 * in_cluster, 5 * in_cluster]);
+    let in_subcluster = made.shape.subcluster_size() / SECTOR;
+    let piece = *rng.pick(&[
+        1,
+        3,
+        in_subcluster,
+        3 * in_subcluster,
+        in_cluster,
+        2 * in_cluster,
+        5 * in_cluster,
+    ]);
     let clients = if sectors < piece * 3 || rng.one_in(3) { 1 } else { rng.within(1..4) };
     let clients = Clients {
         image: image.clone(),
@@ -148,13 +163,15 @@ fn record<'a>(made: &'a Made, rng: &mut Rng) -> Recorded<'a> {
     }
     let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
     clients.act(everything, |_| image.close());
-    Recorded { made, storage, operations: clients.operations.into_inner() }
+    Recorded { made, storage, data, operations: clients.operations.into_inner() }
 }
 
 /// One walk along a log, looking at what crashes leave.
 struct Search<'a> {
     recorded: &'a Recorded<'a>,
     replay: Replay,
+    /// The same walk for the external data file.
+    data: Option<Replay>,
     oracle: Oracle,
     rng: Rng,
     directory: &'a Path,
@@ -183,6 +200,7 @@ impl Search<'_> {
                 // Every sync is looked at, however slow this machine is; the rest while time lasts.
                 self.look(started.elapsed() < SEARCH_TIME);
             }
+            self.data.as_mut().map(|data| data.step().unwrap());
             match self.replay.step().unwrap() {
                 Some(Entry::Mark(mark)) => self.note(mark),
                 Some(Entry::Change(_) | Entry::Sync { .. }) => {}
@@ -207,7 +225,7 @@ impl Search<'_> {
     /// Looks at the files that a crash at this point may leave.
     fn look(&mut self, thoroughly: bool) {
         self.tally.points += 1;
-        let pending = self.replay.pending().len();
+        let pending = self.pending().len();
         self.examine("all", |_| Fate::Kept);
         if pending == 0 {
             return;
@@ -236,12 +254,23 @@ impl Search<'_> {
         }
     }
 
+    /// The changes that a crash here may lose, those of the image file first.
+    fn pending(&self) -> Vec<&Change> {
+        let data = self.data.iter().flat_map(|data| data.pending());
+        self.replay.pending().into_iter().chain(data).collect()
+    }
+
     fn examine(&mut self, what: &str, fate: impl Fn(usize) -> Fate) {
-        let file = Arc::new(self.replay.crash(&fate).unwrap());
+        let own = self.replay.pending().len();
+        let crashed = Crashed {
+            file: Arc::new(self.replay.crash(&fate).unwrap()),
+            data: self.data.as_ref().map(|data| Arc::new(data.crash(|n| fate(own + n)).unwrap())),
+        };
+        let file = &crashed.file;
         self.tally.states += 1;
-        if let Err(complaint) = self.complaint(&file) {
+        if let Err(complaint) = self.complaint(&crashed) {
             let position = self.replay.position();
-            let pending = self.replay.pending();
+            let pending = self.pending();
             let list: Vec<String> = pending
                 .iter()
                 .enumerate()
@@ -257,19 +286,32 @@ impl Search<'_> {
     }
 
     /// What is wrong with the file that a crash left.
-    fn complaint(&mut self, file: &Arc<MemoryStorage>) -> Result<(), String> {
+    fn complaint(&mut self, crashed: &Crashed) -> Result<(), String> {
         let made = self.recorded.made;
+        let file = &crashed.file;
         verify(&**file)?;
-        let image =
-            open_read_only(file.clone(), made.backing()).map_err(|e| format!("opening it: {e}"))?;
+        let image = open_read_only(file.clone(), crashed.beside(made))
+            .map_err(|e| format!("opening it: {e}"))?;
         self.oracle.check_size(image.virtual_size() / SECTOR)?;
         let mut disk = vec![0xee; image.virtual_size() as usize];
         image.read(0, &mut disk).map_err(|e| format!("reading it: {e}"))?;
         self.oracle.check(&disk, 0, After::Crash)?;
+        if let Some(data) = crashed.data.as_ref().filter(|_| made.shape.data_file == DataFile::Raw)
+        {
+            let mut raw = vec![0xee; disk.len()];
+            data.read_at(&mut raw, 0).unwrap();
+            self.oracle
+                .check(&raw, 0, After::Crash)
+                .map_err(|e| format!("in the raw data file by itself, {e}"))?;
+        }
         if self.tally.states.is_multiple_of(400) {
             self.tally.judged_by_qemu += 1;
             let path = self.directory.join("crashed.qcow2");
             std::fs::write(&path, file.contents()).unwrap();
+            if let Some(data) = &crashed.data {
+                // By the name that the header has.
+                std::fs::write(made.data_path().unwrap(), data.contents()).unwrap();
+            }
             qemu::check_allowing_leaks(&path)?;
             if qemu::contents(&path, None) != disk {
                 return Err("QEMU reads something else".into());
@@ -278,7 +320,7 @@ impl Search<'_> {
         }
         if self.tally.states.is_multiple_of(20) {
             self.tally.recovered += 1;
-            recover(made, file, &disk, &mut self.rng)?;
+            recover(made, crashed, &disk, &mut self.rng)?;
         }
         Ok(())
     }
@@ -292,12 +334,29 @@ fn random_fate(rng: &mut Rng) -> Fate {
     }
 }
 
-/// Works on a file that a crash left, and closes it: it must be sound then, without a leak where
-/// the search for leaks had its time.
-fn recover(made: &Made, file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
+/// The files that a crash left.
+struct Crashed {
+    file: Arc<MemoryStorage>,
+    data: Option<Arc<MemoryStorage>>,
+}
+
+impl Crashed {
+    fn beside(&self, made: &Made) -> Beside {
+        made.beside(self.data.clone().map(|data| data as Arc<dyn Storage>))
+    }
+}
+
+/// Works on the files that a crash left, and closes them: all must be sound then, without a leak
+/// where the search for leaks had its time.
+fn recover(made: &Made, crashed: &Crashed, disk: &[u8], rng: &mut Rng) -> Result<(), String> {
     let mut expected = disk.to_vec();
-    let storage = Arc::new(file.fork());
-    let image = made.open(storage.clone(), &busy(rng)).map_err(|e| format!("recovering: {e}"))?;
+    let crashed = Crashed {
+        file: Arc::new(crashed.file.fork()),
+        data: crashed.data.as_ref().map(|data| Arc::new(data.fork())),
+    };
+    let storage = crashed.file.clone();
+    let image = Image::open_with(storage.clone(), &busy(rng), crashed.beside(made))
+        .map_err(|e| format!("recovering: {e}"))?;
     for _ in 0..6 {
         let range = rng.range(disk.len() as u64, 4096, &[SECTOR]);
         let bytes = range.start as usize..range.end as usize;
@@ -323,12 +382,15 @@ fn recover(made: &Made, file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Res
     // A count of a shared cluster that is too high, but not altogether wrong, is not looked for.
     let verify = if waits && !made.may_share { verify_clean } else { verify };
     verify(&*storage).map_err(|e| format!("after recovery and close: {e}"))?;
-    let image =
-        open_read_only(storage, made.backing()).map_err(|e| format!("opening it again: {e}"))?;
+    let image = open_read_only(storage, crashed.beside(made))
+        .map_err(|e| format!("opening it again: {e}"))?;
     let mut found = vec![0xee; disk.len()];
     image.read(0, &mut found).map_err(|e| format!("reading it again: {e}"))?;
-    match support::difference(&found, &expected) {
-        Some(difference) => Err(format!("after recovery we read {difference}")),
+    if let Some(difference) = support::difference(&found, &expected) {
+        return Err(format!("after recovery we read {difference}"));
+    }
+    match crashed.data {
+        Some(data) => made.assert_raw_data(&data.contents(), &expected),
         None => Ok(()),
     }
 }
@@ -337,24 +399,38 @@ fn recover(made: &Made, file: &MemoryStorage, disk: &[u8], rng: &mut Rng) -> Res
 fn small_shape(rng: &mut Rng) -> Shape {
     let mut shape = Shape::random(rng, 256 << 10);
     if shape.cluster_bits > 14 {
+        shape.extended_l2 = false;
         shape.cluster_bits = *rng.pick(&[9, 9, 12, 13]);
         shape.size = rng.within(1..500) * SECTOR;
     }
     shape
 }
 
-#[test]
-fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
+/// The same with subclusters: of one sector, mostly.
+fn shape_with_subclusters(rng: &mut Rng) -> Shape {
+    let mut shape = Shape::random(rng, 256 << 10);
+    shape.version = 3;
+    shape.extended_l2 = true;
+    shape.data_file = DataFile::None;
+    shape.cluster_bits = *rng.pick(&[14, 14, 14, 16]);
+    shape.size = rng.within(1..(6 << shape.cluster_bits) / SECTOR) * SECTOR;
+    shape
+}
+
+/// Every `backed`-th image or so has a backing file.
+fn search(test: &'static str, seconds: u64, backed: u64, shape: impl Fn(&mut Rng) -> Shape) {
     let mut tally = Tally::default();
-    for_seeds("every_crash_leaves_a_sound_image_with_old_or_new_data", 40, |seed| {
+    for_seeds(test, seconds, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
-        let shape = small_shape(&mut rng);
+        let shape = shape(&mut rng);
         println!("{seed}: {shape} {} bytes", shape.size);
-        let made = Made::furnished(shape, directory.path(), &mut rng);
+        let backed = rng.one_in(backed);
+        let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
         let recorded = record(&made, &mut rng);
         let search = Search {
             replay: recorded.storage.replay(),
+            data: recorded.data.as_ref().map(|data| data.replay()),
             oracle: Oracle::new(&made.contents, made.shape.size / SECTOR * 2),
             rng,
             directory: directory.path(),
@@ -364,4 +440,15 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         search.run();
     });
     println!("crash search: {tally:?}");
+}
+
+#[test]
+fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
+    search("every_crash_leaves_a_sound_image_with_old_or_new_data", 40, 3, small_shape);
+}
+
+#[test]
+fn every_crash_leaves_subclusters_with_old_or_new_data() {
+    let test = "every_crash_leaves_subclusters_with_old_or_new_data";
+    search(test, 20, 2, shape_with_subclusters);
 }

@@ -11,14 +11,15 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2fs::image::{Image, Options};
+use qcow2fs::image::{CompactAfter, Image, Options};
+use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
     FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
 };
 use qcow2fs::{Error, ErrorKind};
 use support::made::Made;
 use support::oracle::{After, Kind, Operation, Oracle, data};
-use support::qemu::Shape;
+use support::qemu::{DataFile, Shape};
 use support::rng::{Rng, fresh_seed};
 use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify};
 
@@ -28,6 +29,8 @@ struct Client<'a> {
     image: Arc<Image>,
     file: Arc<FailingStorage>,
     inner: Arc<RecordingStorage>,
+    /// The external data file, which fails together with the image file.
+    data: Option<Arc<RecordingStorage>>,
     fault: Option<Fault>,
     oracle: Oracle,
     next: u64,
@@ -42,12 +45,23 @@ fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
     let metadata_cache = 4096;
     // A search in the background would make the number of a host operation depend on chance.
     let return_leaks = false;
-    let options =
-        Options { writable: true, keep_erased, flush_after, metadata_cache, return_leaks };
-    let image = made.open(file.clone(), &options).unwrap();
+    // And so would moves by the recycler.
+    let compact_after = CompactAfter::Off;
+    let options = Options {
+        writable: true,
+        keep_erased,
+        flush_after,
+        metadata_cache,
+        return_leaks,
+        compact_after,
+        ..Options::default()
+    };
+    let data = made.data().map(|data| Arc::new(inner.beside(1, data)));
+    let failing = data.clone().map(|data| Arc::new(file.beside(data)) as Arc<dyn Storage>);
+    let image = made.open_on(file.clone(), failing, &options).unwrap();
     let sectors = image.virtual_size() / SECTOR;
     let oracle = Oracle::new(&made.contents, sectors);
-    Client { made, image, file, inner, fault: None, oracle, next: 1, sectors }
+    Client { made, image, file, inner, data, fault: None, oracle, next: 1, sectors }
 }
 
 impl Client<'_> {
@@ -107,6 +121,10 @@ impl Client<'_> {
         self.act(Operation { kind: Kind::Flush, sectors: 0..0 }, |image, _| image.flush())
     }
 
+    fn compact(&mut self) -> qcow2fs::Result<()> {
+        self.image.compact(|_| true).inspect_err(|e| self.assert_expected(e))
+    }
+
     fn close(&mut self) -> qcow2fs::Result<()> {
         let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
         let result = self.act(everything, |image, _| image.close());
@@ -126,6 +144,7 @@ impl Client<'_> {
                 5 => self.clear(sectors, false),
                 6 | 7 => self.clear(sectors, true),
                 8 => self.flush(),
+                _ if rng.one_in(3) => self.compact(),
                 _ if rng.one_in(2) => {
                     let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
                     self.image.preallocate(bytes).inspect_err(|e| self.assert_expected(e))
@@ -172,21 +191,29 @@ impl Client<'_> {
 
     /// A crash now, the fault's traces still fresh, leaves a sound file too.
     fn assert_sound_after_crash(&self, rng: &mut Rng) {
-        let mut replay = self.inner.replay();
-        while replay.step().unwrap().is_some() {}
-        let fates = [Fate::Kept, Fate::Lost];
-        self.assert_sound_file(replay.crash(|_| Fate::Kept).unwrap());
-        self.assert_sound_file(replay.crash(|_| Fate::Lost).unwrap());
+        let walked = |storage: &Arc<RecordingStorage>| {
+            let mut replay = storage.replay();
+            while replay.step().unwrap().is_some() {}
+            replay
+        };
+        let (file, data) = (walked(&self.inner), self.data.as_ref().map(walked));
+        let crash = |fate: &mut dyn FnMut() -> Fate| {
+            let data = data.as_ref().map(|data| data.crash(|_| fate()).unwrap());
+            self.assert_sound_files(file.crash(|_| fate()).unwrap(), data);
+        };
+        crash(&mut || Fate::Kept);
+        crash(&mut || Fate::Lost);
         for _ in 0..6 {
-            self.assert_sound_file(replay.crash(|_| *rng.pick(&fates)).unwrap());
+            crash(&mut || *rng.pick(&[Fate::Kept, Fate::Lost]));
         }
     }
 
     /// What is left of the image must be sound and hold what it may.
-    fn assert_sound_file(&self, file: MemoryStorage) {
+    fn assert_sound_files(&self, file: MemoryStorage, data: Option<MemoryStorage>) {
         let file = Arc::new(file);
         verify(&*file).unwrap();
-        let image = open_read_only(file, self.made.backing()).unwrap();
+        let data = data.map(|data| Arc::new(data) as Arc<dyn Storage>);
+        let image = open_read_only(file, self.made.beside(data)).unwrap();
         let mut disk = vec![0xee; (self.sectors * SECTOR) as usize];
         image.read(0, &mut disk).unwrap();
         self.oracle.check(&disk, 0, After::Crash).unwrap();
@@ -221,7 +248,8 @@ fn suffer(made: &Made, keep_erased: u64, scene: Scene, recover_first: bool) -> b
     }
     let _may_fail = client.close();
     client.assert_sound_after_crash(&mut Rng::new(scene.seed ^ scene.fault.after));
-    client.assert_sound_file(client.inner.current().fork());
+    let data = client.data.as_ref().map(|data| data.current().fork());
+    client.assert_sound_files(client.inner.current().fork(), data);
     !client.file.strikes().is_empty()
 }
 
@@ -238,9 +266,14 @@ fn fail_each(name: &str, kinds: &[Host], seconds: u64) {
     while started.elapsed() < limit {
         let mut rng = Rng::new(seed);
         let &(cluster_bits, refcount_bits, size) = rng.pick(&SHAPES);
-        let (preallocation, lazy_refcounts, version) = ("off", false, 3);
-        let shape =
-            Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
+        let extended_l2 = cluster_bits >= 14 && rng.one_in(2);
+        let data_file = match rng.within(0..4) {
+            0 if !extended_l2 => DataFile::Plain,
+            1 if !extended_l2 => DataFile::Raw,
+            _ => DataFile::None,
+        };
+        let plain = Shape::new(cluster_bits, refcount_bits, size);
+        let shape = Shape { extended_l2, data_file, ..plain };
         let directory = scratch();
         let made = Made::furnished(shape, directory.path(), &mut rng);
         let keep_erased = *rng.pick(&[0, 16 << 10]);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use qcow2fs::image::{Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
-use support::qemu::{self, Shape};
+use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
 use support::{busy, difference, for_seeds, scratch};
 
@@ -101,7 +101,7 @@ fn what_a_killed_process_leaked_is_returned_while_the_disk_is_in_use() {
         let mut rng = Rng::new(seed);
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
-        let shape = Shape::random(&mut rng, 16 << 20);
+        let shape = Shape { data_file: DataFile::None, ..Shape::random(&mut rng, 16 << 20) };
         shape.create(&path, None);
         let mut expected = vec![0; shape.size as usize];
 
@@ -159,7 +159,7 @@ fn a_search_that_is_cut_short_by_a_close_changes_nothing() {
         let mut rng = Rng::new(seed);
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
-        let shape = Shape::random(&mut rng, 16 << 20);
+        let shape = Shape { data_file: DataFile::None, ..Shape::random(&mut rng, 16 << 20) };
         shape.create(&path, None);
         let mut expected = vec![0; shape.size as usize];
         let storage = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));

@@ -15,9 +15,9 @@ use std::time::Duration;
 use qcow2fs::ErrorKind;
 use qcow2fs::image::Image;
 use support::made::Made;
-use support::qemu::{self, Shape};
+use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
-use support::{busy, difference, for_seeds, host_file, scratch, setting};
+use support::{busy, difference, for_seeds, scratch, setting};
 
 /// An image, what it should hold, and what to do with it next.
 struct History {
@@ -26,7 +26,7 @@ struct History {
     image: Arc<Image>,
     expected: Vec<u8>,
     /// Sizes and offsets are often multiples of these.
-    grains: [u64; 4],
+    grains: [u64; 5],
     /// The disk does not grow past so many bytes.
     most: u64,
     done: Vec<String>,
@@ -36,11 +36,11 @@ impl History {
     fn begin(seed: u64, made: Made, most: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed);
         qemu::assert_clean(&made.path);
-        let image = made.open(host_file(&made.path), &busy(&mut rng)).unwrap();
+        let image = made.open(&busy(&mut rng)).unwrap();
         let shape = &made.shape;
         assert_eq!(image.virtual_size(), shape.size);
         assert_eq!(image.cluster_size(), shape.cluster_size());
-        let grains = [1, 512, 4096, shape.cluster_size()];
+        let grains = [1, 512, 4096, shape.cluster_size(), shape.subcluster_size()];
         let expected = made.contents.clone();
         History { rng, made, image, expected, grains, most, done: Vec::new() }
     }
@@ -50,8 +50,9 @@ impl History {
     }
 
     fn range(&mut self) -> Range<u64> {
-        let cluster_size = self.grains[3];
-        let longest = *self.rng.pick(&[600, 5000, cluster_size, 5 * cluster_size]);
+        let [_, _, _, cluster_size, subcluster_size] = self.grains;
+        let longest =
+            *self.rng.pick(&[600, 5000, 3 * subcluster_size, cluster_size, 5 * cluster_size]);
         self.rng.range(self.size(), longest.min(4 << 20), &self.grains)
     }
 
@@ -64,12 +65,26 @@ impl History {
             75..80 => self.preallocate(),
             80..85 => self.seek(),
             85..91 => self.image.flush().unwrap(),
-            91..95 => self.resize(),
+            91..94 => self.resize(),
+            94 => self.compact(),
             95 => self.reopen(),
             96 => self.judge(),
             97 => self.let_qemu_write(),
             98 => self.discard_everything(),
             _ => std::thread::sleep(Duration::from_millis(self.rng.within(1..20))),
+        }
+    }
+
+    fn compact(&mut self) {
+        self.note("compact".into());
+        self.image.compact(|_| true).unwrap();
+        let found = {
+            let mut found = vec![0; self.expected.len()];
+            self.image.read(0, &mut found).unwrap();
+            found
+        };
+        if let Some(difference) = difference(&found, &self.expected) {
+            panic!("after compacting: {difference}");
         }
     }
 
@@ -138,13 +153,13 @@ impl History {
         }
     }
 
-    /// Whole clusters within a range that was just discarded are holes.
+    /// Whole clusters, or subclusters, within a range that was just discarded are holes.
     fn assert_unmapped(&self, range: &Range<u64>) {
-        let cluster_size = self.grains[3];
-        let start = range.start.next_multiple_of(cluster_size);
+        let unit = self.made.shape.subcluster_size();
+        let start = range.start.next_multiple_of(unit);
         let end = match range.end == self.size() {
             true => range.end,
-            false => range.end / cluster_size * cluster_size,
+            false => range.end / unit * unit,
         };
         if start < end {
             assert_eq!(self.image.next_hole(start).unwrap(), start, "{range:x?} is discarded");
@@ -205,9 +220,10 @@ impl History {
         }
     }
 
-    /// Whether zeros have to be allocated.
+    /// Whether zeros stay mapped.
     fn maps_zeros(&self) -> bool {
-        self.made.is_backed() && self.made.shape.version == 2
+        (self.made.is_backed() && self.made.shape.version == 2)
+            || self.made.shape.data_file == DataFile::Raw
     }
 
     fn close(&mut self) {
@@ -218,7 +234,7 @@ impl History {
     fn open(&mut self) {
         let options = busy(&mut self.rng);
         self.note(format!("open with {options:?}"));
-        self.image = self.made.open(host_file(&self.made.path), &options).unwrap();
+        self.image = self.made.open(&options).unwrap();
         assert_eq!(self.image.virtual_size(), self.size());
     }
 
@@ -233,6 +249,9 @@ impl History {
         qemu::assert_clean(&self.made.path);
         qemu::assert_same(&self.made.path, &self.expected);
         self.made.assert_snapshots(&self.made.path).unwrap();
+        if let Some(data) = self.made.data_path() {
+            self.made.assert_raw_data(&std::fs::read(data).unwrap(), &self.expected).unwrap();
+        }
         if self.rng.one_in(3) {
             self.note("QEMU takes or deletes a snapshot".into());
             self.made.change_snapshots(&self.expected, &mut self.rng);
@@ -260,7 +279,7 @@ impl History {
             commands.push(command);
         }
         qemu::io(&self.made.path, &commands);
-        if self.rng.one_in(2) {
+        if self.rng.one_in(2) && self.made.shape.data_file == DataFile::None {
             self.let_qemu_compress();
         }
         qemu::assert_clean(&self.made.path);
@@ -269,7 +288,7 @@ impl History {
     }
 
     fn let_qemu_compress(&mut self) {
-        let range = self.rng.range(self.size(), self.grains[3] * 4, &self.grains[3..]);
+        let range = self.rng.range(self.size(), self.grains[3] * 4, &self.grains[3..4]);
         let (start, length) = (range.start, range.end - range.start);
         let byte = self.rng.within(1..256) as u8;
         let command = format!("write -c -P {byte} {start} {length}");
@@ -342,6 +361,31 @@ fn disks_of_any_shape_hold_what_was_written() {
     });
 }
 
+/// Subclusters of 512 bytes to 64 KiB, with all that there can be around them.
+#[test]
+fn disks_with_subclusters_hold_what_was_written() {
+    for_seeds("disks_with_subclusters_hold_what_was_written", 20, |seed| {
+        let directory = scratch();
+        let mut rng = Rng::new(seed);
+        let mut shape = Shape::random(&mut rng, 1 << 20);
+        shape.version = 3;
+        shape.cluster_bits = *rng.pick(&[14, 14, 14, 14, 16, 16, 16, 21]);
+        shape.extended_l2 = true;
+        shape.data_file = DataFile::None;
+        shape.size = (shape.cluster_size() * rng.within(1..12) - rng.within(0..32) * 512).max(512);
+        println!("{seed}: {shape} {} bytes", shape.size);
+        let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
+        // Short histories: what shows through is soon hidden.
+        let backed = !rng.one_in(3);
+        let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
+        let mut history = History::begin(seed, made, most);
+        for _ in 0..steps(&mut rng).min(60) {
+            history.step();
+        }
+        history.end();
+    });
+}
+
 /// With 512-byte clusters a refcount block counts 32 KiB to 2 MiB of the file, an L2 table maps
 /// 32 KiB and a cluster of the refcount table leads to 2 MiB at the widest: all must grow often.
 #[test]
@@ -351,11 +395,7 @@ fn tables_of_small_clusters_grow() {
         let mut rng = Rng::new(seed);
         let refcount_bits = *rng.pick(&[64, 64, 32, 16, 8, 1]);
         let (cluster_bits, size) = *rng.pick(&[(9, 6 << 20), (10, 12 << 20)]);
-        let preallocation = "off";
-        let lazy_refcounts = false;
-        let version = 3;
-        let shape =
-            Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts };
+        let shape = Shape::new(cluster_bits, refcount_bits, size);
         println!("{seed}: {shape} {} bytes", shape.size);
         let made = Made::empty(shape, directory.path());
         let mut history = History::begin(seed, made, 2 * size);

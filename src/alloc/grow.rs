@@ -27,8 +27,12 @@ impl Refcounts {
                 "the first refcount block is missing: run `qcow2fs check --repair all`",
             ));
         }
-        self.check_unused(place)?;
+        if !state.unlinked.contains(&place) {
+            self.check_unused(place)?;
+        }
         self.reserve(place..place + 1)?;
+        // Where a block has just been let go of, the new one is that one again.
+        state.unlinked.remove(&place);
         self.enter_block(state, index as usize, place);
         self.write(state, place, 1)?;
         state.end = state.end.max(place + 1);
@@ -151,7 +155,7 @@ impl Refcounts {
 
     fn last_used(&self, state: &mut State, clusters: Range<u64>) -> Result<Option<u64>> {
         for cluster in clusters.rev() {
-            if self.read(state, cluster)? != 0 {
+            if !self.is_free(state, cluster)? {
                 return Ok(Some(cluster));
             }
         }
@@ -168,7 +172,7 @@ impl Refcounts {
     }
 
     /// Takes host blocks for metadata now, so that writing it at a flush cannot run out of space.
-    fn reserve(&self, clusters: Range<u64>) -> Result<()> {
+    pub(super) fn reserve(&self, clusters: Range<u64>) -> Result<()> {
         let bits = self.geometry.cluster_bits();
         let bytes = clusters.start << bits..clusters.end << bits;
         reserve_metadata(&*self.storage, bytes).map_err(|e| {
@@ -199,7 +203,7 @@ impl Plan {
     }
 }
 
-fn too_big() -> Error {
+pub(super) fn too_big() -> Error {
     Error::new(
         ErrorKind::TooBig,
         "the image file cannot grow any further: its refcount table is at its largest",

@@ -10,21 +10,31 @@
 //! 3. entries of the refcount table, or the one header write that switches to the new table;
 //! 4. sync, before any L1 or L2 entry that depends on it.
 //!
+//! **Lazy refcounts** (compatible bit 0) allow a writer to leave refcounts behind while the dirty bit
+//! is set, and to rebuild them after a crash. Nothing here sets that bit: a flush writes the
+//! refcounts that changed in the same sync as everything else, so there is nothing to gain, and
+//! whoever opens the image after a crash need not read all of its tables first. An image that
+//! another program left dirty is rebuilt ([`rebuild`]) before anything of it is used.
+//!
 //! **Self-describing blocks.** A new block lies in the range that it describes, so making one never
 //! needs another one. A new table lies at the end of the file, behind the blocks that its own
 //! clusters need, which describe themselves and the table; they are referenced only from the new
 //! table, so an error anywhere before the header write leaves the old structure whole. Nothing
 //! recurses. (After Kevin Wolf's rewrite of QEMU's `alloc_refcount_block`.)
 
+mod cluster_set;
 mod grow;
 pub mod rebuild;
+mod shrink;
+
+pub use cluster_set::ClusterSet;
+pub use shrink::Usage;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rangemap::RangeSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
@@ -35,6 +45,8 @@ use crate::tables::{MetadataMap, SliceCache, Write};
 
 /// Memory for clean parts of refcount blocks, in bytes.
 const CACHE_BYTES: u64 = 4 << 20;
+/// A file that grows gets at most so many bytes of hole behind its last cluster.
+const MAX_ROOM: u64 = 4 << 20;
 /// Host offsets in tables have 56 bits.
 const MAX_HOST_OFFSET: u64 = 1 << 56;
 
@@ -56,13 +68,20 @@ struct State {
     table_dirty: BTreeSet<usize>,
     /// The table has moved in memory: the places it leaves, where one of them is it on disk.
     moved_from: Vec<Range<u64>>,
+    /// Places that blocks have left since the last flush, which are still counted.
+    left: Vec<Range<u64>>,
+    /// Places of blocks that were let go of and took their own counts along: nobody gets them
+    /// before a flush is through.
+    unlinked: BTreeSet<u64>,
     cache: SliceCache,
     /// Nothing at or after this cluster is known to be used; the file may end before it.
     end: u64,
+    /// The file is at least so many clusters long.
+    file_end: u64,
     /// No cluster before this one is free.
     first_free: u64,
     /// Clusters that were counted since this was asked for.
-    counted: Option<RangeSet<u64>>,
+    counted: Option<ClusterSet>,
 }
 
 /// Consecutive clusters whose refcount has just become 1.
@@ -84,6 +103,15 @@ pub struct DirtyRefcounts {
     block_writes: usize,
     entries: BTreeSet<usize>,
     moved_from: Vec<Range<u64>>,
+    left: Vec<Range<u64>>,
+    unlinked: BTreeSet<u64>,
+}
+
+impl DirtyRefcounts {
+    /// Whether places become free once the links are durable.
+    pub fn frees_places(&self) -> bool {
+        !self.unlinked.is_empty()
+    }
 }
 
 impl Refcounts {
@@ -110,8 +138,11 @@ impl Refcounts {
             table_offset: at,
             table_dirty: BTreeSet::new(),
             moved_from: Vec::new(),
+            left: Vec::new(),
+            unlinked: BTreeSet::new(),
             cache: SliceCache::new(geometry.cluster_size(), CACHE_BYTES),
             end: geometry.clusters_for(len).0.max(1),
+            file_end: len >> geometry.cluster_bits(),
             first_free: 0,
             counted: None,
         };
@@ -158,11 +189,21 @@ impl Refcounts {
     /// # Errors
     /// Host errors; `Corrupt` where metadata is found free; `TooBig` at the format's limits.
     pub fn allocate(&self, wanted: u64) -> Result<Allocated> {
+        match self.allocate_until(wanted, u64::MAX)? {
+            Some(allocated) => Ok(allocated),
+            None => Err(grow::too_big()),
+        }
+    }
+
+    fn allocate_until(&self, wanted: u64, end: u64) -> Result<Option<Allocated>> {
         let mut state = self.state.lock();
         let first = loop {
             let from = state.first_free;
             let first = self.first_free(&mut state, from)?;
             state.first_free = first;
+            if first >= end {
+                return Ok(None);
+            }
             if !self.make_block_for(&mut state, first)? {
                 break first;
             }
@@ -170,6 +211,7 @@ impl Refcounts {
         };
         let is_new = first >= state.end;
         let limit = if is_new { first + wanted } else { (first + wanted).min(state.end) };
+        let limit = limit.min(end);
         let mut last = first;
         while last < limit && self.has_block(&state, last) {
             match self.take_free(&mut state, last) {
@@ -181,12 +223,12 @@ impl Refcounts {
         }
         state.first_free = last;
         state.end = state.end.max(last);
-        Ok(Allocated { clusters: first..last, is_new })
+        Ok(Some(Allocated { clusters: first..last, is_new }))
     }
 
     /// Counts a cluster that has a block, if it is free; whether it was.
     fn take_free(&self, state: &mut State, cluster: u64) -> Result<bool> {
-        if self.read(state, cluster)? != 0 {
+        if !self.is_free(state, cluster)? {
             return Ok(false);
         }
         self.check_unused(cluster)?;
@@ -227,6 +269,51 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Adds one reference to each of `clusters`.
+    ///
+    /// # Errors
+    /// As [`Refcounts::raise`]. Nothing has changed then.
+    pub fn raise_each(&self, clusters: Range<u64>) -> Result<()> {
+        let mut state = self.state.lock();
+        for cluster in clusters.clone() {
+            if let Err(e) = self.raise_in(&mut state, cluster, 1) {
+                for undone in clusters.start..cluster {
+                    let count = self.read(&mut state, undone)?;
+                    self.write(&mut state, undone, count.saturating_sub(1))?;
+                }
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn raise_in(&self, state: &mut State, cluster: u64, by: u64) -> Result<()> {
+        match self.read(state, cluster)? {
+            0 => Err(Error::corrupt(format!(
+                "the cluster at {} is referenced but its refcount is 0",
+                self.geometry.host_offset(HostCluster(cluster))
+            ))),
+            count => self.write(state, cluster, count.saturating_add(by)),
+        }
+    }
+
+    /// Drops one of several references to a cluster, as [`Refcounts::release`] does; `false` where
+    /// there is only one, which stays.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where the refcount is 0 already.
+    pub fn release_shared(&self, cluster: HostCluster) -> Result<bool> {
+        let mut state = self.state.lock();
+        match self.read(&mut state, cluster.0)? {
+            0 => Err(Error::corrupt(format!(
+                "a reference to the cluster at {} is dropped but its refcount is 0",
+                self.geometry.host_offset(cluster)
+            ))),
+            1 => Ok(false),
+            count => self.write(&mut state, cluster.0, count - 1).map(|()| true),
+        }
+    }
+
     /// One more than the last cluster of the file that is in use and not `spare`.
     ///
     /// # Errors
@@ -242,16 +329,34 @@ impl Refcounts {
     pub fn cut_tail(&self) -> Result<u64> {
         let mut state = self.state.lock();
         let end = self.find_end(&mut state, |_| false)?;
+        state.file_end = state.file_end.min(end);
         let cut = self.set_file_length(end, |old, new| new < old)?;
         state.end = end;
         Ok(cut)
     }
 
     /// Makes the file as long as its last allocated cluster reaches, so that no reference can ever
-    /// be durable that points past its end.
+    /// be durable that points past its end. It becomes longer than that, by a hole, so that a file
+    /// that grows cluster by cluster is not told its length each time; the hole is cut off with the
+    /// file's free end.
     pub fn extend_file(&self) -> Result<()> {
-        let state = self.state.lock();
-        self.set_file_length(state.end, |old, new| new > old).map(|_| ())
+        let mut state = self.state.lock();
+        let end = state.end;
+        if end <= state.file_end {
+            return Ok(());
+        }
+        let room = (MAX_ROOM >> self.geometry.cluster_bits()).min(end / 8);
+        // A host file system has a largest file, too.
+        let reached = match self.set_file_length(end + room, |old, new| new > old) {
+            Ok(_) => end + room,
+            Err(_) if room > 0 => {
+                self.set_file_length(end, |old, new| new > old)?;
+                end
+            }
+            Err(e) => return Err(e),
+        };
+        state.file_end = reached;
+        Ok(())
     }
 
     /// See [`Refcounts::used_end`].
@@ -260,6 +365,8 @@ impl Refcounts {
         // written in place it made the file longer since.
         let file_end = state.end.max(self.geometry.clusters_for(self.file_length()?).0);
         let end = self.last_used_before(state, file_end, spare)?.map_or(1, |last| last + 1);
+        // What a refcount table on disk may still point to stays within the file.
+        let end = state.unlinked.last().map_or(end, |last| end.max(last + 1));
         if self.metadata.any_in(&(end..file_end)) {
             return Err(Error::corrupt(
                 "a cluster at the end holds metadata but its refcount is 0",
@@ -338,6 +445,7 @@ impl Refcounts {
         state.cache.dirty_slices() > 0
             || !state.table_dirty.is_empty()
             || !state.moved_from.is_empty()
+            || !state.left.is_empty()
     }
 
     /// Takes a copy of all that changed. [`Refcounts::collected`] must follow.
@@ -347,6 +455,9 @@ impl Refcounts {
         dirty.block_writes = dirty.blocks.len();
         dirty.entries = std::mem::take(&mut state.table_dirty);
         dirty.moved_from = std::mem::take(&mut state.moved_from);
+        dirty.left = std::mem::take(&mut state.left);
+        // They stay where they are kept from everybody; what joins meanwhile waits for its flush.
+        dirty.unlinked = state.unlinked.clone();
         if !dirty.moved_from.is_empty() {
             let bytes: Vec<u8> = state.table.iter().flat_map(|e| e.to_be_bytes()).collect();
             let clusters = self.geometry.clusters_for(bytes.len() as u64).0 as u32;
@@ -363,43 +474,48 @@ impl Refcounts {
     }
 
     /// How the flush of `dirty` went. Where it failed, all of it is due again; where it succeeded,
-    /// the places are returned that a refcount table has left. They are free once the switch is
-    /// durable.
+    /// the places are returned that a refcount table or block has left. They are free once the
+    /// switch is durable.
     pub fn collected(&self, dirty: DirtyRefcounts, succeeded: bool) -> Vec<Range<u64>> {
         let mut state = self.state.lock();
         state.cache.written(&dirty.blocks[..dirty.block_writes], succeeded);
         if !succeeded {
             state.table_dirty.extend(dirty.entries);
             state.moved_from.extend(dirty.moved_from);
+            state.left.extend(dirty.left);
             return Vec::new();
         }
-        for cluster in dirty.moved_from.iter().cloned().flatten() {
+        self.forget_unlinked(&mut state, &dirty.unlinked);
+        let left: Vec<_> = dirty.moved_from.into_iter().chain(dirty.left).collect();
+        for cluster in left.iter().cloned().flatten() {
             self.metadata.remove(HostCluster(cluster));
         }
-        dirty.moved_from
+        left
     }
 
     /// From now on, or no longer, remembers which clusters are counted.
     pub fn remember_counted(&self, remember: bool) {
-        self.state.lock().counted = remember.then(RangeSet::new);
+        self.state.lock().counted = remember.then(ClusterSet::default);
     }
 
-    /// The number of refcount blocks that the table has room for.
-    pub fn blocks(&self) -> u64 {
-        self.state.lock().table.len() as u64
+    /// The indices of the refcount blocks that there are.
+    pub fn blocks(&self) -> Vec<u64> {
+        let state = self.state.lock();
+        (0u64..).zip(&state.table).filter(|(_, offset)| **offset != 0).map(|(i, _)| i).collect()
     }
 
-    /// Passes those clusters that refcount block `index` describes to `take` that are counted once,
-    /// were so when [`Refcounts::remember_counted`] was called, are not `referenced` and no metadata
-    /// (of which refcount blocks and the refcount table are referenced by nothing else); the sum of
-    /// what it answers.
+    /// Lowers the counts that refcount block `index` has too high, as far as they are what they were
+    /// when [`Refcounts::remember_counted`] was called; a cluster that should not be counted at all
+    /// stays at 1 and is passed to `take`. `references` says how many references there are; what is
+    /// metadata and has none is left alone, since none leads to refcount blocks and the refcount
+    /// table. Returns how many clusters that concerned: what `take` answers, and 1 for each other.
     ///
     /// # Errors
     /// Host errors.
     pub fn leaked(
         &self,
         index: u64,
-        referenced: impl Fn(u64) -> bool,
+        references: impl Fn(u64) -> u64,
         take: impl Fn(u64) -> u64,
     ) -> Result<u64> {
         let mut state = self.state.lock();
@@ -407,17 +523,23 @@ impl Refcounts {
         if !self.has_block(&state, index * per_block) {
             return Ok(0);
         }
-        let mut taken = 0;
+        let mut found = 0;
         for cluster in index * per_block..(index + 1) * per_block {
-            if self.read(&mut state, cluster)? != 1 || referenced(cluster) {
+            let count = self.read(&mut state, cluster)?;
+            let wanted = if count == 0 { 0 } else { references(cluster) };
+            if count <= wanted {
                 continue;
             }
-            let is_old = state.counted.as_ref().is_some_and(|counted| !counted.contains(&cluster));
-            if is_old && !self.metadata.contains(HostCluster(cluster)) {
-                taken += take(cluster);
+            let is_new = state.counted.as_ref().is_none_or(|counted| counted.contains(cluster));
+            if is_new || wanted == 0 && self.metadata.contains(HostCluster(cluster)) {
+                continue;
             }
+            if count > wanted.max(1) {
+                self.write(&mut state, cluster, wanted.max(1))?;
+            }
+            found += if wanted == 0 { take(cluster) } else { 1 };
         }
-        Ok(taken)
+        Ok(found)
     }
 
     /// The first cluster from `from` on whose refcount is 0; clusters without a block are free.
@@ -428,7 +550,11 @@ impl Refcounts {
             self.load(state, key)?;
             let per_slice = ((state.cache.slice_size() * 8) >> order) as usize;
             let counts = state.cache.get(key).unwrap_or_default();
-            match (index..per_slice).find(|&i| refcount::get(counts, i, order) == 0) {
+            let is_free = |&i: &usize| {
+                refcount::get(counts, i, order) == 0
+                    && !state.unlinked.contains(&(cluster + (i - index) as u64))
+            };
+            match (index..per_slice).find(is_free) {
                 Some(free) => return Ok(cluster + (free - index) as u64),
                 None => cluster += (per_slice - index) as u64,
             }
@@ -482,7 +608,7 @@ impl Refcounts {
         if value > 0
             && let Some(counted) = &mut state.counted
         {
-            counted.insert(cluster..cluster + 1);
+            counted.add(cluster);
         }
         Ok(())
     }

@@ -1,12 +1,13 @@
-//! Backing files: which file a name inside an image may lead to, and who uses it.
+//! Backing and data files: which file a name inside an image may lead to, and who uses it.
 //!
 //! A name inside an image is not trusted. It is opened only beneath the image directory or a
 //! directory that was allowed on the command line, through no symbolic link and into no other
-//! mount (so never into our own), a regular file only, read-only, and as what the image says that
-//! it is: nothing is probed. Protocols (`nbd:`, `json:`) are not names of files.
+//! mount (so never into our own), a regular file only, and as what the image says that it is:
+//! nothing is probed. Protocols (`nbd:`, `json:`) are not names of files. A backing file is only
+//! ever read; an external data file is written when its image is, and then nobody else has it.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -14,15 +15,20 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::host::{self, HostId, Root, Stamp};
+use super::node::open_host_file;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, BackingFile, Image, Options, RawBacking};
+use crate::image::{Backing, BackingFile, Beside, Image, Options, RawBacking};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
 /// The longest chain that is followed.
 const MAX_DEPTH: usize = 64;
 
-/// The directories that backing files may lie in, and the files that are in use as such.
+/// What records the real path of a backing file, and of a data file.
+const REBASE: &str = "`qemu-img rebase -u` with its real path records that";
+const AMEND: &str = "`qemu-img amend -o data_file=` with its real path records that";
+
+/// The directories that such files may lie in, and the files that are in use as such.
 pub(super) struct Chains {
     /// By their real paths, the image directory first; then the allowed ones by the paths they were
     /// given by, which images may have recorded: a symbolic link may be on those.
@@ -30,7 +36,7 @@ pub(super) struct Chains {
     users: Arc<Users>,
 }
 
-/// By whom each backing file is used: the names of open images.
+/// By whom each such file is used: the names of open images.
 type Users = Mutex<HashMap<HostId, Vec<PathBuf>>>;
 
 /// An image's backing file with all that is behind it, open and held against writers.
@@ -42,6 +48,22 @@ pub(super) struct Chain {
     pub(super) stamps: Vec<Stamp>,
     /// Counts the files out when the image is closed.
     _uses: Uses,
+}
+
+/// An image's external data file, open and locked like the image itself.
+pub(super) struct DataFile {
+    pub(super) file: Arc<HostFile>,
+    /// Counts the file out when the image is closed.
+    _uses: Uses,
+}
+
+/// The files beside an image's own.
+#[derive(Default)]
+pub(super) struct Files {
+    /// What it is based on; `None` when it stands alone.
+    pub(super) chain: Option<Chain>,
+    /// Its external data file; `None` when the data is in the image.
+    pub(super) data: Option<DataFile>,
 }
 
 /// What has been opened of a chain so far.
@@ -95,33 +117,113 @@ impl Chains {
         Ok(Chains { roots, users: Arc::default() })
     }
 
-    /// The name of an open image that uses this file as its backing file.
+    /// The name of an open image that uses this file as a backing or data file.
     pub(super) fn user_of(&self, id: HostId) -> Option<PathBuf> {
         self.users.lock().get(&id)?.first().cloned()
     }
 
-    /// Opens what the image at `path` (beneath the image directory), open as `file`, is based on;
-    /// `None` when it stands alone.
+    /// Opens what the image at `path` (beneath the image directory), open as `file`, needs beside
+    /// itself: its data file, for writing where `write` says so and otherwise wherever `options`
+    /// let it come to that later, and what it is based on.
     ///
     /// # Errors
     /// `Unsupported` for a name that may not be followed or a format that is not said; `InUse`
-    /// when somebody writes to a file of the chain; `Corrupt` for a chain that leads back to
-    /// itself; those of [`Image::open`] and of the host.
+    /// when somebody writes to a file of the chain or has the data file; `Corrupt` for a chain that
+    /// leads back to itself; those of [`Image::open`] and of the host.
     pub(super) fn open(
         &self,
         path: &Path,
         file: &HostFile,
+        write: bool,
         options: &Options,
-    ) -> Result<Option<Chain>> {
-        let Some(needed) = Image::summarize(file)?.backing else { return Ok(None) };
+    ) -> Result<Files> {
+        let summary = Image::summarize(file)?;
+        if (summary.backing.is_none() && summary.data_file.is_none()) || summary.refusal.is_some() {
+            return Ok(Files::default());
+        }
         let metadata =
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
-        let uses =
-            Uses { users: Arc::clone(&self.users), user: path.to_owned(), files: Vec::new() };
-        let mut opened = Opened { seen: vec![HostId::of(&metadata)], stamps: Vec::new(), uses };
-        let image = self.roots.first().map_or_else(|| path.to_owned(), |(root, _)| root.join(path));
-        let backing = self.follow(&image, &needed, options, &mut opened)?;
-        Ok(Some(Chain { backing, stamps: opened.stamps, _uses: opened.uses }))
+        let mut opened = Opened {
+            seen: vec![HostId::of(&metadata)],
+            stamps: Vec::new(),
+            uses: self.no_uses(path),
+        };
+        let image = self.whole(path);
+        let data = match &summary.data_file {
+            Some(name) => {
+                let may_write = options.writable;
+                let mut uses = self.no_uses(path);
+                let file = self.data_file(&image, name, [write, may_write], &mut opened.seen)?;
+                uses.add(file.1);
+                Some(DataFile { file: file.0, _uses: uses })
+            }
+            None => None,
+        };
+        let followed = summary.backing.map(|needed| {
+            self.follow(&image, &needed, options, &mut opened).inspect_err(|_| {
+                // At once: a process that we are just starting may still share the descriptor.
+                if let Some(data) = &data {
+                    let _released = image_lock::release_down_to(data.file.file(), None);
+                }
+            })
+        });
+        let backing = followed.transpose()?;
+        let (stamps, uses) = (opened.stamps, opened.uses);
+        let chain = backing.map(|backing| Chain { backing, stamps, _uses: uses });
+        Ok(Files { chain, data })
+    }
+
+    /// What the host says of the data file `name` of the image at `path`, without opening it;
+    /// nothing where it may not be looked at.
+    pub(super) fn look_at_data_file(&self, path: &Path, name: &[u8]) -> Option<Metadata> {
+        let path = whole_path(&self.whole(path), name).ok()?;
+        self.find(&path, AMEND).and_then(|place| look(&place)).ok()
+    }
+
+    fn no_uses(&self, user: &Path) -> Uses {
+        Uses { users: Arc::clone(&self.users), user: user.to_owned(), files: Vec::new() }
+    }
+
+    /// The whole path of an image at `path` beneath the image directory.
+    fn whole(&self, path: &Path) -> PathBuf {
+        self.roots.first().map_or_else(|| path.to_owned(), |(root, _)| root.join(path))
+    }
+
+    /// Opens and locks the data file that `image` (a whole path) names.
+    fn data_file(
+        &self,
+        image: &Path,
+        name: &[u8],
+        [write, may_write]: [bool; 2],
+        seen: &mut Vec<HostId>,
+    ) -> Result<(Arc<HostFile>, HostId)> {
+        let open = || {
+            let path = whole_path(image, name)?;
+            let place = self.find(&path, AMEND)?;
+            let file = open_host_file(&place, write, may_write)?;
+            let id = HostId::of(&look(&file)?);
+            if seen.contains(&id) {
+                return Err(Error::corrupt("it is the image itself, or one of its other files"));
+            }
+            let access = if write { Access::Write } else { Access::Read };
+            image_lock::acquire(&file, None, access).map_err(|e| self.name_user(e, id))?;
+            Ok((Arc::new(HostFile::new(file)), id))
+        };
+        let name = String::from_utf8_lossy(name).escape_debug().to_string();
+        let (file, id) = open().map_err(|e| e.context(format!("data file {name}")))?;
+        seen.push(id);
+        Ok((file, id))
+    }
+
+    /// Says which image of ours it is that keeps a file from being locked.
+    pub(super) fn name_user(&self, error: Error, id: HostId) -> Error {
+        match self.user_of(id).filter(|_| error.kind() == ErrorKind::InUse) {
+            Some(user) => {
+                let text = format!("it is a file of {}, which is open; close that", user.display());
+                Error::new(ErrorKind::InUse, text)
+            }
+            None => error,
+        }
     }
 
     /// Opens the backing file that `image` (a whole path) needs, and those behind it.
@@ -141,27 +243,35 @@ impl Chains {
         }
         let path = whole_path(image, &needed.name).map_err(in_file)?;
         let file = self.open_file(&path).map_err(in_file)?;
-        let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
-        let id = HostId::of(&metadata);
+        let id = HostId::of(&look(&file).map_err(in_file)?);
         if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
         opened.seen.push(id);
-        image_lock::acquire(&file, None, Access::Read).map_err(in_file)?;
+        let locked = image_lock::acquire(&file, None, Access::Read);
+        locked.map_err(|e| in_file(self.name_user(e, id)))?;
         opened.uses.add(id);
         // Not before the lock keeps writers away.
-        let metadata = file.metadata().map_err(|e| in_file(Error::io("looking at it", e)))?;
-        opened.stamps.push(Stamp::of(&metadata));
+        opened.stamps.push(Stamp::of(&look(&file).map_err(in_file)?));
         let file = Arc::new(HostFile::new(file));
         match needed.format.as_deref() {
             Some("raw") => Ok(Arc::new(RawBacking::new(file).map_err(in_file)?)),
             Some("qcow2") => {
-                let behind = match Image::summarize(&*file).map_err(in_file)?.backing {
-                    Some(next) => Some(self.follow(&path, &next, options, opened)?),
-                    None => None,
-                };
+                let summary = Image::summarize(&*file).map_err(in_file)?;
+                let mut beside = Beside::default();
+                if let Some(name) = summary.data_file.filter(|_| summary.refusal.is_none()) {
+                    let read_only = [false, false];
+                    let data = self.data_file(&path, &name, read_only, &mut opened.seen);
+                    let (data, id) = data.map_err(in_file)?;
+                    opened.uses.add(id);
+                    opened.stamps.push(Stamp::of(&look(data.file()).map_err(in_file)?));
+                    beside.data = Some(data);
+                }
+                if let Some(next) = summary.backing {
+                    beside.backing = Some(self.follow(&path, &next, options, opened)?);
+                }
                 let options = Options { writable: false, ..options.clone() };
-                Ok(Image::open_over(file, &options, behind).map_err(in_file)?)
+                Ok(Image::open_with(file, &options, beside).map_err(in_file)?)
             }
             Some(other) => {
                 let other = other.escape_debug();
@@ -179,6 +289,14 @@ impl Chains {
 
     /// Opens a file for reading if it lies where it may.
     fn open_file(&self, path: &Path) -> Result<File> {
+        let place = self.find(path, REBASE)?;
+        host::open_file(&place, false)
+            .map_err(|e| Error::io(format!("opening {}", path.display()), e))
+    }
+
+    /// Finds a regular file if it lies where it may, without opening it. `remedy` says how an image
+    /// comes to name it by its real path.
+    fn find(&self, path: &Path, remedy: &str) -> Result<File> {
         let beneath = self.roots.iter().filter_map(|(root, directory)| {
             path.strip_prefix(root).ok().map(|rest| (directory, rest))
         });
@@ -191,10 +309,9 @@ impl Chains {
             )));
         };
         let failed = |e: std::io::Error| match e.raw_os_error() {
-            Some(libc::ELOOP) => unsupported(
-                "a symbolic link leads to it, which is not followed: `qemu-img rebase -u` with its \
-                 real path records that",
-            ),
+            Some(libc::ELOOP) => {
+                unsupported(format!("a symbolic link leads to it, which is not followed: {remedy}"))
+            }
             _ => Error::io(format!("opening {}", path.display()), e),
         };
         let place = directory.place_in_same_mount(rest).map_err(failed)?;
@@ -202,8 +319,12 @@ impl Chains {
         if !place.metadata().map_err(failed)?.is_file() {
             return Err(unsupported("it is not a regular file"));
         }
-        host::open_file(&place, false).map_err(failed)
+        Ok(place)
     }
+}
+
+fn look(file: &File) -> Result<Metadata> {
+    file.metadata().map_err(|e| Error::io("looking at it", e))
 }
 
 /// Opens a directory under the path that `name` makes of it.

@@ -8,7 +8,8 @@
 //! What is shown of an image:
 //! - its size is the virtual size, 0 when its header makes no sense (opening it tells why);
 //! - blocks, times, mode and owner are those of the image file; options may override the owner and
-//!   take mode bits away;
+//!   take mode bits away; the blocks of an external data file count, and so do its times where they
+//!   are later;
 //! - symbolic links, devices and other files are not shown.
 //!
 //! Lock order: the node table is a leaf, and so is a node's list of names.
@@ -23,15 +24,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+mod alone;
 mod chain;
 mod change;
 mod host;
 mod names;
 mod node;
+mod snapshots;
 mod status;
 #[cfg(test)]
 mod tests;
 
+pub use alone::Alone;
 pub use change::AttributeChange;
 pub use host::{HostSpace, SetTime};
 pub use node::{HandleMode, Node, Opening};
@@ -60,7 +64,7 @@ pub struct Options {
     pub gid: Option<u32>,
     /// Mode bits that are never shown.
     pub umask: u32,
-    /// Directories beside the image directory that backing files may lie in.
+    /// Directories beside the image directory that backing and data files may lie in.
     pub allow: Vec<PathBuf>,
     /// How images are opened; `writable` is decided here.
     pub image: image::Options,
@@ -110,6 +114,8 @@ pub struct Attributes {
     pub mode: u32,
     /// The file on the host, for blocks and times.
     pub host: Metadata,
+    /// Its external data file, for the same; `None` where there is none to look at.
+    pub data: Option<Metadata>,
 }
 
 /// One name in a directory.
@@ -254,10 +260,11 @@ impl Catalog {
     pub fn attributes(&self, node: &Node) -> Result<Attributes> {
         let open = node.peek(|image, file, _| {
             let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
-            Ok(self.attributes_of(node, image_header(image), host, true))
+            Ok((image_header(image), host))
         });
-        if let Some(attributes) = open {
-            return attributes;
+        if let Some(open) = open {
+            let (header, host) = open?;
+            return Ok(self.attributes_of(node, header, host, true));
         }
         let (place, metadata) = self.place_of(node)?;
         self.shown(node, &place, metadata)
@@ -277,29 +284,36 @@ impl Catalog {
     /// What the header of an image that is not open says, read again only after a change.
     fn header(&self, node: &Node, place: &File, host: &Metadata) -> Header {
         let stamp = Stamp::of(host);
-        if let Some((seen, header)) = *node.header.lock()
-            && seen == stamp
+        if let Some((seen, header)) = &*node.header.lock()
+            && *seen == stamp
         {
-            return header;
+            return header.clone();
         }
         let read = host::open_file(place, false)
             .map_err(|e| Error::io("opening the image file", e))
             .and_then(|file| Image::summarize(&HostFile::new(file)));
         let header = match read {
-            Ok(summary) => {
-                Header { virtual_size: summary.virtual_size, cluster_size: summary.cluster_size }
-            }
+            Ok(summary) => Header {
+                virtual_size: summary.virtual_size,
+                cluster_size: summary.cluster_size,
+                data_file: summary.data_file,
+            },
             Err(e) => {
                 node.log(&e);
                 Header::default()
             }
         };
-        *node.header.lock() = Some((stamp, header));
+        *node.header.lock() = Some((stamp, header.clone()));
         header
     }
 
     fn attributes_of(&self, node: &Node, header: Header, host: Metadata, open: bool) -> Attributes {
         use std::os::unix::fs::MetadataExt;
+        let data = match (&header.data_file, open) {
+            (_, true) => node.look_at_data_file(),
+            (Some(name), false) => self.chains.look_at_data_file(&node.path(), name),
+            (None, false) => None,
+        };
         Attributes {
             ino: node.ino(),
             directory: node.is_directory(),
@@ -310,6 +324,7 @@ impl Catalog {
             gid: self.options.gid.unwrap_or(host.gid()),
             mode: host.mode() & 0o777 & !self.options.umask,
             host,
+            data,
         }
     }
 
@@ -333,6 +348,26 @@ impl Catalog {
         // An image hides a directory that has the name of its raw file.
         entries.dedup_by(|later, earlier| later.name == earlier.name);
         Ok(entries)
+    }
+
+    /// The node that is shown as `name` beneath the mount point; it is known until it is forgotten
+    /// once more.
+    ///
+    /// # Errors
+    /// `EINVAL` for a name that leads elsewhere; those of [`Catalog::lookup`].
+    pub fn find_node(&self, name: &Path) -> Result<Arc<Node>> {
+        let mut ino = None;
+        for part in name.components() {
+            let std::path::Component::Normal(part) = part else {
+                return Err(errno("a name that leads out of the mount", libc::EINVAL));
+            };
+            let found = self.lookup(ino.unwrap_or(ROOT), part);
+            if let Some(directory) = ino {
+                self.forget(directory, 1);
+            }
+            ino = Some(found?.ino);
+        }
+        self.node(ino.ok_or_else(|| errno("an empty name", libc::EINVAL))?)
     }
 
     /// Opens a node's image for one more handle; [`Catalog::release`] ends it. May block long.
@@ -409,7 +444,8 @@ impl Catalog {
 }
 
 fn image_header(image: &Image) -> Header {
-    Header { virtual_size: image.virtual_size(), cluster_size: image.cluster_size() }
+    let (virtual_size, cluster_size) = (image.virtual_size(), image.cluster_size());
+    Header { virtual_size, cluster_size, data_file: None }
 }
 
 fn errno(what: &str, code: i32) -> Error {

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
-use super::chain::{Chain, Chains};
+use super::chain::{Chains, Files};
 use super::host::{self, HostId, Stamp};
 use super::names;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Image, Options};
+use crate::image::{Beside, Image, Options};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -36,12 +36,14 @@ pub struct Node {
 }
 
 /// What is shown of an image that is not open.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Header {
     /// Bytes of the virtual disk, 0 when the header makes no sense.
     pub(super) virtual_size: u64,
     /// Bytes in a cluster, 0 when the header makes no sense.
     pub(super) cluster_size: u64,
+    /// The name of its external data file.
+    pub(super) data_file: Option<Vec<u8>>,
 }
 
 #[derive(Default)]
@@ -56,11 +58,11 @@ struct Slot {
     closed: Option<Vec<Stamp>>,
 }
 
-struct Opened {
+pub(super) struct Opened {
     image: Arc<Image>,
     file: Arc<HostFile>,
-    /// What it is based on, held as long as it is open.
-    chain: Option<Arc<Chain>>,
+    /// What it needs beside itself, held as long as it is open.
+    files: Arc<Files>,
     writable: bool,
 }
 
@@ -199,6 +201,13 @@ impl Node {
         Some(look(&slot.open.as_ref()?.image))
     }
 
+    /// What the host says of the external data file while that is open.
+    pub(super) fn look_at_data_file(&self) -> Option<Metadata> {
+        let slot = self.slot.try_read()?;
+        let data = slot.open.as_ref()?.files.data.as_ref()?;
+        data.file.file().metadata().ok()
+    }
+
     /// The host file and the image while they are open.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
         let slot = self.slot.read();
@@ -223,7 +232,7 @@ impl Node {
         {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
-                format!("it is the backing file of {}, which is open", user.display()),
+                format!("it is a backing or data file of {}, which is open", user.display()),
             ));
         }
         let mut slot = self.slot.write();
@@ -267,22 +276,35 @@ impl Slot {
     /// Replaces an image that is only read by the same one, writable; on failure it is only read
     /// again. The lock on the file is never given up in between.
     fn make_writable(&mut self, options: &Options) -> Result<()> {
-        let Some(Opened { image, file, .. }) = &self.open else { return Err(gone()) };
-        let file = Arc::clone(file);
-        is_open_for_writing(file.file())?;
-        image_lock::acquire(file.file(), Some(Access::Read), Access::Write)?;
+        let Some(Opened { image, file, files, .. }) = &self.open else { return Err(gone()) };
+        let (file, before) = (Arc::clone(file), Arc::clone(image));
+        let files = Arc::clone(files);
+        lock_for_writing(file.file())?;
+        let data = files.data.as_ref().map(|data| data.file.file());
+        let release = || {
+            let to_read = Some(Access::Read);
+            let data = data.map(|data| image_lock::release_down_to(data, to_read));
+            image_lock::release_down_to(file.file(), to_read).and(data.unwrap_or(Ok(())))
+        };
+        if let Some(Err(e)) = data.map(lock_for_writing) {
+            release()?;
+            return Err(e.context("data file"));
+        }
         if let Err(e) = image.close() {
             log::warn!("closing an image that was only read: {e}");
         }
-        let chain = self.open.take().and_then(|opened| opened.chain);
-        match Opened::on(Arc::clone(&file), true, options, chain.clone()) {
+        self.open = None;
+        match Opened::on(Arc::clone(&file), true, options, Arc::clone(&files)) {
             Ok(opened) => {
+                opened.image.adopt_views(&before);
                 self.open = Some(opened);
                 Ok(())
             }
             Err(e) => {
-                image_lock::release_down_to(file.file(), Some(Access::Read))?;
-                self.open = Some(Opened::on(file, false, options, chain)?);
+                release()?;
+                let opened = Opened::on(file, false, options, files)?;
+                opened.image.adopt_views(&before);
+                self.open = Some(opened);
                 Err(e)
             }
         }
@@ -295,12 +317,12 @@ impl Slot {
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
         self.closed = stamp.map(|stamp| opened.stamps(stamp));
-        closed.and(unlock(opened.file.file()))
+        closed.and(opened.unlock())
     }
 }
 
 impl Opened {
-    fn new(
+    pub(super) fn new(
         place: &File,
         write: bool,
         options: &Options,
@@ -312,9 +334,11 @@ impl Opened {
         image_lock::acquire(&file, None, access)?;
         let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
         let file = Arc::new(HostFile::new(file));
-        let opened = chains
-            .open(path, &file, options)
-            .and_then(|chain| Opened::on(Arc::clone(&file), write, options, chain.map(Arc::new)));
+        let opened = chains.open(path, &file, write, options).and_then(|files| {
+            let files = Arc::new(files);
+            Opened::on(Arc::clone(&file), write, options, Arc::clone(&files))
+                .inspect_err(|_| unlock_data(&files))
+        });
         match opened {
             Ok(opened) => Ok((opened, Stamp::of(&metadata))),
             Err(e) => {
@@ -328,12 +352,15 @@ impl Opened {
         file: Arc<HostFile>,
         writable: bool,
         options: &Options,
-        chain: Option<Arc<Chain>>,
+        files: Arc<Files>,
     ) -> Result<Opened> {
         let options = Options { writable, ..options.clone() };
-        let backing = chain.as_ref().map(|chain| Arc::clone(&chain.backing));
-        let image = Image::open_over(Arc::clone(&file) as _, &options, backing)?;
-        let opened = Opened { image, file, chain, writable };
+        let beside = Beside {
+            backing: files.chain.as_ref().map(|chain| Arc::clone(&chain.backing)),
+            data: files.data.as_ref().map(|data| Arc::clone(&data.file) as _),
+        };
+        let image = Image::open_with(Arc::clone(&file) as _, &options, beside)?;
+        let opened = Opened { image, file, files, writable };
         if writable && let Err(e) = opened.takes_writes() {
             opened.image.close()?;
             return Err(e);
@@ -341,10 +368,26 @@ impl Opened {
         Ok(opened)
     }
 
-    /// The stamp of the image file, followed by those of its chain.
+    pub(super) fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Closes the image, and then gives the lock up.
+    pub(super) fn close(&self) -> Result<()> {
+        let closed = self.image.close();
+        closed.and(self.unlock())
+    }
+
+    /// The stamp of the image file, followed by those of its data file and of its chain.
     fn stamps(&self, own: Stamp) -> Vec<Stamp> {
-        let chain = self.chain.iter().flat_map(|chain| chain.stamps.iter().copied());
-        std::iter::once(own).chain(chain).collect()
+        let data = self.files.data.iter().filter_map(|data| data.file.file().metadata().ok());
+        let chain = self.files.chain.iter().flat_map(|chain| chain.stamps.iter().copied());
+        std::iter::once(own).chain(data.map(|m| Stamp::of(&m))).chain(chain).collect()
+    }
+
+    fn unlock(&self) -> Result<()> {
+        unlock_data(&self.files);
+        unlock(self.file.file())
     }
 
     /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for
@@ -358,10 +401,11 @@ impl Opened {
     }
 }
 
-/// Opens the file for writing wherever that may be needed later: a lock cannot move from one open
-/// file description to another, so a handle that comes to write could not take it over.
-fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
-    let failed = |e| Error::io("opening the image file", e);
+/// Opens an image or data file for writing wherever that may be needed later: a lock cannot move
+/// from one open file description to another, so a handle that comes to write could not take it
+/// over.
+pub(super) fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
+    let failed = |e| Error::io("opening the file", e);
     if !may_write {
         return host::open_file(place, false).map_err(failed);
     }
@@ -375,6 +419,18 @@ fn open_host_file(place: &File, write: bool, may_write: bool) -> Result<File> {
 /// Gives the lock up at once: a process that we are just starting may still share the descriptor.
 fn unlock(file: &File) -> Result<()> {
     image_lock::release_down_to(file, None)
+}
+
+fn unlock_data(files: &Files) {
+    if let Some(Err(e)) = files.data.as_ref().map(|data| unlock(data.file.file())) {
+        log::warn!("unlocking a data file: {e}");
+    }
+}
+
+/// Locks a file for writing that is locked for reading.
+fn lock_for_writing(file: &File) -> Result<()> {
+    is_open_for_writing(file)?;
+    image_lock::acquire(file, Some(Access::Read), Access::Write)
 }
 
 fn is_open_for_writing(file: &File) -> Result<()> {

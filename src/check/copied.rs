@@ -85,7 +85,7 @@ pub(crate) fn for_each_wrong(
 }
 
 /// An L2 entry with its flag as it should be, and the refcount that says so (none for a compressed
-/// cluster); nothing where no flag can be wrong.
+/// cluster); nothing where no flag can be wrong, or where nobody can say which of two is.
 fn right_l2_entry(
     raw: u64,
     header: &Header,
@@ -94,7 +94,10 @@ fn right_l2_entry(
     let g = &header.geometry;
     // Whatever else may be wrong with the entry.
     let offset = HostOffset(raw & OFFSET_MASK);
-    let refcount = if L2Entry::is_compressed(raw) {
+    let refcount = if L2Entry::may_be_compressed_or_not(raw, g) {
+        // Without COPIED it would be compressed for good, whatever it was.
+        return Ok(None);
+    } else if L2Entry::is_compressed(raw) {
         return Ok(Some((with_flag(raw, None), None)));
     } else if offset.0 == 0 {
         None

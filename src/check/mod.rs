@@ -6,7 +6,8 @@
 //! itself. Checking never writes; [`repair()`] does, and only what loses no data.
 //!
 //! Where it is stricter than QEMU: structures that overlap are corrupt even if refcounts say that
-//! the clusters are shared, and the zero flag in a version 2 image is a reserved bit.
+//! the clusters are shared, and the zero flag in a version 2 image, or in one with extended L2
+//! entries, is a reserved bit.
 
 pub(crate) mod copied;
 mod counts;
@@ -103,6 +104,7 @@ fn examine(storage: &dyn Storage, header: &Header) -> Result<Examination> {
         wrong_flags += wrong.times;
         // That of a compressed cluster stands in the report already.
         let Some(refcount) = wrong.refcount else { return Ok(()) };
+        report.missing_flags += if wrong.is_set() { 0 } else { wrong.times };
         report.corruption(wrong.times, || {
             let flag = if wrong.is_set() { "is COPIED" } else { "is not COPIED" };
             format!("{} {flag}, the refcount is {refcount}", wrong.name())

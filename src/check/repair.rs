@@ -37,7 +37,7 @@ pub fn repair(storage: &dyn Storage, what: Repair) -> Result<Report> {
     let before = examine(storage, &header)?;
     let mut references = references::count(storage, &header)?;
     if what == Repair::All && references.distrust.is_none() {
-        forget_preallocations(storage, &references)?;
+        forget_preallocations(storage, &header, &references)?;
         references = references::count(storage, &header)?;
     }
     let mut untrusted = references.trusted().err();
@@ -182,11 +182,17 @@ impl Sector {
     }
 }
 
-/// L2 entries that read as zeros and keep a cluster that makes no sense forget the cluster.
-fn forget_preallocations(storage: &dyn Storage, references: &ReferenceCounts) -> Result<()> {
-    const READS_AS_ZEROS: u64 = 1;
+/// L2 entries that have no data and keep a cluster that makes no sense forget the cluster. What
+/// reads as zeros, and what does not, stays as it is.
+fn forget_preallocations(
+    storage: &dyn Storage,
+    header: &Header,
+    references: &ReferenceCounts,
+) -> Result<()> {
+    // With extended L2 entries the bitmap says it, in a word of its own.
+    let reads_as_zeros = u64::from(!header.geometry.extended_l2());
     for &at in &references.bad_preallocations {
-        write(storage, &READS_AS_ZEROS.to_be_bytes(), at, "an L2 entry")?;
+        write(storage, &reads_as_zeros.to_be_bytes(), at, "an L2 entry")?;
     }
     if references.bad_preallocations.is_empty() { Ok(()) } else { sync(storage) }
 }

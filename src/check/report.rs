@@ -27,6 +27,11 @@ pub struct Report {
     pub corruptions_fixed: u64,
     /// Leaks that a repair removed.
     pub leaks_fixed: u64,
+    /// Those of the corruptions that are no more than a COPIED flag that is not set where the refcount
+    /// is 1. Nothing can come of it but a copy that was not needed: a crash while a snapshot is taken
+    /// or deleted may leave it.
+    #[serde(skip)]
+    pub missing_flags: u64,
     /// What is wrong, a line each, the first ones.
     pub findings: Vec<String>,
     /// Findings past those.

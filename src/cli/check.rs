@@ -72,7 +72,7 @@ fn check_image(path: &Path, repair: Option<Repair>) -> Result<Report> {
 }
 
 /// Opens a regular file, and does not wait for the other end of a FIFO.
-fn open(path: &Path, writable: bool) -> Result<File> {
+pub(super) fn open(path: &Path, writable: bool) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
     let file = options.open(path).map_err(|e| Error::io("opening the image", e))?;

@@ -7,12 +7,14 @@ use clap::{Parser, Subcommand};
 
 mod busy;
 pub mod check;
+mod compact;
 mod daemon;
 mod logging;
 mod mount;
 mod options;
 mod signals;
 mod size;
+mod snapshot;
 mod status;
 mod umount;
 mod unmounting;
@@ -32,6 +34,8 @@ enum Command {
     Umount(umount::Args),
     Status(status::Args),
     Check(check::Args),
+    Snapshot(snapshot::Args),
+    Compact(compact::Args),
 }
 
 /// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
@@ -55,6 +59,8 @@ pub fn run() -> i32 {
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Compact(args) => compact::run(&args),
     }
 }
 

@@ -36,7 +36,14 @@ pub(super) struct Args {
     /// Keep this much erased space ready in each image that is written [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     keep_erased: Option<u64>,
-    /// Trust this directory too: backing files named by an image may lie in it (repeatable)
+    /// Move clusters so that an image file gets shorter, once discards have settled and it wins this
+    /// much: a size, a part of the file (and 1M at least), or off [default: 1%]
+    #[arg(long, value_name = "SIZE|PERCENT|off", value_parser = size::parse_compact_after)]
+    compact_after: Option<image::CompactAfter>,
+    /// Move at most this much a second in each image [default: whatever nobody notices]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
+    recycle_rate: Option<u64>,
+    /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
     /// Log to the end of this file
@@ -48,8 +55,9 @@ pub(super) struct Args {
     /// Say less in the log (repeatable)
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
-    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, allow=DIR, log_file=FILE,
-    /// noatime, noexec, sync, and what mount(8) and fstab pass
+    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, log_file=FILE, noatime,
+    /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -109,6 +117,10 @@ impl Plan {
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
         }
+        if let Some(after) = args.compact_after.or(options.compact_after) {
+            image.compact_after = after;
+        }
+        image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
@@ -258,7 +270,7 @@ fn plain(error: &io::Error) -> String {
 }
 
 /// A directory that must exist, by the name it was given: images may have recorded that one.
-fn allowed(path: &Path) -> Result<PathBuf, String> {
+pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
 }

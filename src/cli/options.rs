@@ -3,6 +3,7 @@
 use fuser::MountOption;
 
 use super::size;
+use crate::image::CompactAfter;
 
 /// What the options say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub(super) struct MountOptions {
     pub(super) gid: Option<u32>,
     pub(super) umask: Option<u32>,
     pub(super) keep_erased: Option<u64>,
+    pub(super) compact_after: Option<CompactAfter>,
+    pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
@@ -74,6 +77,10 @@ impl MountOptions {
             ("gid", Some(value)) => self.gid = Some(number(option, value, 10)?),
             ("umask", Some(value)) => self.umask = Some(number(option, value, 8)?),
             ("keep_erased", Some(value)) => self.keep_erased = Some(size::parse(value)?),
+            ("compact_after", Some(value)) => {
+                self.compact_after = Some(size::parse_compact_after(value)?);
+            }
+            ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
@@ -122,8 +129,10 @@ mod tests {
 
     #[test]
     fn our_options_are_taken() {
-        let options =
-            parse("ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b");
+        let options = parse(
+            "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
+                   compact_after=5%,recycle_rate=2M",
+        );
         let wanted = MountOptions {
             read_only: true,
             allow_other: true,
@@ -131,6 +140,8 @@ mod tests {
             gid: Some(8),
             umask: Some(0o27),
             keep_erased: Some(1 << 20),
+            compact_after: Some(CompactAfter::Percent(5)),
+            recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
             log_file: Some("/l".into()),
             kernel: vec![],
@@ -149,7 +160,17 @@ mod tests {
 
     #[test]
     fn other_options_are_refused_by_name() {
-        for wrong in ["frobnicate", "rox", "uid=me", "umask=8", "ro=1", "uid", "keep_erased=much"] {
+        for wrong in [
+            "frobnicate",
+            "rox",
+            "uid=me",
+            "umask=8",
+            "ro=1",
+            "uid",
+            "keep_erased=much",
+            "compact_after=soon",
+            "recycle_rate=0",
+        ] {
             let error = parse(&format!("rw,{wrong}")).unwrap_err();
             let named = wrong.split('=').next_back().unwrap();
             assert!(error.contains(named), "{wrong}: {error}");

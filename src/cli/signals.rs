@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::busy;
 use super::unmounting::Served;
@@ -44,10 +45,27 @@ impl Signals {
         std::thread::Builder::new().name("signals".into()).spawn(serve).map(drop)
     }
 
-    fn wait(&self) {
+    /// Starts a thread that puts the number of the first signal into the answer, 0 until then; the
+    /// second one ends the process as if nobody had taken it.
+    ///
+    /// # Errors
+    /// Those of the host when it cannot start a thread.
+    pub(super) fn note(self) -> io::Result<Arc<AtomicI32>> {
+        let first = Arc::new(AtomicI32::new(0));
+        let noted = Arc::clone(&first);
+        let note = move || {
+            noted.store(self.wait(), Ordering::Release);
+            std::process::exit(128 + self.wait());
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(note)?;
+        Ok(first)
+    }
+
+    fn wait(&self) -> i32 {
         let mut signal = 0;
         // SAFETY: both pointers are valid through the call.
         while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
+        signal
     }
 }
 

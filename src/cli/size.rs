@@ -1,5 +1,7 @@
 //! Sizes as people write and read them.
 
+use crate::image::CompactAfter;
+
 /// Bytes of a size like `4096`, `64K`, `16M`, `1GiB`: powers of 1024, whatever the unit's ending.
 ///
 /// # Errors
@@ -19,6 +21,37 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
         .parse()
         .map_err(|_| format!("'{text}' is no size: a size is a number with K, M, G or T"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too much"))
+}
+
+/// From when on compaction is worth while: a size, a whole number of per cent like `5%`, or `off`.
+///
+/// # Errors
+/// A line that says what it looks like.
+pub(super) fn parse_compact_after(text: &str) -> Result<CompactAfter, String> {
+    if text == "off" {
+        return Ok(CompactAfter::Off);
+    }
+    if let Some(percent) = text.strip_suffix('%') {
+        return match percent.parse() {
+            Ok(percent @ 0..=100) => Ok(CompactAfter::Percent(percent)),
+            _ => Err(format!("'{text}' is no whole number of per cent from 0% to 100%")),
+        };
+    }
+    match parse(text) {
+        Ok(bytes) => Ok(CompactAfter::Bytes(bytes)),
+        Err(_) => Err(format!("'{text}' is no size like 64M, no percentage like 1%, and not off")),
+    }
+}
+
+/// Bytes a second, at least one.
+///
+/// # Errors
+/// As [`parse`]; 0, which would be never.
+pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err(format!("'{text}' a second is never")),
+        rate => Ok(rate),
+    }
 }
 
 /// A size in the largest unit of which there is at least one, with one digit after the point.
@@ -46,6 +79,20 @@ mod tests {
         for wrong in ["", "M", "-1", "1.5G", "16 M", "16X", "99999999999T", "0x10"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn compaction_begins_after_a_size_a_percentage_or_never() {
+        assert_eq!(parse_compact_after("off"), Ok(CompactAfter::Off));
+        assert_eq!(parse_compact_after("64M"), Ok(CompactAfter::Bytes(64 << 20)));
+        assert_eq!(parse_compact_after("0"), Ok(CompactAfter::Bytes(0)));
+        assert_eq!(parse_compact_after("5%"), Ok(CompactAfter::Percent(5)));
+        for wrong in ["", "%", "101%", "1.5%", "-1%", "on", "Off", "much"] {
+            let line = parse_compact_after(wrong).unwrap_err();
+            assert!(line.contains(&format!("'{wrong}'")), "{line}");
+        }
+        assert_eq!(parse_rate("20M"), Ok(20 << 20));
+        assert!(parse_rate("0").is_err() && parse_rate("fast").is_err());
     }
 
     #[test]

@@ -68,11 +68,46 @@ fn page(status: &Value) -> String {
             bytes(&image["allocated"]),
             image["health"].as_str().or(image["error"].as_str()).unwrap_or("?"),
         );
+        page += &recycler(image);
     }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
     }
     page
+}
+
+/// What an image's recycler has done and does, in a line; nothing where there is nothing to tell.
+fn recycler(image: &Value) -> String {
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let (done, clusters) = (&image["recycled"], &image["clusters"]);
+    let compaction = &image["compaction"];
+    let mut parts = Vec::new();
+    for (what, key) in
+        [("punched", "punched"), ("freed", "freed"), ("moved", "moved"), ("cut off", "cut")]
+    {
+        if number(&done[key]) > 0 {
+            parts.push(format!("{} {what}", size::show(number(&done[key]))));
+        }
+    }
+    let states = ["junk", "released", "erased", "available"];
+    for state in states.iter().filter(|state| number(&clusters[**state]) > 0) {
+        parts.push(format!("{} clusters {state}", number(&clusters[*state])));
+    }
+    if image["searching_leaks"] == true {
+        parts.push("looking for leaked clusters".into());
+    }
+    if compaction["running"] == true {
+        let (moved, all) = (number(&compaction["moved"][0]), number(&compaction["moved"][1]));
+        parts.push(format!("compacting: {} of {} moved", size::show(moved), size::show(all)));
+    } else if compaction["asked"] == true {
+        parts.push("compacts when it is quiet".into());
+    }
+    for (what, key) in [("gets no shorter", "pinned"), ("compaction failed", "failed")] {
+        if let Some(why) = compaction[key].as_str() {
+            parts.push(format!("{what}: {why}"));
+        }
+    }
+    if parts.is_empty() { String::new() } else { format!("  {}\n", parts.join(", ")) }
 }
 
 #[cfg(test)]
@@ -91,6 +126,20 @@ mod tests {
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
             last error: c.qcow2: is in use\n";
         assert_eq!(page(&status), wanted);
+    }
+
+    #[test]
+    fn the_page_tells_what_the_recycler_does() {
+        let image = serde_json::json!({
+            "clusters": {"junk": 3, "released": 0, "erased": 0, "available": 16, "rooted": 0},
+            "recycled": {"punched": 1048576, "freed": 65536, "cut": 0, "moved": 4096},
+            "compaction": {"running": true, "asked": true, "moved": [4096, 8192], "end": 7},
+            "searching_leaks": false,
+        });
+        let wanted = "  1.0 MiB punched, 64.0 KiB freed, 4.0 KiB moved, 3 clusters junk, \
+            16 clusters available, compacting: 4.0 KiB of 8.0 KiB moved\n";
+        assert_eq!(recycler(&image), wanted);
+        assert_eq!(recycler(&serde_json::json!({"name": "a.raw"})), "");
     }
 
     #[test]

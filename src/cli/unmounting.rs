@@ -76,6 +76,23 @@ fn parse(table: &[u8]) -> Vec<(Vec<u8>, PathBuf)> {
     table.split(|byte| *byte == b'\n').filter_map(mount).collect()
 }
 
+/// The mounts of that type in the order in which they were made: the source and the place.
+pub(super) fn mounts_of(kind: &str) -> Vec<(PathBuf, PathBuf)> {
+    sources(&fs::read("/proc/self/mountinfo").unwrap_or_default(), kind)
+}
+
+/// The second field after the hyphen and the fifth field of the lines with that type.
+fn sources(table: &[u8], kind: &str) -> Vec<(PathBuf, PathBuf)> {
+    let mount = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let place = fields.nth(4)?;
+        fields.find(|field| *field == b"-")?;
+        let is_wanted = fields.next()? == kind.as_bytes();
+        Some((unescape(fields.next()?), unescape(place))).filter(|_| is_wanted)
+    };
+    table.split(|byte| *byte == b'\n').filter_map(mount).collect()
+}
+
 /// The kernel writes blanks and backslashes as three octal digits.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
@@ -142,5 +159,8 @@ mod tests {
         let found: Vec<_> = mounts.iter().map(|(device, at)| (&device[..], at.as_path())).collect();
         assert_eq!(found, wanted.map(|(device, at)| (device.as_bytes(), at)));
         assert!(device_at(Path::new("/")).is_some());
+        let place = Path::new("/a b\\\n").to_owned();
+        let ours = [("/i".into(), place.clone()), ("/j".into(), place)];
+        assert_eq!(sources(table, "fuse.qcow2fs"), ours);
     }
 }

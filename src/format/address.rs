@@ -3,6 +3,8 @@
 use std::fmt;
 use std::ops::{Add, Range};
 
+use super::Subclusters;
+
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -65,6 +67,7 @@ pub struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
     extended_l2: bool,
+    data_file: bool,
 }
 
 impl Geometry {
@@ -75,7 +78,13 @@ impl Geometry {
         refcount_order: u32,
         extended_l2: bool,
     ) -> Self {
-        Geometry { version, cluster_bits, refcount_order, extended_l2 }
+        Geometry { version, cluster_bits, refcount_order, extended_l2, data_file: false }
+    }
+
+    /// The same for an image whose data is in an external data file.
+    #[must_use]
+    pub(super) fn with_data_file(self, data_file: bool) -> Self {
+        Geometry { data_file, ..self }
     }
 
     /// 2 or 3. Version 2 has no zero flag.
@@ -116,6 +125,11 @@ impl Geometry {
         self.extended_l2
     }
 
+    /// Whether host clusters of data are in an external data file, each at the guest's offset.
+    pub fn data_file(&self) -> bool {
+        self.data_file
+    }
+
     /// Bytes of one L2 entry: 8, or 16 with subclusters.
     pub fn l2_entry_size(&self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
@@ -124,6 +138,20 @@ impl Geometry {
     /// Entries in one L2 table.
     pub fn l2_entries(&self) -> u64 {
         self.cluster_size() / self.l2_entry_size()
+    }
+
+    /// Bytes in a subcluster, the part of a cluster that an L2 entry tells from the others: the
+    /// whole cluster without extended L2 entries.
+    pub fn subcluster_size(&self) -> u64 {
+        let parts = if self.extended_l2 { u64::from(Subclusters::COUNT) } else { 1 };
+        self.cluster_size() / parts
+    }
+
+    /// The subclusters that a byte range within one cluster touches.
+    pub fn subclusters(&self, bytes: &Range<u64>) -> Range<u32> {
+        let (size, start) = (self.subcluster_size(), self.within(bytes.start));
+        let end = (start + (bytes.end - bytes.start)).min(self.cluster_size());
+        (start / size) as u32..end.div_ceil(size) as u32
     }
 
     /// The number of L1 entries that a virtual disk of `size` bytes needs.

@@ -1,8 +1,8 @@
 //! The image header: versions 2 and 3 with their extensions.
 //!
 //! A header is parsed once and never written back whole: every change is a [`Patch`] of the few
-//! bytes concerned, inside the first 512-byte sector, so unknown fields and extensions stay as
-//! they are and a change is old or new, never half.
+//! bytes concerned, inside one 512-byte sector, so unknown fields and extensions stay as they are
+//! and a change is old or new, never half.
 
 use super::{Geometry, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
@@ -57,11 +57,13 @@ pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 pub struct Extension {
     /// What it is, one of the `EXTENSION_` numbers or an unknown one.
     pub kind: u32,
+    /// Where in the file its bytes start.
+    pub offset: HostOffset,
     /// Its bytes, without the padding.
     pub data: Vec<u8>,
 }
 
-/// A change of the header: these bytes at this offset of the file, all within its first sector.
+/// A change of the header: these bytes at this offset of the file, all within one sector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Patch {
     /// Where the bytes go.
@@ -205,7 +207,9 @@ impl Header {
                 self.geometry.cluster_bits()
             )));
         }
-        self.geometry = Geometry::new(3, self.geometry.cluster_bits(), refcount_order, extended_l2);
+        let data_file = self.incompatible_features & INCOMPATIBLE_DATA_FILE != 0;
+        self.geometry = Geometry::new(3, self.geometry.cluster_bits(), refcount_order, extended_l2)
+            .with_data_file(data_file);
         Ok(())
     }
 
@@ -252,7 +256,8 @@ impl Header {
                      the header"
                 ))
             })?;
-            self.extensions.push(Extension { kind, data: data.to_vec() });
+            let offset = HostOffset(at as u64 + 8);
+            self.extensions.push(Extension { kind, offset, data: data.to_vec() });
             at += 8 + length.next_multiple_of(8);
         }
         Ok(())
@@ -337,6 +342,34 @@ impl Header {
     pub fn patch_refcount_table(offset: HostOffset, clusters: u32) -> Patch {
         let bytes = [&offset.0.to_be_bytes()[..], &clusters.to_be_bytes()].concat();
         Patch { offset: HostOffset(48), bytes }
+    }
+
+    /// The number of snapshots becomes `count`, and their table is at `offset`.
+    #[must_use]
+    pub fn patch_snapshots(count: u32, offset: HostOffset) -> Patch {
+        let mut bytes = count.to_be_bytes().to_vec();
+        bytes.extend(offset.0.to_be_bytes());
+        Patch { offset: HostOffset(60), bytes }
+    }
+
+    /// The disk is `size` bytes long and its L1 table of `entries` entries starts at `offset`: one
+    /// write, with the `crypt_method` that stands between them.
+    #[must_use]
+    pub fn patch_disk(size: u64, crypt_method: u32, entries: u32, offset: HostOffset) -> Patch {
+        let mut bytes = size.to_be_bytes().to_vec();
+        bytes.extend(crypt_method.to_be_bytes());
+        bytes.extend(entries.to_be_bytes());
+        bytes.extend(offset.0.to_be_bytes());
+        Patch { offset: HostOffset(24), bytes }
+    }
+
+    /// The bitmap directory, whose length stays, starts at `offset`; `extension` is the bitmaps
+    /// extension.
+    #[must_use]
+    pub fn patch_bitmap_directory(extension: &Extension, offset: HostOffset) -> Patch {
+        // A word at a multiple of 8: extensions are padded to that.
+        let at = HostOffset(extension.offset.0 + 16);
+        Patch { offset: at, bytes: offset.0.to_be_bytes().to_vec() }
     }
 
     /// The feature words become `incompatible`, `compatible` and `autoclear`. Version 3 only.
@@ -430,6 +463,7 @@ mod tests {
         bytes[120..123].copy_from_slice(b"abc");
         let header = Header::parse(&bytes).unwrap();
         assert_eq!(header.extension(0x1234), Some(&b"abc"[..]));
+        assert_eq!(header.extensions[0].offset, HostOffset(120));
     }
 
     #[test]

@@ -10,10 +10,13 @@ mod entry;
 mod header;
 pub mod refcount;
 mod snapshot;
+mod subclusters;
 
 pub use address::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
-pub use bitmap::{BitmapEntry, BitmapsExtension, bitmap_table_cluster};
-pub use entry::{BadEntry, COPIED, L1Entry, L2Entry, OFFSET_MASK, REFCOUNT_TABLE_OFFSET_MASK};
+pub use bitmap::{BitmapBits, BitmapEntry, BitmapsExtension, MAX_BITMAP_BYTES, bitmap_directory};
+pub use entry::{
+    BadEntry, COPIED, L1Entry, L2Entry, MixedCluster, OFFSET_MASK, REFCOUNT_TABLE_OFFSET_MASK, ZERO,
+};
 pub use header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS,
     EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS, EXTENSION_DATA_FILE, EXTENSION_FEATURE_NAMES,
@@ -22,5 +25,6 @@ pub use header::{
     MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, Patch,
 };
 pub use snapshot::{MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, Snapshot};
+pub use subclusters::{Subcluster, Subclusters};
 
 pub(crate) use header::be64;

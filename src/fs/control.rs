@@ -1,7 +1,14 @@
 //! `.qcow2fs/` at the root: hidden from listings, found by name. `status` in it tells the state of
-//! the mount as JSON.
+//! the mount as JSON. `control` takes orders, one a line, from whoever serves the mount and from
+//! root:
+//!
+//! - `compact NAME` has the image behind the raw file `NAME` made as short as it gets; it stays open
+//!   as long as `control` is. It goes on in the background, and `status` tells how far it is.
+//! - `stop NAME` takes that back.
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::SystemTime;
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyDirectory};
@@ -15,13 +22,42 @@ pub(super) const DIRECTORY: INodeNo = INodeNo(2);
 /// The inode number of `status`.
 pub(super) const STATUS: INodeNo = INodeNo(3);
 
+/// The inode number of `control`.
+pub(super) const CONTROL: INodeNo = INodeNo(4);
+
 const STATUS_NAME: &str = "status";
+const CONTROL_NAME: &str = "control";
+
+/// What is written to `control`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order<'a> {
+    Compact(&'a Path),
+    Stop(&'a Path),
+}
+
+/// The orders in what was written at once: whole lines, the last one with or without its end.
+/// `None` where one makes no sense.
+pub(super) fn orders(text: &[u8]) -> Option<Vec<Order<'_>>> {
+    let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    lines
+        .map(|line| {
+            let space = line.iter().position(|byte| *byte == b' ')?;
+            let name = Path::new(OsStr::from_bytes(&line[space + 1..]));
+            match &line[..space] {
+                b"compact" => Some(Order::Compact(name)),
+                b"stop" => Some(Order::Stop(name)),
+                _ => None,
+            }
+        })
+        .collect()
+}
 
 /// What is found under `name`, where that is one of ours.
 pub(super) fn lookup(parent: INodeNo, name: &OsStr) -> Option<FileAttr> {
     match (parent, name) {
         (INodeNo(ROOT), name) if name == NAME => attributes(DIRECTORY),
         (DIRECTORY, name) if name == STATUS_NAME => attributes(STATUS),
+        (DIRECTORY, name) if name == CONTROL_NAME => attributes(CONTROL),
         _ => None,
     }
 }
@@ -31,6 +67,7 @@ pub(super) fn attributes(ino: INodeNo) -> Option<FileAttr> {
     let (directory, perm) = match ino {
         DIRECTORY => (true, 0o555),
         STATUS => (false, 0o444),
+        CONTROL => (false, 0o200),
         _ => return None,
     };
     // SAFETY: these take nothing and cannot fail.
@@ -57,8 +94,12 @@ pub(super) fn attributes(ino: INodeNo) -> Option<FileAttr> {
 
 /// Lists the directory from entry `from` on.
 pub(super) fn list(from: u64, reply: &mut ReplyDirectory) {
-    let entries =
-        [(DIRECTORY, true, "."), (INodeNo(ROOT), true, ".."), (STATUS, false, STATUS_NAME)];
+    let entries = [
+        (DIRECTORY, true, "."),
+        (INodeNo(ROOT), true, ".."),
+        (STATUS, false, STATUS_NAME),
+        (CONTROL, false, CONTROL_NAME),
+    ];
     for (number, (ino, directory, name)) in (1..).zip(entries) {
         if number > from && reply.add(ino, number, kind(directory), name) {
             break;
@@ -69,4 +110,20 @@ pub(super) fn list(from: u64, reply: &mut ReplyDirectory) {
 /// The kind of file that FUSE knows it as.
 pub(super) fn kind(directory: bool) -> FileType {
     if directory { FileType::Directory } else { FileType::RegularFile }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_lines_of_a_verb_and_a_name() {
+        let name = Path::new("a b/c.raw");
+        let both = Some(vec![Order::Compact(name), Order::Stop(name)]);
+        assert_eq!(orders(b"compact a b/c.raw\nstop a b/c.raw\n"), both);
+        assert_eq!(orders(b"compact a b/c.raw"), Some(vec![Order::Compact(name)]));
+        for wrong in ["compact", "erase x", "compact x\nfoo\n", "Compact x"] {
+            assert_eq!(orders(wrong.as_bytes()), None, "{wrong}");
+        }
+    }
 }

@@ -29,6 +29,7 @@ use fuser::{
 mod control;
 mod pool;
 mod reply;
+mod snap;
 #[cfg(test)]
 mod tests;
 mod verbs;
@@ -69,7 +70,7 @@ impl Filesys {
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
-        if control::attributes(ino).is_some() {
+        if control::attributes(ino).is_some() || snap::is_ours(ino) {
             // Nothing of ours can be changed.
             return Err(Errno::EPERM);
         }
@@ -80,8 +81,14 @@ impl Filesys {
     fn image_node(&self, handle: FileHandle) -> Result<Arc<Node>, Errno> {
         match &*self.verbs.handle(handle.0).map_err(|e| fail(None, &e))? {
             Handle::Image { node, .. } => Ok(Arc::clone(node)),
-            Handle::Text(_) | Handle::Directory { .. } => Err(Errno::EINVAL),
+            Handle::Snapshot { .. } => Err(Errno::EROFS),
+            _ => Err(Errno::EINVAL),
         }
+    }
+
+    /// The node of a directory in which `name` can be changed.
+    fn parent(&self, ino: INodeNo, name: &OsStr) -> Result<Arc<Node>, Errno> {
+        if name == snap::NAME { Err(Errno::EPERM) } else { self.node(ino) }
     }
 
     /// Runs `verb` on the pool and answers with nothing.
@@ -134,10 +141,28 @@ fn answer_attributes(verbs: &Verbs, node: &Node, reply: ReplyAttr) {
     }
 }
 
+fn answer_snap_attributes(verbs: &Verbs, ino: INodeNo, reply: ReplyAttr) {
+    match verbs.snap_attributes(ino) {
+        Ok(attr) => reply.attr(&ENTRY_TTL, &attr),
+        Err(e) => reply.error(fail(None, &e)),
+    }
+}
+
 fn answer_write(verbs: &Verbs, node: &Node, offset: u64, data: &[u8], reply: ReplyWrite) {
     match verbs.write(node, offset, data) {
         Ok(()) => reply.written(data.len() as u32),
         Err(e) => reply.error(fail(Some(node), &e)),
+    }
+}
+
+fn answer_orders(verbs: &Verbs, handle: FileHandle, text: &[u8], reply: ReplyWrite) {
+    let done = verbs.handle(handle.0).and_then(|open| match &*open {
+        Handle::Control { held } => verbs.control(held, text),
+        _ => Err(verbs::errno("giving an order through another file", libc::EBADF)),
+    });
+    match done {
+        Ok(()) => reply.written(text.len() as u32),
+        Err(e) => reply.error(fail(None, &e)),
     }
 }
 
@@ -164,11 +189,21 @@ impl Filesystem for Filesys {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if snap::is_ours(parent) || name == snap::NAME && parent != control::DIRECTORY {
+            let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
+            return self.pool.run(move || match verbs.snap_lookup(parent, &name) {
+                Ok(attr) => reply.entry(&ENTRY_TTL, &attr, GENERATION),
+                Err(e) => reply.error(fail(None, &e)),
+            });
+        }
         answer_entry(&self.verbs, parent, name, reply);
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
-        self.verbs.catalog.forget(ino.0, lookups);
+        match snap::is_ours(ino) {
+            true => self.verbs.snap_forget(ino, lookups),
+            false => self.verbs.catalog.forget(ino.0, lookups),
+        }
     }
 
     fn getattr(
@@ -180,6 +215,10 @@ impl Filesystem for Filesys {
     ) {
         if let Some(attr) = control::attributes(ino) {
             return reply.attr(&ENTRY_TTL, &attr);
+        }
+        if snap::is_ours(ino) {
+            let verbs = Arc::clone(&self.verbs);
+            return self.pool.run(move || answer_snap_attributes(&verbs, ino, reply));
         }
         match self.node(ino) {
             Ok(node) if node.is_busy() => {
@@ -209,6 +248,22 @@ impl Filesystem for Filesys {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        if snap::is_ours(ino) {
+            let changes = size.is_some() || mode.is_some() || uid.is_some() || gid.is_some();
+            if changes {
+                return reply.error(Errno::EROFS);
+            }
+            // What touch(1) sets after it has made the file: the time stays that of the snapshot.
+            let verbs = Arc::clone(&self.verbs);
+            return self.pool.run(move || answer_snap_attributes(&verbs, ino, reply));
+        }
+        // A shell's `>` cuts the file first.
+        if ino == control::CONTROL
+            && size == Some(0)
+            && let Some(attr) = control::attributes(ino)
+        {
+            return reply.attr(&ENTRY_TTL, &attr);
+        }
         let node = match self.node(ino) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
@@ -229,6 +284,10 @@ impl Filesystem for Filesys {
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let verbs = Arc::clone(&self.verbs);
         self.pool.run(move || {
+            if ino == control::CONTROL {
+                let handle = verbs.add_handle(Handle::Control { held: Default::default() });
+                return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+            }
             if ino == control::STATUS {
                 return match verbs.open_status() {
                     Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
@@ -236,6 +295,12 @@ impl Filesystem for Filesys {
                 };
             }
             let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
+            if snap::is_ours(ino) {
+                return match verbs.snap_open(ino, write) {
+                    Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
+                    Err(e) => reply.error(fail(None, &e)),
+                };
+            }
             let direct = flags.0 & libc::O_DIRECT != 0;
             match verbs.open(ino.0, Opening { write, direct }) {
                 Ok((handle, mode)) => {
@@ -273,7 +338,14 @@ impl Filesystem for Filesys {
                 let rest = text.get(offset as usize..).unwrap_or_default();
                 reply.data(&rest[..rest.len().min(size as usize)]);
             }
-            Ok(Handle::Directory { .. }) => reply.error(Errno::EISDIR),
+            Ok(Handle::Snapshot { node, view }) => {
+                self.verbs.read_snapshot(node, view, offset, size, |read| match read {
+                    Ok(bytes) => reply.data(bytes),
+                    Err(e) => reply.error(fail(Some(node), &e)),
+                });
+            }
+            Ok(Handle::Control { .. }) => reply.error(Errno::EBADF),
+            Ok(Handle::Names(_) | Handle::Directory { .. }) => reply.error(Errno::EISDIR),
             Err(e) => reply.error(fail(None, e)),
         }
     }
@@ -281,7 +353,7 @@ impl Filesystem for Filesys {
     fn write(
         &self,
         _request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
@@ -290,6 +362,10 @@ impl Filesystem for Filesys {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if ino == control::CONTROL {
+            let (verbs, text) = (Arc::clone(&self.verbs), data.to_vec());
+            return self.pool.run(move || answer_orders(&verbs, handle, &text, reply));
+        }
         let node = match self.image_node(handle) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
@@ -367,20 +443,26 @@ impl Filesystem for Filesys {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let node = match self.image_node(handle) {
-            Ok(node) => node,
-            Err(e) => return reply.error(e),
-        };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || match verbs.seek(&node, offset, whence) {
-            Ok(found) => reply.offset(found as i64),
-            Err(e) => reply.error(fail(Some(&node), &e)),
+        self.pool.run(move || {
+            let handle = verbs.handle(handle.0);
+            match handle.and_then(|handle| verbs.seek(&handle, offset, whence)) {
+                Ok(found) => reply.offset(found as i64),
+                Err(e) => reply.error(fail(None, &e)),
+            }
         });
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         if ino == control::DIRECTORY {
             return reply.opened(FileHandle(0), FopenFlags::empty());
+        }
+        if snap::is_ours(ino) {
+            let verbs = Arc::clone(&self.verbs);
+            return self.pool.run(move || match verbs.snap_open_directory(ino) {
+                Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+                Err(e) => reply.error(fail(None, &e)),
+            });
         }
         match self.node(ino) {
             Ok(node) => {
@@ -405,12 +487,17 @@ impl Filesystem for Filesys {
             return reply.ok();
         }
         let open = self.verbs.handle(handle.0);
+        if let Ok(Handle::Names(names)) = open.as_deref() {
+            snap::list(names, offset, &mut reply);
+            return reply.ok();
+        }
         let listed = open.and_then(|open| self.verbs.entries(&open, offset));
         let entries = match listed {
             Ok(entries) => entries,
             Err(e) => return reply.error(fail(None, &e)),
         };
-        let hidden = |name: &OsStr| ino.0 == crate::catalog::ROOT && name == control::NAME;
+        let at_root = ino.0 == crate::catalog::ROOT;
+        let hidden = |name: &OsStr| name == snap::NAME || at_root && name == control::NAME;
         let dots =
             [(".", true), ("..", true)].map(|(name, directory)| (OsStr::new(name), directory));
         let named = entries.iter().map(|entry| (entry.name.as_os_str(), entry.directory));
@@ -446,7 +533,7 @@ impl Filesystem for Filesys {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let parent_node = match self.node(parent) {
+        let parent_node = match self.parent(parent, name) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
@@ -459,14 +546,18 @@ impl Filesystem for Filesys {
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
-        self.slowly(self.node(parent), reply, move |verbs, parent| {
+        if snap::is_ours(parent) {
+            let verbs = Arc::clone(&self.verbs);
+            return self.pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
+        }
+        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, false)
         });
     }
 
     fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
-        self.slowly(self.node(parent), reply, move |verbs, parent| {
+        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, true)
         });
     }
@@ -481,12 +572,12 @@ impl Filesystem for Filesys {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let to = match self.node(new_parent) {
+        let to = match self.parent(new_parent, new_name) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
         let (name, new_name) = (name.to_owned(), new_name.to_owned());
-        self.slowly(self.node(parent), reply, move |verbs, parent| {
+        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.rename((parent, &name), (&to, &new_name), flags.bits())
         });
     }
@@ -516,14 +607,24 @@ impl Filesystem for Filesys {
     fn create(
         &self,
         _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
+        parent: INodeNo,
+        name: &OsStr,
         _mode: u32,
         _umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        reply.error(Errno::EOPNOTSUPP);
+        if !snap::is_ours(parent) {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
+        self.pool.run(move || match verbs.snap_create(parent, &name) {
+            Ok((attr, handle)) => {
+                let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+                reply.created(&ENTRY_TTL, &attr, GENERATION, handle, flags);
+            }
+            Err(e) => reply.error(fail(None, &e)),
+        });
     }
 
     fn mknod(

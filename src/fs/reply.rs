@@ -32,15 +32,20 @@ pub(super) fn file_attr(attributes: &Attributes) -> FileAttr {
         let whole = if seconds < 0 { epoch.checked_sub(whole) } else { epoch.checked_add(whole) };
         whole.and_then(|time| time.checked_add(rest)).unwrap_or(epoch)
     };
-    let modified = time(host.mtime(), host.mtime_nsec());
+    let data = attributes.data.as_ref();
+    let later = |own: (i64, i64), its: fn(&std::fs::Metadata) -> (i64, i64)| {
+        let (seconds, nanoseconds) = data.map_or(own, |data| own.max(its(data)));
+        time(seconds, nanoseconds)
+    };
+    let modified = later((host.mtime(), host.mtime_nsec()), |m| (m.mtime(), m.mtime_nsec()));
     let block = attributes.cluster_size.clamp(*BLOCK_SIZES.start(), *BLOCK_SIZES.end());
     FileAttr {
         ino: INodeNo(attributes.ino),
         size: attributes.size,
-        blocks: host.blocks(),
+        blocks: host.blocks() + data.map_or(0, |data| data.blocks()),
         atime: time(host.atime(), host.atime_nsec()),
         mtime: modified,
-        ctime: time(host.ctime(), host.ctime_nsec()),
+        ctime: later((host.ctime(), host.ctime_nsec()), |m| (m.ctime(), m.ctime_nsec())),
         crtime: modified,
         kind: if attributes.directory { FileType::Directory } else { FileType::RegularFile },
         perm: attributes.mode as u16,

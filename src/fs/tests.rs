@@ -47,7 +47,8 @@ impl Disk {
     }
 
     fn seek(&self, offset: u64, whence: i32) -> Result<u64, i32> {
-        self.verbs.seek(&self.node, offset as i64, whence).map_err(|e| e.errno())
+        let handle = self.verbs.handle(self.handle).unwrap();
+        self.verbs.seek(&handle, offset as i64, whence).map_err(|e| e.errno())
     }
 }
 

@@ -11,9 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::control::{self, Order};
+use super::snap::Snaps;
 use crate::catalog::{AttributeChange, Catalog, Entry, HandleMode, Node, Opening};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::image::{Image, SnapshotView};
 
 /// Bytes in a sector, of which a virtual disk has a whole number.
 const SECTOR: u64 = 512;
@@ -35,8 +37,22 @@ pub(super) enum Handle {
         /// The handle may write.
         write: bool,
     },
+    /// A snapshot of an image.
+    Snapshot {
+        /// Whose.
+        node: Arc<Node>,
+        /// What is read.
+        view: Arc<SnapshotView>,
+    },
     /// A text that was made when it was opened.
     Text(Vec<u8>),
+    /// A directory of snapshots as it was when it was opened: names, and whether each is a directory.
+    Names(Vec<(Vec<u8>, bool)>),
+    /// What takes orders, and the images that it keeps open for them.
+    Control {
+        /// Opened for writing.
+        held: Mutex<Vec<Arc<Node>>>,
+    },
     /// A directory, as it was when reading it began.
     Directory {
         /// Which.
@@ -49,6 +65,7 @@ pub(super) enum Handle {
 /// All that the handlers share.
 pub(super) struct Verbs {
     pub(super) catalog: Arc<Catalog>,
+    pub(super) snaps: Snaps,
     mountpoint: PathBuf,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
     next_handle: AtomicU64,
@@ -57,7 +74,8 @@ pub(super) struct Verbs {
 impl Verbs {
     pub(super) fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Self {
         let handles = RwLock::default();
-        Verbs { catalog, mountpoint, handles, next_handle: AtomicU64::new(1) }
+        let (snaps, next_handle) = (Snaps::default(), AtomicU64::new(1));
+        Verbs { catalog, snaps, mountpoint, handles, next_handle }
     }
 
     /// The handle of that number.
@@ -94,9 +112,47 @@ impl Verbs {
     /// Ends a handle.
     pub(super) fn release(&self, number: u64) {
         let handle = self.handles.write().remove(&number);
-        if let Some(Handle::Image { node, .. }) = handle.as_deref() {
-            self.catalog.release(node);
+        match handle.as_deref() {
+            Some(Handle::Image { node, .. }) => self.catalog.release(node),
+            Some(Handle::Snapshot { node, .. }) => self.catalog.close_snapshot(node),
+            Some(Handle::Control { held }) => {
+                for node in held.lock().drain(..) {
+                    self.catalog.release(&node);
+                    self.catalog.forget(node.ino(), 1);
+                }
+            }
+            _ => {}
         }
+    }
+
+    /// Does what is written to `control`.
+    ///
+    /// # Errors
+    /// `EINVAL` for an order that makes no sense; those of opening the image.
+    pub(super) fn control(&self, held: &Mutex<Vec<Arc<Node>>>, text: &[u8]) -> Result<()> {
+        let orders = control::orders(text)
+            .ok_or_else(|| errno("an order to the mount that is not known", libc::EINVAL))?;
+        for order in orders {
+            match order {
+                Order::Compact(name) => {
+                    let node = self.catalog.find_node(name)?;
+                    if let Err(e) = self.catalog.open(&node, Opening { write: true, direct: false })
+                    {
+                        self.catalog.forget(node.ino(), 1);
+                        return Err(e);
+                    }
+                    held.lock().push(Arc::clone(&node));
+                    node.with_image(|image| image.ask_to_compact(true))?;
+                }
+                Order::Stop(name) => {
+                    let node = self.catalog.find_node(name)?;
+                    let stopped = node.with_image(|image| image.ask_to_compact(false));
+                    self.catalog.forget(node.ino(), 1);
+                    stopped?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Reads up to the end of the disk and passes the bytes on.
@@ -109,12 +165,28 @@ impl Verbs {
     ) {
         READ_BUFFER.with_borrow_mut(|buffer| {
             let read = node.with_image(|image| {
-                let left = image.virtual_size().saturating_sub(offset);
-                let count = left.min(size.min(MAX_READ).into()) as usize;
-                if buffer.len() < count {
-                    buffer.resize(count, 0);
-                }
+                let count = fit(buffer, image.virtual_size(), offset, size);
                 image.read(offset, &mut buffer[..count])?;
+                Ok(count)
+            });
+            deliver(read.map(|count| &buffer[..count]));
+        });
+    }
+
+    /// Reads up to the end of a snapshot and passes the bytes on.
+    pub(super) fn read_snapshot(
+        &self,
+        node: &Node,
+        view: &SnapshotView,
+        offset: u64,
+        size: u32,
+        deliver: impl FnOnce(Result<&[u8]>),
+    ) {
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            // The image is open still: nobody else changes the file.
+            let read = node.with_image(|_| {
+                let count = fit(buffer, view.info().disk_size, offset, size);
+                view.read(offset, &mut buffer[..count])?;
                 Ok(count)
             });
             deliver(read.map(|count| &buffer[..count]));
@@ -164,22 +236,18 @@ impl Verbs {
     ///
     /// # Errors
     /// `ENXIO` past the end and where no data follows.
-    pub(super) fn seek(&self, node: &Node, offset: i64, whence: i32) -> Result<u64> {
-        let nothing = || errno("seeking past the end", libc::ENXIO);
-        let offset = u64::try_from(offset).map_err(|_| nothing())?;
-        node.with_image(|image| {
-            let size = image.virtual_size();
-            if offset >= size {
-                return Err(nothing());
-            }
-            match whence {
-                libc::SEEK_DATA => {
-                    image.next_data(offset)?.filter(|at| *at < size).ok_or_else(nothing)
-                }
-                libc::SEEK_HOLE => Ok(image.next_hole(offset)?.min(size)),
-                _ => Err(errno("a way to seek that is not known", libc::EINVAL)),
-            }
-        })
+    pub(super) fn seek(&self, handle: &Handle, offset: i64, whence: i32) -> Result<u64> {
+        match handle {
+            Handle::Image { node, .. } => node.with_image(|image| {
+                let (data, hole) = (|at| image.next_data(at), |at| image.next_hole(at));
+                seek(image.virtual_size(), offset, whence, data, hole)
+            }),
+            Handle::Snapshot { node, view } => node.with_image(|_| {
+                let (data, hole) = (|at| view.next_data(at), |at| view.next_hole(at));
+                seek(view.info().disk_size, offset, whence, data, hole)
+            }),
+            _ => Err(errno("seeking in what has no data", libc::EINVAL)),
+        }
     }
 
     /// Sets the size and other attributes.
@@ -219,6 +287,32 @@ impl Verbs {
             *entries = Arc::new(self.catalog.list(node)?);
         }
         Ok(Arc::clone(&entries))
+    }
+}
+
+/// Sees to it that `buffer` has room for a read of `size` bytes at `offset`, as far as there are so
+/// many before `end`; how many there are.
+fn fit(buffer: &mut Vec<u8>, end: u64, offset: u64, size: u32) -> usize {
+    let count = end.saturating_sub(offset).min(size.min(MAX_READ).into()) as usize;
+    if buffer.len() < count {
+        buffer.resize(count, 0);
+    }
+    count
+}
+
+fn seek(
+    size: u64,
+    offset: i64,
+    whence: i32,
+    next_data: impl FnOnce(u64) -> Result<Option<u64>>,
+    next_hole: impl FnOnce(u64) -> Result<u64>,
+) -> Result<u64> {
+    let nothing = || errno("seeking past the end", libc::ENXIO);
+    let offset = u64::try_from(offset).ok().filter(|at| *at < size).ok_or_else(nothing)?;
+    match whence {
+        libc::SEEK_DATA => next_data(offset)?.filter(|at| *at < size).ok_or_else(nothing),
+        libc::SEEK_HOLE => Ok(next_hole(offset)?.min(size)),
+        _ => Err(errno("a way to seek that is not known", libc::EINVAL)),
     }
 }
 

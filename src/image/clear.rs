@@ -2,14 +2,14 @@
 //!
 //! Whole clusters are unmapped. Parts of a cluster are punched out of the host file in place; a
 //! cluster that has become a hole as a whole is unmapped too, so trims smaller than a cluster add
-//! up.
+//! up. Where there are subclusters, those that a part covers are unmapped ([`super::subclusters`]).
 
 use std::ops::Range;
 
 use super::{Image, Writer};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry};
-use crate::tables::{LinkOrder, Run};
+use crate::tables::{LinkOrder, Mapping, Run};
 
 impl Image {
     /// Gives `range` back: it reads zeros from now on. Any alignment; what lies past the end of the
@@ -40,6 +40,7 @@ impl Image {
             if step.is_empty() {
                 return Ok(());
             }
+            self.record_change(writer, &step);
             self.note(self.clear_held(writer, step))?;
             at = end;
         }
@@ -72,21 +73,28 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let (mut at, end) = (clusters.start << bits, clusters.end << bits);
         while at < end {
-            let (run, run_end) = self.run_at(at, end)?;
+            let (mapping, run_end) = self.mapping_at(at, end)?;
             // Version 2 has no zero flag: what a backing file would show through must be mapped.
             let must_map = self.is_backed(at) && self.geometry.version() < 3;
-            at = match run {
-                Run::Unallocated => run_end,
-                Run::Zero | Run::Data { .. } | Run::Compressed { .. } | Run::Backing
-                    if must_map =>
-                {
+            at = match mapping {
+                Mapping::Uniform(Run::Unallocated) => run_end,
+                // The mapping stays, so that the file by itself and the tables never differ.
+                _ if self.data.is_raw => {
+                    self.erase_data(at..run_end)?;
+                    run_end
+                }
+                Mapping::Uniform(run) if must_map => {
                     self.map_zeros(writer, at, run)?;
                     self.cluster_end(at)
                 }
-                Run::Zero | Run::Data { .. } | Run::Compressed { .. } | Run::Backing => {
+                Mapping::Uniform(_) | Mapping::Mixed(_) => {
                     let guest = self.geometry.guest_cluster(GuestOffset(at));
                     self.ensure_table(writer, guest)?;
                     let table_end = self.table_end(guest).min(run_end >> bits);
+                    if self.data.is_external && mapping != Mapping::Uniform(Run::Backing) {
+                        // At once: whatever the tables on disk say, it reads as it did or zeros.
+                        self.erase_data(at..table_end << bits)?;
+                    }
                     self.unmap(writer, guest.0..table_end)?;
                     table_end << bits
                 }
@@ -99,7 +107,8 @@ impl Image {
     fn map_zeros(&self, writer: &Writer, at: u64, run: Run) -> Result<()> {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
         if let Run::Data { first, copied: true } = run {
-            return self.erase_host(self.geometry.host_offset(first).0, self.cluster_size());
+            let start = self.geometry.host_offset(first).0;
+            return self.erase_data(start..start + self.cluster_size());
         }
         self.ensure_table(writer, guest)?;
         let rooted = writer.recycler.take(1)?;
@@ -113,27 +122,39 @@ impl Image {
     /// Unmaps guest clusters, which have one own table: to nothing, or to the zero flag where a backing
     /// file would show through.
     fn unmap(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        let backed = self.backed_clusters();
+        self.clear_entries(writer, clusters, |guest, _| match guest.0 < backed {
+            true => L2Entry::Zero { preallocated: None, copied: false },
+            false => L2Entry::Unallocated,
+        })
+    }
+
+    /// Makes the entries of guest clusters, which have one own table, what `clear` makes of them,
+    /// and drops the host clusters that they refer to no more. What changes reads zeros afterwards.
+    pub(super) fn clear_entries(
+        &self,
+        writer: &Writer,
+        clusters: Range<u64>,
+        clear: impl Fn(GuestCluster, L2Entry) -> L2Entry,
+    ) -> Result<()> {
         let mut dropped: Vec<Range<u64>> = Vec::new();
         let mut uncertain = Vec::new();
         let mut compressed = Vec::new();
-        let backed = self.backed_clusters();
         let result = self.tables.update(clusters, LinkOrder::Any, |guest, entry| {
-            let cleared = match guest.0 < backed {
-                true => L2Entry::Zero { preallocated: None, copied: false },
-                false => L2Entry::Unallocated,
-            };
-            match entry {
-                L2Entry::Data { cluster, copied: true }
-                | L2Entry::Zero { preallocated: Some(cluster), copied: true } => {
-                    match dropped.last_mut() {
-                        Some(run) if run.end == cluster.0 => run.end += 1,
-                        _ => dropped.push(cluster.0..cluster.0 + 1),
-                    }
-                }
-                L2Entry::Data { cluster, .. }
-                | L2Entry::Zero { preallocated: Some(cluster), .. } => uncertain.push(cluster),
-                L2Entry::Compressed { offset, length } => compressed.push((offset, length)),
-                L2Entry::Zero { preallocated: None, .. } | L2Entry::Unallocated => {}
+            let cleared = clear(guest, entry);
+            if let L2Entry::Compressed { offset, length } = entry {
+                compressed.push((offset, length));
+            }
+            match entry.host_cluster() {
+                // Nothing to give back: the place in the data file remains the cluster's own.
+                _ if self.data.is_external => {}
+                Some(kept) if cleared.host_cluster() == Some(kept) => {}
+                Some((cluster, true)) => match dropped.last_mut() {
+                    Some(run) if run.end == cluster.0 => run.end += 1,
+                    _ => dropped.push(cluster.0..cluster.0 + 1),
+                },
+                Some((cluster, false)) => uncertain.push(cluster),
+                None => {}
             }
             Ok((entry != cleared).then_some(cleared))
         });
@@ -156,16 +177,25 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
+        if self.geometry.extended_l2() {
+            return self.clear_subclusters(writer, range);
+        }
         let guest = self.geometry.guest_cluster(GuestOffset(range.start));
         let run = self.run_at(range.start, range.end)?.0;
         match run {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => self.punch_part(writer, guest, first, range),
             Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
-                let zeros = vec![0; (range.end - range.start) as usize];
-                self.rewrite(writer, range.start, run, &zeros)
+                self.rewrite_zeros(writer, range, run)
             }
         }
+    }
+
+    /// Writes zeros to a part of one guest cluster, which `run` starts with and which may not be
+    /// written in place.
+    pub(super) fn rewrite_zeros(&self, writer: &Writer, range: Range<u64>, run: Run) -> Result<()> {
+        let zeros = vec![0; (range.end - range.start) as usize];
+        self.rewrite(writer, range.start, run, &zeros)
     }
 
     fn punch_part(
@@ -176,23 +206,20 @@ impl Image {
         range: Range<u64>,
     ) -> Result<()> {
         let length = range.end - range.start;
-        self.erase_host(self.host_offset(cluster, range.start), length)?;
+        let at = self.host_offset(cluster, range.start);
+        self.erase_data(at..at + length)?;
+        if self.data.is_raw {
+            return Ok(());
+        }
         let start = self.geometry.host_offset(cluster).0;
-        let data = self
-            .storage
-            .seek_data(start)
-            .map_err(|e| Error::io(format!("looking for data at {start:#x}"), e))?;
-        if data.is_none_or(|at| at >= start + self.geometry.cluster_size()) {
+        if self.is_hole(start..start + self.geometry.cluster_size())? {
             return self.clear_clusters(writer, guest.0..guest.0 + 1);
         }
         Ok(())
     }
 
-    /// Makes `length` bytes of the host file from `offset` read zeros, in place.
-    fn erase_host(&self, offset: u64, length: u64) -> Result<()> {
-        let erased = crate::storage::erase(&*self.storage, offset..offset + length)
-            .map_err(|e| Error::io(format!("erasing data at {offset:#x}"), e));
-        self.mark_unsynced();
-        erased
+    /// Whether a range of the file that data is in has none, as far as the host can tell.
+    pub(super) fn is_hole(&self, range: Range<u64>) -> Result<bool> {
+        Ok(self.seek_data(range.start)?.is_none_or(|at| at >= range.end))
     }
 }

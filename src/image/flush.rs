@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! take a copy of dirty L2 and L1 sectors, seal what is junk or erased
+//! sync the external data file, where there is one that was written to
 //! write refcount blocks, and a refcount table that has moved
 //! sync, if blocks or a table are new; then write what links them in
 //! sync, if an entry depends on what was written so far
@@ -13,36 +14,14 @@
 //! Counts in memory are never too low for any table on disk, so refcount blocks need no order
 //! towards the tables beyond that.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use parking_lot::{Mutex, MutexGuard};
+use std::sync::atomic::Ordering;
 
 use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::locks;
+use crate::storage::Storage;
+use crate::sync::MutexGuard;
 use crate::tables::Write;
-
-/// One flush at a time; a caller whose changes a flush has covered meanwhile needs none of its own.
-#[derive(Debug, Default)]
-pub(super) struct FlushLock {
-    /// Lock order: before guest clusters.
-    covered: Mutex<u64>,
-    requests: AtomicU64,
-    /// Something was written, and finished, since the last flush began.
-    unsynced: AtomicBool,
-    flushes: AtomicU64,
-    syncs: AtomicU64,
-}
-
-impl FlushLock {
-    pub(super) fn flushes(&self) -> u64 {
-        self.flushes.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn syncs(&self) -> u64 {
-        self.syncs.load(Ordering::Relaxed)
-    }
-}
 
 impl Image {
     /// Returns when everything that was written before the call is on stable storage.
@@ -53,21 +32,13 @@ impl Image {
     pub fn flush(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
         locks::assert_none_held();
-        let request = writer.flush.requests.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut covered = writer.flush.covered.lock();
-        if *covered >= request {
-            return Ok(());
-        }
-        let covers = writer.flush.requests.load(Ordering::Acquire);
-        self.flush_held(writer)?;
-        *covered = covers;
-        Ok(())
+        writer.flush.flush(|| self.flush_held(writer))
     }
 
     /// The flush lock, for what must not meet a flush.
     pub(super) fn hold_flush<'a>(&self, writer: &'a Writer) -> MutexGuard<'a, u64> {
         locks::assert_none_held();
-        writer.flush.covered.lock()
+        writer.flush.hold()
     }
 
     /// Flushes; the caller holds the flush lock.
@@ -80,17 +51,27 @@ impl Image {
                 latched,
             ));
         }
-        let unsynced = writer.flush.unsynced.swap(false, Ordering::AcqRel);
-        let mut settles = false;
-        let dirty = self.tables.collect(|| settles = writer.recycler.seal());
-        let result = self.write_out(writer, &dirty.writes, dirty.barrier, unsynced || settles);
+        let unsynced = writer.flush.unsynced.take();
+        let (mut settles, mut data_unsynced) = (false, false);
+        let dirty = self.tables.collect(|| {
+            settles = writer.recycler.seal();
+            // Under the tables' lock: the data that an entry leads to was written before it.
+            data_unsynced = writer.flush.data_unsynced.take();
+        });
+        let synced = if data_unsynced { self.sync_data(writer) } else { Ok(()) };
+        let result = synced.and_then(|()| {
+            self.write_out(writer, &dirty.writes, dirty.barrier, unsynced || settles)
+        });
         let succeeded = result.is_ok();
         self.tables.collected(dirty, succeeded);
         writer.recycler.settle(succeeded);
         if succeeded {
-            writer.flush.flushes.fetch_add(1, Ordering::Relaxed);
+            writer.flush.count_flush();
         } else {
             self.mark_unsynced();
+            if data_unsynced {
+                writer.flush.data_unsynced.mark();
+            }
         }
         result
     }
@@ -122,7 +103,8 @@ impl Image {
                     self.health.latch_unknown(&e.to_string());
                 })?;
             }
-            if barrier { self.sync(writer) } else { Ok(()) }
+            // A place that only the old links led to may be taken as soon as this is over.
+            if barrier || dirty.frees_places() { self.sync(writer) } else { Ok(()) }
         });
         let left = writer.refcounts.collected(dirty, result.is_ok());
         // Junk like any other: released once the next flush has made the switch durable for sure.
@@ -140,20 +122,37 @@ impl Image {
 
     /// Syncs the host file. A failure latches the image: what reached the disk is not known.
     pub(super) fn sync(&self, writer: &Writer) -> Result<()> {
-        writer.flush.syncs.fetch_add(1, Ordering::Relaxed);
-        self.storage.sync().map_err(|e| {
-            let error = Error::io("syncing the image", e);
+        self.sync_file(writer, &*self.storage, "syncing the image")
+    }
+
+    /// The same for the external data file.
+    fn sync_data(&self, writer: &Writer) -> Result<()> {
+        self.sync_file(writer, &*self.data.storage, "syncing the data file")
+    }
+
+    fn sync_file(&self, writer: &Writer, file: &dyn Storage, what: &str) -> Result<()> {
+        writer.flush.count_sync();
+        file.sync().map_err(|e| {
+            let error = Error::io(what, e);
             self.health.latch_unknown(&error.to_string());
             error
         })
     }
 
-    /// Something was written to the host file: the next flush syncs.
+    /// Something was written to the image file: the next flush syncs it.
     pub(super) fn mark_unsynced(&self) {
-        if let Some(writer) = &self.writer
-            && !writer.flush.unsynced.load(Ordering::Acquire)
-        {
-            writer.flush.unsynced.store(true, Ordering::Release);
+        if let Some(writer) = &self.writer {
+            writer.flush.unsynced.mark();
+        }
+    }
+
+    /// Something was written to the file that data is in: the next flush syncs it.
+    pub(super) fn mark_data_unsynced(&self) {
+        if let Some(writer) = &self.writer {
+            match self.data.is_external {
+                true => writer.flush.data_unsynced.mark(),
+                false => writer.flush.unsynced.mark(),
+            }
         }
     }
 
@@ -183,6 +182,14 @@ impl crate::recycler::thread::Recycled for Image {
 
     fn flush(&self) -> Result<()> {
         Image::flush(self)
+    }
+
+    fn compact_some(&self, now: std::time::Instant) -> Result<crate::recycler::Compacted> {
+        Image::compact_some(self, now)
+    }
+
+    fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     fn recycler_failed(&self, error: Error) {

@@ -13,10 +13,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use crate::format::HostOffset;
+use crate::sync::Mutex;
 
 /// Memory for inflated clusters, in bytes; four clusters at least.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -82,6 +82,11 @@ impl InflateCache {
         entry.1
     }
 
+    /// Nothing is what it was.
+    pub(super) fn forget_all(&self) {
+        self.entries.lock().clear();
+    }
+
     /// The data at `offset` is no longer what it was.
     pub(super) fn forget(&self, offset: HostOffset) {
         self.entries.lock().retain(|(at, _)| *at != offset);
@@ -91,45 +96,96 @@ impl InflateCache {
 /// Fills `cluster` from `compressed`, which may go on past the compressed data.
 ///
 /// # Errors
+/// As [`inflate`].
+pub(super) fn inflate_cluster(
+    compression: Compression,
+    compressed: &[u8],
+    cluster: &mut [u8],
+) -> io::Result<()> {
+    thread_local!(static WHOLE: RefCell<libdeflater::Decompressor> =
+        RefCell::new(libdeflater::Decompressor::new()));
+    if compression == Compression::Deflate {
+        let filled = WHOLE.with_borrow_mut(|state| state.deflate_decompress(compressed, cluster));
+        if filled == Ok(cluster.len()) {
+            return Ok(());
+        }
+        // Data that goes on past the cluster, or is damaged: the slower way decides, and says why.
+    }
+    inflate(compression, compressed, cluster).map(|_| ())
+}
+
+/// Fills `cluster` from `compressed`, which may go on past the compressed data; how many bytes of it
+/// belong to that (all, where the data does not say where it ends).
+///
+/// # Errors
 /// `InvalidData`: it does not inflate, or not to a whole cluster.
 pub(super) fn inflate(
     compression: Compression,
     compressed: &[u8],
     cluster: &mut [u8],
-) -> io::Result<()> {
-    let filled = match compression {
+) -> io::Result<usize> {
+    let (filled, used) = match compression {
         Compression::Deflate => inflate_deflate(compressed, cluster)?,
         Compression::Zstd => inflate_zstd(compressed, cluster)?,
     };
     if filled < cluster.len() {
         return Err(invalid(format!("it ends after {filled} bytes of {}", cluster.len())));
     }
-    Ok(())
+    Ok(used)
 }
 
-fn inflate_deflate(compressed: &[u8], cluster: &mut [u8]) -> io::Result<usize> {
+/// Bytes made, bytes used.
+fn inflate_deflate(compressed: &[u8], cluster: &mut [u8]) -> io::Result<(usize, usize)> {
     thread_local!(static STATE: RefCell<flate2::Decompress> =
         RefCell::new(flate2::Decompress::new(false)));
     STATE.with_borrow_mut(|state| {
         state.reset(false);
-        state
+        let status = state
             .decompress(compressed, cluster, flate2::FlushDecompress::Finish)
             .map_err(|e| invalid(e.to_string()))?;
-        Ok(state.total_out() as usize)
+        let used = match status {
+            flate2::Status::StreamEnd => state.total_in() as usize,
+            _ => compressed.len(),
+        };
+        Ok((state.total_out() as usize, used))
     })
 }
 
-fn inflate_zstd(compressed: &[u8], cluster: &mut [u8]) -> io::Result<usize> {
-    let mut decoder = Decoder::new()?;
-    decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
+/// Bytes made, bytes used.
+fn inflate_zstd(compressed: &[u8], cluster: &mut [u8]) -> io::Result<(usize, usize)> {
+    thread_local!(static STATE: RefCell<Option<Decoder<'static>>> = const { RefCell::new(None) });
+    STATE.with_borrow_mut(|state| {
+        let decoder = match state {
+            Some(decoder) => {
+                decoder.reinit()?;
+                decoder
+            }
+            None => {
+                let mut decoder = Decoder::new()?;
+                decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
+                state.insert(decoder)
+            }
+        };
+        run_zstd(decoder, compressed, cluster)
+    })
+}
+
+fn run_zstd(
+    decoder: &mut Decoder<'_>,
+    compressed: &[u8],
+    cluster: &mut [u8],
+) -> io::Result<(usize, usize)> {
     let mut input = InBuffer::around(compressed);
     let mut output = OutBuffer::around(cluster);
     loop {
         let before = (input.pos(), output.pos());
         let hint = decoder.run(&mut input, &mut output).map_err(|e| invalid(e.to_string()))?;
         // A frame that ends, or a step that did nothing: input or room is used up.
-        if hint == 0 || (input.pos(), output.pos()) == before {
-            return Ok(output.pos());
+        if hint == 0 {
+            return Ok((output.pos(), input.pos()));
+        }
+        if (input.pos(), output.pos()) == before {
+            return Ok((output.pos(), compressed.len()));
         }
     }
 }
@@ -164,8 +220,12 @@ mod tests {
         deflate.extend([0xaa; 300]);
         for (kind, bytes) in [(Compression::Zstd, zstd), (Compression::Deflate, deflate)] {
             let mut cluster = vec![1; data.len()];
-            inflate(kind, &bytes, &mut cluster).unwrap();
+            let used = inflate(kind, &bytes, &mut cluster).unwrap();
             assert!(cluster == data, "{kind:?}");
+            cluster.fill(1);
+            inflate_cluster(kind, &bytes, &mut cluster).unwrap();
+            assert!(cluster == data, "{kind:?}");
+            assert_eq!(used, bytes.len() - 300, "{kind:?}");
         }
     }
 
@@ -180,7 +240,8 @@ mod tests {
             assert!(inflate(kind, &bytes[..bytes.len() / 2], &mut longer).is_err());
             assert!(inflate(kind, &[0xff; 64], &mut longer).is_err(), "{kind:?} garbage");
             let mut shorter = vec![0; data.len() / 2];
-            let _ = inflate(kind, &bytes, &mut shorter);
+            inflate_cluster(kind, &bytes, &mut shorter).unwrap();
+            assert!(shorter == data[..data.len() / 2], "{kind:?}");
         }
     }
 

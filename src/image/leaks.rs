@@ -10,8 +10,11 @@
 //! - until the search is over nothing that was dropped is punched or freed, so every table that the
 //!   search may still read stays as it was.
 //!
-//! What is left had a refcount and no reference when the image was opened: nothing can refer to it
-//! since.
+//! What is left had a refcount above its references when the image was opened: nothing can refer to
+//! it since, or not so often. Where a snapshot was being taken or deleted, COPIED flags may be
+//! missing too; they are set in the end.
+//! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
+//! the format nobody may believe their directory any more.
 //!
 //! [`Refcounts::leaked`]: crate::alloc::Refcounts::leaked
 
@@ -21,10 +24,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::Image;
-use crate::check::references;
+use super::{Image, Writer};
+use crate::check::{copied, references};
 use crate::error::{Error, Result};
-use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
+use crate::format::{Header, HostCluster};
 use crate::storage::Storage;
 
 /// A search that is under way.
@@ -45,12 +48,6 @@ impl LeakSearch {
 impl Image {
     /// Starts the search on an image that was just opened as `header` says.
     pub(super) fn search_leaks(self: &Arc<Self>, header: &Header) -> Result<Option<LeakSearch>> {
-        // Bitmaps that nobody maintains look leaked, but their directory still leads to them.
-        let stale_bitmaps = header.extension(EXTENSION_BITMAPS).is_some()
-            && header.autoclear_features & AUTOCLEAR_BITMAPS == 0;
-        if stale_bitmaps {
-            return Ok(None);
-        }
         let Some(writer) = &self.writer else { return Ok(None) };
         writer.refcounts.remember_counted(true);
         writer.recycler.hold_frees(true);
@@ -61,7 +58,7 @@ impl Image {
             let counted = references::count(&storage, &header);
             let counted = counted.and_then(|counts| counts.trusted().map(|()| counts));
             if let Some(image) = image.upgrade() {
-                image.end_search(counted, &storage.stop);
+                image.end_search(counted, &storage, &header);
             }
         };
         let thread = std::thread::Builder::new()
@@ -71,25 +68,25 @@ impl Image {
         Ok(Some(LeakSearch { stop, thread }))
     }
 
-    fn end_search(&self, counted: Result<references::ReferenceCounts>, stop: &AtomicBool) {
+    fn end_search(
+        &self,
+        counted: Result<references::ReferenceCounts>,
+        storage: &Stoppable,
+        header: &Header,
+    ) {
+        let stop = &*storage.stop;
         let Some(writer) = &self.writer else { return };
+        let is_stopped = stop.load(Ordering::Acquire);
+        match &counted {
+            Ok(counts) => {
+                self.judge_bitmaps(writer, Some(|cluster| counts.get(HostCluster(cluster))));
+            }
+            Err(_) if is_stopped => {}
+            Err(_) => self.judge_bitmaps(writer, None::<fn(u64) -> u64>),
+        }
         let returned = counted.and_then(|counts| {
-            let referenced = |cluster| counts.get(HostCluster(cluster)) > 0;
-            let take = |cluster| writer.recycler.take_leaked(cluster);
-            let mut returned = 0;
-            for block in 0..writer.refcounts.blocks() {
-                if stop.load(Ordering::Acquire) {
-                    break;
-                }
-                // Nobody is between dropping a cluster from a table and telling the recycler.
-                let _flush = self.hold_flush(writer);
-                let _guard = self.locks.exclusive(0..u64::MAX);
-                returned += writer.refcounts.leaked(block, referenced, take)?;
-            }
-            if returned > 0 {
-                // Freeing them is a change like any other, and the first one perhaps.
-                self.prepare_to_write(writer)?;
-            }
+            let returned = self.return_leaked(writer, &counts, stop)?;
+            self.set_missing_flags(writer, storage, header, &counts)?;
             Ok(returned)
         });
         writer.refcounts.remember_counted(false);
@@ -100,6 +97,60 @@ impl Image {
             Err(_) if stop.load(Ordering::Acquire) => {}
             Err(e) => log::warn!("clusters that may have leaked are not looked for: {e}"),
         }
+    }
+
+    fn return_leaked(
+        &self,
+        writer: &Writer,
+        counts: &references::ReferenceCounts,
+        stop: &AtomicBool,
+    ) -> Result<u64> {
+        let take = |cluster| writer.recycler.take_leaked(cluster);
+        let mut returned = 0;
+        for block in writer.refcounts.blocks() {
+            if stop.load(Ordering::Acquire) {
+                break;
+            }
+            // Nobody is between dropping a cluster from a table and telling the recycler.
+            let _flush = self.hold_flush(writer);
+            let _guard = self.locks.exclusive(0..u64::MAX);
+            let pending = writer.recycler.pending_drops();
+            let references = |cluster| {
+                counts.get(HostCluster(cluster)) + pending.get(&cluster).copied().unwrap_or(0)
+            };
+            returned += writer.refcounts.leaked(block, references, take)?;
+        }
+        if returned > 0 {
+            // Freeing them is a change like any other, and the first one perhaps.
+            self.prepare_to_write(writer)?;
+            writer.recycler.note_change();
+        }
+        Ok(returned)
+    }
+
+    /// Sets the COPIED flags that are missing, if there was any when the image was opened.
+    fn set_missing_flags(
+        &self,
+        writer: &Writer,
+        storage: &Stoppable,
+        header: &Header,
+        counts: &references::ReferenceCounts,
+    ) -> Result<()> {
+        if !counts.any_not_copied {
+            return Ok(());
+        }
+        let mut any = false;
+        let count = |cluster| Ok(Some(counts.get(cluster)));
+        copied::for_each_wrong(storage, header, counts, count, |wrong| {
+            any |= !wrong.is_set();
+            Ok(())
+        })?;
+        if !any {
+            return Ok(());
+        }
+        self.prepare_to_write(writer)?;
+        let all = 0..self.tables.l1_entries() as u64;
+        self.mark_own(writer, all.take_while(|_| !storage.stop.load(Ordering::Acquire)))
     }
 }
 

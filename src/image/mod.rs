@@ -4,17 +4,26 @@
 //! held while what is done, what is durable before what ([`flush`](Image::flush)), and when an
 //! image stops taking writes. It knows nothing of FUSE, names or inodes.
 
+mod asserts;
 mod backing;
+mod bitmaps;
 mod clear;
+mod compact;
+mod data_file;
 mod flush;
+mod flush_lock;
 mod health;
 mod inflate;
 mod leaks;
+#[cfg(all(test, feature = "model"))]
+mod models;
 mod open;
 mod read;
 mod resize;
 mod snapshots;
+mod subclusters;
 mod write;
+mod zeros;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -30,10 +39,12 @@ use crate::format::Geometry;
 use crate::locks::GuestLocks;
 use crate::recycler::{Recycler, StateCounts, WorkDone};
 use crate::storage::Storage;
-use crate::tables::{Run, Tables};
+use crate::tables::{Mapping, Run, Tables};
 
 pub use backing::{Backing, RawBacking};
-pub use open::{BackingFile, Summary};
+pub use compact::{CompactAfter, CompactionStatus, Prospect};
+pub use open::{BackingFile, Beside, Summary};
+pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -48,6 +59,15 @@ pub struct Options {
     pub metadata_cache: u64,
     /// Whether clusters that a crash has leaked are looked for after the open, in the background.
     pub return_leaks: bool,
+    /// From how much on it is worth while to move clusters so that the file gets shorter.
+    pub compact_after: CompactAfter,
+    /// Nothing was allocated or dropped for so long before clusters are moved.
+    pub settle_after: Duration,
+    /// Bytes a second that are moved at most; `None` leaves it to the recycler.
+    pub recycle_rate: Option<u64>,
+    /// Whether the states of clusters are checked at each step, and all counts from time to time. A
+    /// violation is a defect of this program; the image turns read-only.
+    pub runtime_asserts: bool,
 }
 
 impl Default for Options {
@@ -58,6 +78,10 @@ impl Default for Options {
             flush_after: Duration::from_secs(5),
             metadata_cache: 32 << 20,
             return_leaks: true,
+            compact_after: CompactAfter::Percent(1),
+            settle_after: Duration::from_secs(1),
+            recycle_rate: None,
+            runtime_asserts: false,
         }
     }
 }
@@ -71,8 +95,11 @@ pub struct Status {
     pub cluster_size: u64,
     /// Bytes of the image file.
     pub file_length: u64,
-    /// Bytes of host blocks that the image file occupies.
+    /// Bytes of host blocks that the image file occupies, and its external data file with it.
     pub allocated: u64,
+    /// Bytes of the external data file, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file_length: Option<u64>,
     /// `ok`, or why the image is read-only.
     pub health: String,
     /// Whether it is open for writing.
@@ -81,11 +108,13 @@ pub struct Status {
     pub clusters: StateCounts,
     /// What the recycler has done since the image was opened.
     pub recycled: WorkDone,
+    /// Where making the file shorter stands.
+    pub compaction: CompactionStatus,
     /// Clusters that a crash may have leaked are being looked for; nothing is freed meanwhile.
     pub searching_leaks: bool,
     /// Completed flushes, those that several callers shared counted once.
     pub flushes: u64,
-    /// Syncs of the host file.
+    /// Syncs of the host file, and of the external data file.
     pub syncs: u64,
 }
 
@@ -94,14 +123,18 @@ pub struct Status {
 /// file.
 pub struct Image {
     storage: Arc<dyn Storage>,
+    data: data_file::DataFile,
     geometry: Geometry,
     size: AtomicU64,
     locks: GuestLocks,
     tables: Tables,
+    /// Reads and writes that have come in.
+    requests: AtomicU64,
     health: health::Health,
     backing: Option<Arc<dyn Backing>>,
     compression: inflate::Compression,
     inflated: inflate::InflateCache,
+    snapshots: snapshots::Snapshots,
     /// What only a writable image has.
     writer: Option<Writer>,
 }
@@ -110,9 +143,17 @@ struct Writer {
     refcounts: Arc<Refcounts>,
     recycler: Recycler,
     /// Lock order: before guest clusters.
-    flush: flush::FlushLock,
+    flush: flush_lock::FlushLock,
+    /// Lock order: before the flush lock.
+    compaction: Mutex<compact::Compaction>,
+    /// A leaf.
+    compaction_status: Mutex<CompactionStatus>,
     features: Mutex<open::Features>,
-    has_snapshots: bool,
+    /// Those that are consistent with the disk, or can become so.
+    bitmaps: Option<bitmaps::Bitmaps>,
+    runtime_asserts: bool,
+    /// So that they are not taken for ours.
+    opened_with_leaks: AtomicBool,
     /// Nothing is mapped past the end of the disk, on disk neither: it can grow without more ado.
     clear_past_end: AtomicBool,
     /// The header is as the first write wants it.
@@ -144,15 +185,19 @@ impl Image {
     pub fn status(&self) -> Result<Status> {
         let host = |e| Error::io("reading the image's length", e);
         let writer = self.writer.as_ref();
+        let external = self.data.is_external.then_some(&self.data.storage);
+        let in_data_file = external.map_or(Ok(0), |data| data.allocated()).map_err(host)?;
         Ok(Status {
             virtual_size: self.virtual_size(),
             cluster_size: self.cluster_size(),
             file_length: self.storage.len().map_err(host)?,
-            allocated: self.storage.allocated().map_err(host)?,
+            allocated: self.storage.allocated().map_err(host)? + in_data_file,
+            data_file_length: external.map(|data| data.len()).transpose().map_err(host)?,
             health: self.health.reason().unwrap_or_else(|| "ok".into()),
             writable: self.is_writable(),
             clusters: writer.map(|w| w.recycler.counts()).unwrap_or_default(),
             recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),
+            compaction: writer.map(|w| w.compaction_status.lock().clone()).unwrap_or_default(),
             searching_leaks: writer.is_some_and(|w| w.recycler.are_frees_held()),
             flushes: writer.map_or(0, |w| w.flush.flushes()),
             syncs: writer.map_or(0, |w| w.flush.syncs()),
@@ -188,10 +233,16 @@ impl Image {
             // It says so if a sync failed before, even if nothing but data was to be made durable.
             return self.flush();
         }
+        self.stop_compacting(writer);
+        self.assert_counts(writer, &writer.compaction.lock())?;
         self.flush()?;
         if writer.recycler.awaits_flush() {
             // What the flush itself dropped: the place of a table that it moved.
             self.flush()?;
+        }
+        self.store_bitmaps(writer);
+        if !self.health.is_good() {
+            return self.flush();
         }
         writer.recycler.give_back()?;
         self.flush()
@@ -210,17 +261,25 @@ impl Image {
         }
     }
 
-    /// The run at guest offset `at` and the offset where it ends, at most `end`; the guest clusters
-    /// are held.
+    /// The run at guest offset `at` and the offset where it ends, at most `end`, subclusters told
+    /// apart; the guest clusters are held.
     fn run_at(&self, at: u64, end: u64) -> Result<(Run, u64)> {
-        let clusters = self.geometry.guest_clusters(&(at..end));
-        let (run, count) = self.tables.lookup(clusters.clone())?;
-        let run_end = end.min((clusters.start + count) << self.geometry.cluster_bits());
-        if run == Run::Unallocated && self.is_backed(at) {
-            let backed = self.backed_clusters() << self.geometry.cluster_bits();
-            return Ok((Run::Backing, run_end.min(backed)));
+        match self.mapping_at(at, end)? {
+            (Mapping::Uniform(run), end) => Ok((run, end)),
+            (Mapping::Mixed(mixed), end) => Ok(self.piece_at(&mixed, at, end)),
         }
-        Ok((run, run_end))
+    }
+
+    /// The same with a guest cluster whose subclusters differ as one, for who changes it.
+    fn mapping_at(&self, at: u64, end: u64) -> Result<(Mapping, u64)> {
+        let clusters = self.geometry.guest_clusters(&(at..end));
+        let (mapping, count) = self.tables.lookup(clusters.clone())?;
+        let run_end = end.min((clusters.start + count) << self.geometry.cluster_bits());
+        if mapping == Mapping::Uniform(Run::Unallocated) && self.is_backed(at) {
+            let backed = self.backed_clusters() << self.geometry.cluster_bits();
+            return Ok((Mapping::Uniform(Run::Backing), run_end.min(backed)));
+        }
+        Ok((mapping, run_end))
     }
 
     /// The part of `range` that lies within the virtual disk.

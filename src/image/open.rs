@@ -5,16 +5,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::flush::FlushLock;
+use super::bitmaps::Bitmaps;
+use super::compact::Compaction;
+use super::data_file::DataFile;
+use super::flush_lock::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
-use super::snapshots;
+use super::snapshots::{Snapshots, Table};
 use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    AUTOCLEAR_BITMAPS, EXTENSION_BACKING_FORMAT, Header, HostCluster, INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE,
+    Header, HostCluster, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, INCOMPATIBLE_KNOWN,
 };
 use crate::locks::GuestLocks;
 use crate::recycler::{Recycler, thread};
@@ -30,6 +33,9 @@ pub struct Summary {
     pub cluster_size: u64,
     /// The backing file that the image needs.
     pub backing: Option<BackingFile>,
+    /// The name of the external data file that the image needs, as raw bytes: relative to the
+    /// image, or absolute, or something else altogether.
+    pub data_file: Option<Vec<u8>>,
     /// Why the image cannot be opened, in one line; `None` when it can.
     pub refusal: Option<String>,
 }
@@ -41,6 +47,16 @@ pub struct BackingFile {
     pub name: Vec<u8>,
     /// Its format, where the image says: `raw` and `qcow2` can be served.
     pub format: Option<String>,
+}
+
+/// The files that belong to an image beside its own, opened by the caller.
+#[derive(Clone, Default)]
+pub struct Beside {
+    /// What is read where the image has nothing of its own ([`Summary::backing`]).
+    pub backing: Option<Arc<dyn Backing>>,
+    /// Where the guest's data is, if not in the image file ([`Summary::data_file`]). For a writable
+    /// image it must be open for writing; nobody else may use it meanwhile.
+    pub data: Option<Arc<dyn Storage>>,
 }
 
 /// The feature words as they stand in the header.
@@ -62,6 +78,7 @@ impl Image {
             virtual_size: header.size,
             cluster_size: header.geometry.cluster_size(),
             backing: backing_file(&header),
+            data_file: header.geometry.data_file().then(|| data_file_name(&header).to_vec()),
             refusal: refusal(&header),
         })
     }
@@ -73,7 +90,7 @@ impl Image {
     /// As [`Image::summarize`]; `Unsupported` with a feature that is not served (the line names
     /// it); `Corrupt` with a dirty image whose refcounts cannot be rebuilt; host errors.
     pub fn open(storage: Arc<dyn Storage>, options: &Options) -> Result<Arc<Image>> {
-        Image::open_over(storage, options, None)
+        Image::open_with(storage, options, Beside::default())
     }
 
     /// Opens an image that has a backing file ([`Summary::backing`]), which the caller has opened.
@@ -85,6 +102,20 @@ impl Image {
         options: &Options,
         backing: Option<Arc<dyn Backing>>,
     ) -> Result<Arc<Image>> {
+        Image::open_with(storage, options, Beside { backing, data: None })
+    }
+
+    /// Opens an image that needs other files.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; `Unsupported` where the image needs a file that is not given, or does
+    /// not need one that is.
+    pub fn open_with(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        beside: Beside,
+    ) -> Result<Arc<Image>> {
+        let Beside { backing, data } = beside;
         let mut header = read_header(&*storage)?;
         if let Some(reason) = refusal(&header) {
             return Err(Error::new(ErrorKind::Unsupported, reason));
@@ -93,6 +124,15 @@ impl Image {
             let reason = not_served("a backing file", FLATTEN);
             return Err(Error::new(ErrorKind::Unsupported, reason));
         }
+        if header.geometry.data_file() != data.is_some() {
+            let reason = not_served("an external data file", CONVERT);
+            return Err(Error::new(ErrorKind::Unsupported, reason));
+        }
+        let data = DataFile {
+            is_external: data.is_some(),
+            is_raw: header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 && data.is_some(),
+            storage: data.unwrap_or_else(|| storage.clone()),
+        };
         let compression = match header.compression_type {
             0 => Compression::Deflate,
             _ => Compression::Zstd,
@@ -117,28 +157,47 @@ impl Image {
             options.metadata_cache,
         )?;
         let mut sound = tables.register_metadata();
+        let snapshots = Table::read(&*storage, &header);
         let mut writer = None;
         if writable {
-            sound =
-                sound.and_then(|()| snapshots::register_metadata(&*storage, &header, &metadata));
-            let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata)?);
+            sound = sound.and_then(|()| match &snapshots {
+                Ok(table) => table.register_metadata(&*storage, &header, &metadata),
+                Err(damage) => Err(damage.duplicate()),
+            });
+            let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata.clone())?);
             sound = sound.and_then(|()| refcounts.register_metadata());
+            let mut bitmaps = None;
+            sound = sound.and_then(|()| {
+                bitmaps = Bitmaps::open(&*storage, &header, &metadata)?;
+                Ok(())
+            });
             writer = Some(Writer {
                 recycler: Recycler::new(
                     header.geometry,
                     storage.clone(),
                     refcounts.clone(),
-                    options.keep_erased,
+                    // Only L2 tables come from the pool where there is a data file.
+                    match data.is_external {
+                        true => options.keep_erased.min(header.geometry.cluster_size()),
+                        false => options.keep_erased,
+                    },
                 ),
                 refcounts,
                 flush: FlushLock::default(),
+                compaction: Mutex::new(Compaction::new(
+                    options.compact_after,
+                    options.settle_after,
+                )),
+                compaction_status: Mutex::default(),
                 features: Mutex::new(Features {
                     incompatible: header.incompatible_features,
                     compatible: header.compatible_features,
                     autoclear: header.autoclear_features,
                 }),
+                bitmaps,
                 clear_past_end: AtomicBool::new(false),
-                has_snapshots: header.snapshot_count > 0,
+                runtime_asserts: options.runtime_asserts,
+                opened_with_leaks: AtomicBool::new(false),
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
                 leak_search: Mutex::new(None),
@@ -146,14 +205,17 @@ impl Image {
         }
         let image = Arc::new(Image {
             storage,
+            data,
             geometry: header.geometry,
             size: AtomicU64::new(header.size),
             locks: GuestLocks::default(),
             tables,
+            requests: AtomicU64::new(0),
             health,
             backing,
             compression,
             inflated: InflateCache::new(header.geometry.cluster_size()),
+            snapshots: Snapshots::new(snapshots),
             writer,
         });
         match sound {
@@ -166,10 +228,11 @@ impl Image {
 
     fn start_threads(self: &Arc<Self>, header: &Header, options: &Options) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        self.note_leaks_at_open(writer)?;
         if options.return_leaks {
             *writer.leak_search.lock() = self.search_leaks(header)?;
         }
-        let thread = thread::spawn(self, options.flush_after)
+        let thread = thread::spawn(self, options.flush_after, options.recycle_rate)
             .map_err(|e| Error::io("starting the recycler", e))?;
         *writer.thread.lock() = Some(thread);
         Ok(())
@@ -181,8 +244,14 @@ impl Image {
             return Ok(());
         }
         let mut features = writer.features.lock();
-        if features.autoclear != 0 {
-            let cleared = Features { autoclear: 0, ..*features };
+        if self.data.is_raw {
+            self.lengthen_data_file(self.virtual_size())?;
+        }
+        let bitmaps = if writer.bitmaps.is_some() { AUTOCLEAR_BITMAPS } else { 0 };
+        let raw = if self.data.is_raw { AUTOCLEAR_DATA_FILE_RAW } else { 0 };
+        let maintained = bitmaps | raw;
+        if features.autoclear & !maintained != 0 {
+            let cleared = Features { autoclear: features.autoclear & maintained, ..*features };
             let patch = cleared.patch();
             self.storage
                 .write_at(&patch.bytes, patch.offset.0)
@@ -198,7 +267,7 @@ impl Image {
 const FLATTEN: &str = "`qemu-img rebase -b ''` makes the image independent of it";
 const CONVERT: &str = "`qemu-img convert -O qcow2` makes an image without it";
 
-fn read_header(storage: &dyn Storage) -> Result<Header> {
+pub(super) fn read_header(storage: &dyn Storage) -> Result<Header> {
     let io = |e| Error::io("reading the header", e);
     let len = storage.len().map_err(io)?;
     // Most headers are short; the rest of a large first cluster is read only where it matters.
@@ -229,18 +298,39 @@ fn refusal(header: &Header) -> Option<String> {
         let kind = header.compression_type;
         return Some(format!("compression type {kind} is not known: {CONVERT}"));
     }
+    if header.geometry.data_file()
+        && let Some(reason) = data_file_refusal(header)
+    {
+        return Some(reason);
+    }
     let (feature, remedy) = if header.crypt_method != 0 {
         ("encryption", "`qemu-img convert` with the key makes an image without it")
-    } else if incompatible & INCOMPATIBLE_DATA_FILE != 0 {
-        ("an external data file", CONVERT)
-    } else if incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 {
-        ("extended L2 entries (subclusters)", CONVERT)
-    } else if header.autoclear_features & AUTOCLEAR_BITMAPS != 0 {
-        ("persistent bitmaps", "`qemu-img bitmap --remove` deletes them")
     } else {
         return None;
     };
     Some(not_served(feature, remedy))
+}
+
+/// Why an image with an external data file is not served. QEMU makes none of these.
+fn data_file_refusal(header: &Header) -> Option<String> {
+    let what = if header.snapshot_count > 0 {
+        "has internal snapshots, which it cannot have: `qemu-img convert -O qcow2` makes a sound one"
+    } else if header.backing_file.is_some()
+        && header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0
+    {
+        "is marked as raw but has a backing file: `qemu-img check -r all` takes the mark away"
+    } else if data_file_name(header).is_empty() {
+        "does not record that file's name: `qemu-img amend --image-opts -o data_file=NAME \
+         file.filename=IMAGE,data-file.filename=NAME` does"
+    } else {
+        return None;
+    };
+    Some(format!("the image, which has an external data file, {what}"))
+}
+
+/// The name of the external data file, empty where none is recorded.
+fn data_file_name(header: &Header) -> &[u8] {
+    header.extension(EXTENSION_DATA_FILE).unwrap_or_default()
 }
 
 fn backing_file(header: &Header) -> Option<BackingFile> {

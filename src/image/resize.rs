@@ -29,7 +29,7 @@ impl Image {
             ));
         }
         let writer = self.begin_change()?;
-        if self.geometry.version() < 3 && writer.has_snapshots {
+        if self.geometry.version() < 3 && self.snapshots.any() {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "an image of version 2 that has snapshots cannot be resized: they do not record \
@@ -38,6 +38,9 @@ impl Image {
         }
         let _flush = self.hold_flush(writer);
         let old = self.virtual_size();
+        if size != old {
+            self.begin_resize(writer, &(old.min(size)..old.max(size)))?;
+        }
         self.note(match size.cmp(&old) {
             std::cmp::Ordering::Less => self.shrink(writer, size..old),
             std::cmp::Ordering::Greater => self.grow(writer, old..size),
@@ -49,9 +52,12 @@ impl Image {
     fn shrink(&self, writer: &Writer, cut: Range<u64>) -> Result<()> {
         let _guard = self.locks.exclusive(self.geometry.guest_clusters(&cut));
         self.clear_held(writer, cut.clone())?;
+        // Before the header, so that the disk keeps its size where this fails.
+        self.cut_data_file(cut.start)?;
         self.flush_held(writer)?;
         self.patch_header(writer, &Header::patch_size(cut.start))?;
         self.size.store(cut.start, Ordering::Release);
+        self.note_cut(writer, cut.start);
         Ok(())
     }
 
@@ -69,6 +75,11 @@ impl Image {
         if !writer.clear_past_end.load(Ordering::Acquire) {
             self.clear_past_end(writer, &added)?;
         }
+        if self.data.is_raw {
+            // What it may be longer than the disk by does not become part of that.
+            self.erase_data(added.clone())?;
+        }
+        self.lengthen_data_file(added.end)?;
         self.write_header(&Header::patch_size(added.end))?;
         self.mark_unsynced();
         self.size.store(added.end, Ordering::Release);
@@ -93,6 +104,12 @@ impl Image {
     fn grow_l1(&self, writer: &Writer, entries: u32) -> Result<()> {
         let clusters = self.geometry.clusters_for(u64::from(entries) * 8);
         let place = writer.refcounts.allocate_at_end(clusters.0)?;
+        self.switch_l1(writer, place, entries)
+    }
+
+    /// Moves the L1 table to `place`, whose clusters are counted, with room for `entries`. The
+    /// flush lock is held.
+    pub(super) fn switch_l1(&self, writer: &Writer, place: Range<u64>, entries: u32) -> Result<()> {
         let offset = self.geometry.host_offset(HostCluster(place.start));
         let switched = self.tables.relocate_l1(offset, entries, |bytes| {
             self.storage
@@ -115,7 +132,7 @@ impl Image {
     }
 
     /// Writes a part of the header, durably.
-    fn patch_header(&self, writer: &Writer, patch: &Patch) -> Result<()> {
+    pub(super) fn patch_header(&self, writer: &Writer, patch: &Patch) -> Result<()> {
         self.write_header(patch)?;
         self.sync(writer)
     }

@@ -1,13 +1,14 @@
 //! Writing: in place where the cluster is ours alone, else into new clusters.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
+use super::data_file::Place;
 use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry};
-use crate::recycler::Rooted;
 use crate::storage::reserve_metadata;
-use crate::tables::{LinkOrder, Run, TableState};
+use crate::tables::{LinkOrder, Mapping, Run, TableState};
 
 impl Image {
     /// Writes all of `data` at guest offset `offset`. Zeros onto unallocated clusters allocate
@@ -17,6 +18,7 @@ impl Image {
     /// `Invalid` past the end of the disk, `ReadOnly`, host errors, `Corrupt`. What was written
     /// before the error stays; no cluster is half linked.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let writer = self.begin_change()?;
         let end =
             offset
@@ -24,6 +26,8 @@ impl Image {
                 .filter(|end| *end <= self.virtual_size())
                 .ok_or_else(|| Error::invalid(format!("a write at {offset:#x} is past the end")))?;
         let range = offset..end;
+        self.map_raw(writer, &range)?;
+        self.record_change(writer, &range);
         let mut at = {
             let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
             // The disk may have been cut while nothing was held.
@@ -47,6 +51,7 @@ impl Image {
     pub(super) fn begin_change(&self) -> Result<&Writer> {
         let writer = self.writer()?;
         self.prepare_to_write(writer)?;
+        self.begin_recording(writer)?;
         if self.tables.is_crowded() {
             self.flush()?;
         }
@@ -61,7 +66,7 @@ impl Image {
             let (run, end) = self.run_at(at, range.end)?;
             let Run::Data { first, copied: true } = run else { break };
             let piece = &data[(at - range.start) as usize..(end - range.start) as usize];
-            self.write_host(piece, self.host_offset(first, at))?;
+            self.write_data(piece, self.host_offset(first, at))?;
             at = end;
         }
         Ok(at)
@@ -69,12 +74,20 @@ impl Image {
 
     /// Writes the first run of `data` at `at`, whatever is there; returns where that ends. The
     /// clusters are held exclusively.
-    fn write_some(&self, writer: &Writer, at: u64, data: &[u8]) -> Result<u64> {
-        let (run, end) = self.run_at(at, at + data.len() as u64)?;
+    pub(super) fn write_some(&self, writer: &Writer, at: u64, data: &[u8]) -> Result<u64> {
+        let (mapping, end) = self.mapping_at(at, at + data.len() as u64)?;
+        let run = match self.told_apart(mapping) {
+            Mapping::Uniform(run) => run,
+            Mapping::Mixed(mixed) => {
+                let end = end.min(self.cluster_end(at));
+                self.write_subclusters(writer, at, &data[..(end - at) as usize], &mixed)?;
+                return Ok(end);
+            }
+        };
         let data = &data[..(end - at) as usize];
         match run {
             Run::Data { first, copied: true } => {
-                self.write_host(data, self.host_offset(first, at))?;
+                self.write_data(data, self.host_offset(first, at))?;
                 Ok(end)
             }
             Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
@@ -98,11 +111,12 @@ impl Image {
         // One table holds all that is linked at a time.
         let table_end = self.table_end(first);
         let wanted = self.geometry.guest_clusters(&(at..data_end)).end.min(table_end) - first.0;
-        let rooted = writer.recycler.take(wanted)?;
-        let taken_end = (first.0 + rooted.count()) << self.geometry.cluster_bits();
+        let place = self.take_place(writer, first, wanted)?;
+        let taken_end = (first.0 + place.count()) << self.geometry.cluster_bits();
         let end = data_end.min(taken_end);
-        self.write_host(&data[..(end - at) as usize], self.host_offset(rooted.first(), at))?;
-        self.link(writer, first, rooted)?;
+        self.clear_around(&place, &(at..end))?;
+        self.write_data(&data[..(end - at) as usize], self.host_offset(place.first(), at))?;
+        self.link(writer, first, place)?;
         Ok(end)
     }
 
@@ -126,29 +140,27 @@ impl Image {
         (zeros, from)
     }
 
-    /// Makes `rooted` the clusters of the guest clusters from `first` on, which have a table and no
+    /// Makes `place` the clusters of the guest clusters from `first` on, which have a table and no
     /// data.
     pub(super) fn link(
         &self,
         writer: &Writer,
         first: GuestCluster,
-        rooted: Rooted<'_>,
+        place: Place<'_>,
     ) -> Result<()> {
-        let (host, count) = (rooted.first(), rooted.count());
+        let (host, count) = (place.first(), place.count());
         let mut linked = 0;
         let mut replaced = Vec::new();
         let guest = first.0..first.0 + count;
-        let result = self.tables.update(guest, rooted.order(), |_, entry| {
-            if let L2Entry::Zero { preallocated: Some(old), .. } = entry {
-                replaced.push(old);
-            }
+        let result = self.tables.update(guest, place.order(), |_, entry| {
+            replaced.extend(entry.host_cluster().map(|(old, _)| old));
             let cluster = HostCluster(host.0 + linked);
             linked += 1;
             Ok(Some(L2Entry::Data { cluster, copied: true }))
         });
-        rooted.linked(linked);
+        place.linked(linked);
         writer.recycler.note_change();
-        let dropped = replaced.into_iter().try_for_each(|old| self.drop_reference(writer, old));
+        let dropped = replaced.into_iter().try_for_each(|old| self.drop_data(writer, old));
         result.and(dropped)
     }
 
@@ -219,7 +231,8 @@ impl Image {
     pub(super) fn rewrite(&self, writer: &Writer, at: u64, old: Run, data: &[u8]) -> Result<()> {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
         if let Run::Data { first, .. } = old {
-            match writer.refcounts.get(first)? {
+            let count = if self.data.is_external { 1 } else { writer.refcounts.get(first)? };
+            match count {
                 0 => return Err(self.uncounted(first)),
                 1 => {
                     // It is ours, only the flag was missing. On disk the refcount may still be
@@ -228,7 +241,7 @@ impl Image {
                     let entry = L2Entry::Data { cluster: first, copied: true };
                     self.set_entry(guest, LinkOrder::AfterSync, entry)?;
                     writer.recycler.note_change();
-                    return self.write_host(data, self.host_offset(first, at));
+                    return self.write_data(data, self.host_offset(first, at));
                 }
                 _ => {}
             }
@@ -240,13 +253,13 @@ impl Image {
         let within = self.geometry.within(at) as usize;
         copy[within..within + data.len()].copy_from_slice(data);
         self.ensure_table(writer, guest)?;
-        let rooted = writer.recycler.take(1)?;
-        let cluster = rooted.first();
-        self.write_host(&copy, self.geometry.host_offset(cluster).0)?;
+        let place = self.take_place(writer, guest, 1)?;
+        let cluster = place.first();
+        self.write_data(&copy, self.geometry.host_offset(cluster).0)?;
         // The copy must be durable before the entry that replaces the original.
         let entry = L2Entry::Data { cluster, copied: true };
-        self.set_entry(guest, LinkOrder::AfterSync, entry)?;
-        rooted.linked(1);
+        self.set_entry(guest, place.order_of_copy(), entry)?;
+        place.linked(1);
         writer.recycler.note_change();
         self.drop_old(writer, old)
     }
@@ -254,12 +267,7 @@ impl Image {
     /// Fills `cluster` with the guest cluster that `at` lies in and `run` starts with.
     fn read_cluster(&self, at: u64, run: Run, cluster: &mut [u8]) -> Result<()> {
         match run {
-            Run::Data { first, .. } => {
-                let source = self.geometry.host_offset(first);
-                self.storage
-                    .read_at(cluster, source.0)
-                    .map_err(|e| Error::io(format!("reading data at {source}"), e))
-            }
+            Run::Data { first, .. } => self.read_data(cluster, self.geometry.host_offset(first).0),
             Run::Compressed { offset, length } => self.read_compressed(offset, length, 0, cluster),
             Run::Backing => self.read_backing(at - self.geometry.within(at), cluster),
             Run::Unallocated | Run::Zero => {
@@ -272,7 +280,7 @@ impl Image {
     /// The first guest cluster of `run` refers to its data no more.
     pub(super) fn drop_old(&self, writer: &Writer, run: Run) -> Result<()> {
         match run {
-            Run::Data { first, .. } => self.drop_reference(writer, first),
+            Run::Data { first, .. } => self.drop_data(writer, first),
             Run::Compressed { offset, length } => self.drop_compressed(writer, offset, length),
             Run::Unallocated | Run::Zero | Run::Backing => Ok(()),
         }
@@ -313,7 +321,7 @@ impl Image {
         }
     }
 
-    fn uncounted(&self, cluster: HostCluster) -> Error {
+    pub(super) fn uncounted(&self, cluster: HostCluster) -> Error {
         Error::corrupt(format!(
             "the cluster at {} is referenced but its refcount is 0",
             self.geometry.host_offset(cluster)
@@ -340,9 +348,16 @@ impl Image {
     }
 
     fn preallocate_some(&self, writer: &Writer, at: u64, end: u64) -> Result<u64> {
-        let (run, run_end) = self.run_at(at, end)?;
+        let (mapping, run_end) = self.mapping_at(at, end)?;
         let first = self.geometry.guest_cluster(GuestOffset(at));
         let clusters = self.geometry.guest_clusters(&(at..run_end));
+        let run = match self.told_apart(mapping) {
+            Mapping::Uniform(run) => run,
+            Mapping::Mixed(mixed) => {
+                self.preallocate_subclusters(writer, first, &mixed)?;
+                return Ok(run_end.min(self.cluster_end(at)));
+            }
+        };
         match run {
             Run::Data { first: host, .. } => {
                 self.reserve_host(host, clusters.end - clusters.start)?;
@@ -355,30 +370,37 @@ impl Image {
             Run::Unallocated | Run::Zero => {}
         }
         self.ensure_table(writer, first)?;
-        let rooted = writer.recycler.take(clusters.end - clusters.start)?;
-        let linked = rooted.count();
-        self.reserve_host(rooted.first(), linked)?;
-        self.link(writer, first, rooted)?;
+        let place = self.take_place(writer, first, clusters.end - clusters.start)?;
+        let linked = place.count();
+        let start = self.geometry.guest_offset(first).0;
+        self.clear_around(&place, &(start..start))?;
+        self.reserve_host(place.first(), linked)?;
+        self.link(writer, first, place)?;
         Ok(run_end.min((first.0 + linked) << self.geometry.cluster_bits()))
     }
 
-    fn reserve_host(&self, first: HostCluster, count: u64) -> Result<()> {
+    pub(super) fn reserve_host(&self, first: HostCluster, count: u64) -> Result<()> {
         let start = self.geometry.host_offset(first).0;
-        let end = start + (count << self.geometry.cluster_bits());
-        match self.storage.allocate(start..end) {
+        let mut end = start + (count << self.geometry.cluster_bits());
+        if self.data.is_external {
+            // A data file does not become longer than the disk.
+            end = end.min(self.virtual_size());
+        }
+        match self.data.storage.allocate(start..end) {
             Ok(()) => {
-                self.mark_unsynced();
+                self.mark_data_unsynced();
                 Ok(())
             }
             Err(e) => Err(Error::io(format!("reserving host blocks at {start:#x}"), e)),
         }
     }
 
+    /// Writes to the image file, which guest data is not in where there is a data file.
     pub(super) fn write_host(&self, data: &[u8], offset: u64) -> Result<()> {
         let written = self
             .storage
             .write_at(data, offset)
-            .map_err(|e| Error::io(format!("writing data at {offset:#x}"), e));
+            .map_err(|e| Error::io(format!("writing at {offset:#x}"), e));
         self.mark_unsynced();
         written
     }
@@ -402,7 +424,7 @@ impl Image {
     }
 }
 
-fn is_all_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_all_zero(bytes: &[u8]) -> bool {
     // Chunks, so that the compiler compares many bytes at a time; data usually ends it at once.
     let (chunks, rest) = bytes.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)

@@ -15,11 +15,12 @@
 //! A flush *seals* what is junk or erased when it takes its copy of the tables, and *settles* that
 //! when it is durable: what joins meanwhile waits for the next one.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use serde::Serialize;
 
-use super::cluster_set::ClusterSet;
+use crate::alloc::ClusterSet;
 
 /// Every cluster that is on its way, by state. The sets are disjoint.
 #[derive(Debug, Default)]
@@ -104,6 +105,18 @@ impl ClusterMap {
         self.released.insert(clusters);
     }
 
+    /// used -> released: the last references to `clusters` are gone from the tables on disk.
+    ///
+    /// # Errors
+    /// [`NotInUse`]; nothing has changed then.
+    pub fn release_used(&mut self, clusters: Range<u64>) -> Result<(), NotInUse> {
+        if self.sets().iter().any(|set| set.overlaps(&clusters)) {
+            return Err(NotInUse);
+        }
+        self.released.insert(clusters);
+        Ok(())
+    }
+
     /// leaked -> released, unless the cluster is in some state already; whether it was not.
     pub fn take_leaked(&mut self, cluster: u64) -> bool {
         let is_leaked = !self.sets().iter().any(|set| set.contains(cluster));
@@ -111,6 +124,15 @@ impl ClusterMap {
             self.released.insert(cluster..cluster + 1);
         }
         is_leaked
+    }
+
+    /// How many references to each cluster that has others were dropped and are counted still.
+    pub fn pending_drops(&self) -> HashMap<u64, u64> {
+        let mut drops = HashMap::new();
+        for cluster in self.shared.iter().chain(&self.shared_sealed).chain(&self.shared_released) {
+            *drops.entry(*cluster).or_default() += 1;
+        }
+        drops
     }
 
     /// Takes released clusters to punch and free, at most `max`; [`ClusterMap::freed`] or
@@ -177,6 +199,11 @@ impl ClusterMap {
         taken
     }
 
+    /// Clusters that a flush would release.
+    pub fn junk(&self) -> u64 {
+        self.junk.count()
+    }
+
     /// Clusters in the pool, available or about to be.
     pub fn pool(&self) -> u64 {
         self.available.count() + self.erased.count() + self.erased_sealed.count()
@@ -216,6 +243,30 @@ impl ClusterMap {
         }
     }
 
+    /// Two states that have a cluster in common, which none must.
+    pub fn overlap(&self) -> Option<(&'static str, &'static str)> {
+        const NAMES: [&str; 8] = [
+            "junk",
+            "junk in a flush",
+            "released",
+            "being punched",
+            "erased",
+            "erased in a flush",
+            "available",
+            "rooted",
+        ];
+        let sets = self.sets();
+        let pairs = (0..sets.len()).flat_map(|i| (0..i).map(move |j| (i, j)));
+        pairs.into_iter().find(|&(i, j)| sets[i].meets(sets[j])).map(|(i, j)| (NAMES[j], NAMES[i]))
+    }
+
+    /// Whether a cluster is in any state, or has lost a reference that is still counted.
+    pub fn is_on_its_way(&self, cluster: u64) -> bool {
+        let shared = [&self.shared, &self.shared_sealed, &self.shared_released];
+        self.sets().iter().any(|set| set.contains(cluster))
+            || shared.iter().any(|dropped| dropped.contains(&cluster))
+    }
+
     fn sets(&self) -> [&ClusterSet; 8] {
         [
             &self.junk,
@@ -252,6 +303,18 @@ mod tests {
         assert_eq!(map.take_available(3), Some(4..5));
         map.linked(4..5);
         assert_eq!(map.counts(), StateCounts { released: 1, ..Default::default() });
+    }
+
+    #[test]
+    fn a_cluster_in_two_states_is_found() {
+        let mut map = ClusterMap::default();
+        map.drop_used(4..6).unwrap();
+        map.add_rooted(6..7);
+        assert_eq!(map.overlap(), None);
+        map.add_erased(5..6);
+        assert_eq!(map.overlap(), Some(("junk", "erased")));
+        map.drop_shared(9);
+        assert!(map.is_on_its_way(6) && map.is_on_its_way(9) && !map.is_on_its_way(7));
     }
 
     #[test]

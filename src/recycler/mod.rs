@@ -5,14 +5,15 @@
 //! step at a time; [`thread`] decides which step is next. It never touches guest data that is in
 //! use, and it never flushes by itself: the image does, at its request.
 //!
-//! Moving live clusters down so that the file can be cut shorter belongs here too, and is not
-//! there yet.
+//! Moving live clusters down so that the file can be cut shorter is the image's, since that follows
+//! its tables; the thread does it when nothing else is left to do, at the pace that `pace` allows.
 
 mod cluster_map;
-mod cluster_set;
+mod pace;
 pub mod thread;
 mod wake;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,20 +25,37 @@ use serde::Serialize;
 pub use cluster_map::{ClusterMap, NotInUse, StateCounts};
 pub use wake::WakeSignal;
 
-use crate::alloc::Refcounts;
+use crate::alloc::{Allocated, Refcounts};
 use crate::error::{Error, Result};
 use crate::format::{Geometry, HostCluster};
 use crate::storage::Storage;
 use crate::tables::LinkOrder;
 
-/// A pool holds at least this many clusters, whatever its size in bytes.
+/// A pool holds at least this many clusters, whatever its size in bytes. It begins with so many, so
+/// that little data does not lie behind a large pool, and grows whenever it runs low.
 const MIN_POOL: u64 = 16;
+/// Nobody needs a pool who has not allocated for so long.
+const POOL_IDLE: Duration = Duration::from_secs(3);
 /// One step punches at most so much, so that a stop or an allocation need not wait for more.
 const PUNCH_BYTES: u64 = 1 << 30;
 /// Free space in small pieces: one refill takes at most so many.
 const PIECES_PER_REFILL: u64 = 1024;
+/// So much junk is flushed as soon as no more comes for [`PAUSE`], so that discards that no flush
+/// follows give their space back soon.
+const MUCH_JUNK: u64 = 64 << 20;
 /// Allocation has paused when there was none for so long.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// What a step of compaction came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compacted {
+    /// There is nothing to do until something is freed.
+    Nothing,
+    /// There may be something to do then.
+    Later(Instant),
+    /// So many bytes were moved, and there is more to do.
+    Moved(u64),
+}
 
 /// The freed and the ready clusters of one image.
 pub struct Recycler {
@@ -47,8 +65,10 @@ pub struct Recycler {
     /// Lock order: after the refcounts. No I/O under it.
     map: Mutex<ClusterMap>,
     wake: Arc<WakeSignal>,
+    /// Clusters to keep ready at most.
+    max_pool: u64,
     /// Clusters to keep ready.
-    pool_size: u64,
+    pool_size: AtomicU64,
     /// Somebody allocates: a pool is worth having.
     pool_wanted: AtomicBool,
     /// Something was freed since the file's end was last looked at.
@@ -59,14 +79,18 @@ pub struct Recycler {
     change_noted: AtomicBool,
     opened: Instant,
     last_allocation_ms: AtomicU64,
+    last_drop_ms: AtomicU64,
     work: Work,
 }
 
 #[derive(Debug, Default)]
 struct Work {
+    /// Clusters that became free in any way, also those that nobody had used.
+    loosened: AtomicU64,
     punched: AtomicU64,
     freed: AtomicU64,
     cut: AtomicU64,
+    moved: AtomicU64,
 }
 
 /// What the recycler has done since the image was opened, in bytes.
@@ -78,6 +102,8 @@ pub struct WorkDone {
     pub freed: u64,
     /// Cut off the file's end.
     pub cut: u64,
+    /// Moved towards the start of the file.
+    pub moved: u64,
 }
 
 /// Consecutive clusters that were handed out and are not linked yet. They read as zeros and are
@@ -130,7 +156,7 @@ impl Recycler {
         refcounts: Arc<Refcounts>,
         keep_erased: u64,
     ) -> Self {
-        let pool_size = match keep_erased {
+        let max_pool = match keep_erased {
             0 => 0,
             bytes => geometry.clusters_for(bytes).0.max(MIN_POOL),
         };
@@ -140,13 +166,15 @@ impl Recycler {
             refcounts,
             map: Mutex::default(),
             wake: Arc::default(),
-            pool_size,
+            max_pool,
+            pool_size: AtomicU64::new(max_pool.min(MIN_POOL)),
             pool_wanted: AtomicBool::new(false),
             tail_may_be_free: AtomicBool::new(false),
             frees_held: AtomicBool::new(false),
             change_noted: AtomicBool::new(false),
             opened: Instant::now(),
             last_allocation_ms: AtomicU64::new(0),
+            last_drop_ms: AtomicU64::new(0),
             work: Work::default(),
         }
     }
@@ -165,9 +193,9 @@ impl Recycler {
         self.note_allocation();
         let (taken, is_low) = {
             let mut map = self.map.lock();
-            (map.take_available(wanted), map.pool() <= self.pool_size / 2)
+            (map.take_available(wanted), map.pool() <= self.pool_size() / 2)
         };
-        if is_low && self.pool_size > 0 {
+        if is_low && self.max_pool > 0 {
             self.wake.wake();
         }
         if let Some(clusters) = taken {
@@ -178,23 +206,73 @@ impl Recycler {
         Ok(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync })
     }
 
+    /// Consecutive free clusters before `end`, at least 1 and at most `wanted`, past the pool; `None`
+    /// when there is none.
+    ///
+    /// # Errors
+    /// As [`Recycler::take`].
+    pub fn take_before(&self, wanted: u64, end: u64) -> Result<Option<Rooted<'_>>> {
+        let Some(allocated) = self.refcounts.allocate_before(wanted, end)? else {
+            return Ok(None);
+        };
+        let clusters = self.zeroed(allocated)?;
+        self.map.lock().add_rooted(clusters.clone());
+        Ok(Some(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync }))
+    }
+
+    /// Exactly `count` consecutive clusters, of any content, for metadata: from the pool, else at the
+    /// end of the file.
+    ///
+    /// # Errors
+    /// As [`Recycler::take`].
+    pub fn take_run(&self, count: u64) -> Result<Rooted<'_>> {
+        let rooted = self.take(count)?;
+        if rooted.count() == count {
+            return Ok(rooted);
+        }
+        drop(rooted);
+        let clusters = self.refcounts.allocate_at_end(count)?;
+        self.map.lock().add_rooted(clusters.clone());
+        Ok(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync })
+    }
+
     /// The tables in memory refer to `clusters` no more, which nothing else refers to.
     ///
     /// # Errors
     /// `Corrupt`: they were not in use.
     pub fn drop_used(&self, clusters: Range<u64>) -> Result<()> {
-        let dropped = self.map.lock().drop_used(clusters.clone());
-        self.note_change();
-        dropped.map_err(|NotInUse| {
-            let at = self.geometry.host_offset(HostCluster(clusters.start));
-            Error::corrupt(format!("a cluster at or after {at} is referenced twice, counted once"))
-        })
+        let (dropped, is_now_much) = {
+            let mut map = self.map.lock();
+            let before = map.junk();
+            let dropped = map.drop_used(clusters.clone());
+            (dropped, !self.is_much(before) && self.is_much(map.junk()))
+        };
+        self.note_drop();
+        if is_now_much {
+            self.wake.wake();
+        }
+        dropped.map_err(|NotInUse| self.counted_once(&clusters))
+    }
+
+    /// The tables on disk refer to `clusters` no more, which nothing else refers to.
+    ///
+    /// # Errors
+    /// `Corrupt`: they were not in use.
+    pub fn release_used(&self, clusters: Range<u64>) -> Result<()> {
+        let released = self.map.lock().release_used(clusters.clone());
+        self.note_drop();
+        released.map_err(|NotInUse| self.counted_once(&clusters))
+    }
+
+    fn counted_once(&self, clusters: &Range<u64>) -> Error {
+        let at = self.geometry.host_offset(HostCluster(clusters.start));
+        Error::corrupt(format!("a cluster at or after {at} is referenced twice, counted once"))
     }
 
     /// The tables in memory dropped one reference to a cluster that has others.
     pub fn drop_shared(&self, cluster: HostCluster) {
         self.map.lock().drop_shared(cluster.0);
-        self.note_change();
+        self.note_drop();
     }
 
     /// Nothing in memory or on disk refers to `clusters` any more.
@@ -225,8 +303,28 @@ impl Recycler {
 
     /// See [`ClusterMap::settle`].
     pub fn settle(&self, succeeded: bool) {
-        self.map.lock().settle(succeeded);
-        self.wake.wake();
+        let has_work = {
+            let mut map = self.map.lock();
+            map.settle(succeeded);
+            map.awaits_freeing()
+        };
+        if has_work {
+            self.wake.wake();
+        }
+    }
+
+    /// Whether nothing that was dropped is on its way to being free.
+    pub fn is_settled(&self) -> bool {
+        let map = self.map.lock();
+        let counts = map.counts();
+        counts.junk + counts.released + counts.rooted == 0
+    }
+
+    /// When a cluster was last allocated or dropped.
+    pub fn last_change(&self) -> Instant {
+        let last = |at: &AtomicU64| at.load(Ordering::Relaxed);
+        let ms = last(&self.last_allocation_ms).max(last(&self.last_drop_ms));
+        self.opened + Duration::from_millis(ms)
     }
 
     /// Whether a flush would advance anything.
@@ -234,9 +332,30 @@ impl Recycler {
         self.map.lock().awaits_flush()
     }
 
+    /// When a flush is due for the sake of junk: much of it waits, and no more comes until then.
+    pub fn junk_due(&self) -> Option<Instant> {
+        let last = Duration::from_millis(self.last_drop_ms.load(Ordering::Relaxed));
+        self.is_much(self.map.lock().junk()).then(|| self.opened + last + PAUSE)
+    }
+
+    fn is_much(&self, junk: u64) -> bool {
+        junk << self.geometry.cluster_bits() >= MUCH_JUNK
+    }
+
     /// How many clusters are in which state.
     pub fn counts(&self) -> StateCounts {
         self.map.lock().counts()
+    }
+
+    /// Two states that have a cluster in common, which none must.
+    pub fn overlap(&self) -> Option<(&'static str, &'static str)> {
+        self.map.lock().overlap()
+    }
+
+    /// Whether a cluster is in any state but used or free, or has lost a reference that is still
+    /// counted.
+    pub fn is_on_its_way(&self, cluster: u64) -> bool {
+        self.map.lock().is_on_its_way(cluster)
     }
 
     /// What was done so far.
@@ -245,7 +364,13 @@ impl Recycler {
             punched: self.work.punched.load(Ordering::Relaxed),
             freed: self.work.freed.load(Ordering::Relaxed),
             cut: self.work.cut.load(Ordering::Relaxed),
+            moved: self.work.moved.load(Ordering::Relaxed),
         }
+    }
+
+    /// Live clusters of so many bytes were moved.
+    pub fn note_moved(&self, bytes: u64) {
+        self.work.moved.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// While it holds, nothing is punched or freed: somebody reads tables that may be dropped.
@@ -263,6 +388,11 @@ impl Recycler {
     /// its way already.
     pub fn take_leaked(&self, cluster: u64) -> u64 {
         u64::from(self.map.lock().take_leaked(cluster))
+    }
+
+    /// See [`ClusterMap::pending_drops`].
+    pub fn pending_drops(&self) -> HashMap<u64, u64> {
+        self.map.lock().pending_drops()
     }
 
     /// Punches and frees one run of released clusters; `false` when there is none.
@@ -307,6 +437,7 @@ impl Recycler {
             if end > *done {
                 self.punch(*done..end)?;
                 self.work.freed.fetch_add(self.bytes(&(*done..end)), Ordering::Relaxed);
+                self.work.loosened.fetch_add(end - *done, Ordering::Relaxed);
             }
             let punched = *done..end.max(*done + 1);
             *done = punched.end;
@@ -319,14 +450,14 @@ impl Recycler {
     /// Whether the pool should be filled up.
     pub fn is_pool_low(&self) -> bool {
         self.pool_wanted.load(Ordering::Relaxed)
-            && self.pool_size > 0
-            && self.map.lock().pool() <= self.pool_size / 2
+            && self.max_pool > 0
+            && self.map.lock().pool() <= self.pool_size() / 2
     }
 
     /// Whether the pool is so low that a flush should make what is erased available.
     pub fn is_pool_short(&self) -> bool {
         let counts = self.counts();
-        counts.erased > 0 && counts.available <= self.pool_size / 4
+        counts.erased > 0 && counts.available <= self.pool_size() / 4
     }
 
     /// Fills the pool up from the free clusters nearest to the start of the file. What is taken is
@@ -335,8 +466,11 @@ impl Recycler {
     /// # Errors
     /// As [`Recycler::take`].
     pub fn refill(&self) -> Result<()> {
+        // It ran low in use, or even dry: more next time.
+        let growth = if self.map.lock().pool() == 0 { 8 } else { 2 };
+        self.pool_size.store((self.pool_size() * growth).min(self.max_pool), Ordering::Relaxed);
         for _ in 0..PIECES_PER_REFILL {
-            let missing = self.pool_size.saturating_sub(self.map.lock().pool());
+            let missing = self.pool_size().saturating_sub(self.map.lock().pool());
             if missing == 0 {
                 break;
             }
@@ -346,10 +480,47 @@ impl Recycler {
         Ok(())
     }
 
+    fn pool_size(&self) -> u64 {
+        self.pool_size.load(Ordering::Relaxed)
+    }
+
+    fn last_allocation(&self) -> Instant {
+        self.opened + Duration::from_millis(self.last_allocation_ms.load(Ordering::Relaxed))
+    }
+
+    /// When the pool is given up, if nobody allocates until then.
+    pub fn pool_idle_at(&self) -> Option<Instant> {
+        let has_one = self.pool_wanted.load(Ordering::Relaxed) || self.map.lock().pool_from(0) > 0;
+        has_one.then(|| self.last_allocation() + POOL_IDLE)
+    }
+
+    /// Gives the pool up: nobody allocates any more, and it would lie between the data and the end
+    /// of the file.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn give_up_pool(&self) -> Result<()> {
+        self.pool_wanted.store(false, Ordering::Relaxed);
+        self.pool_size.store(self.max_pool.min(MIN_POOL), Ordering::Relaxed);
+        self.tail_may_be_free.store(true, Ordering::Relaxed);
+        let pool = self.map.lock().take_pool_from(0);
+        pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))
+    }
+
+    /// Frees clusters of the pool.
+    fn release_unused(&self, clusters: Range<u64>) -> Result<()> {
+        self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
+        self.refcounts.release(clusters)
+    }
+
+    /// How many clusters have become free since the image was opened.
+    pub fn loosened(&self) -> u64 {
+        self.work.loosened.load(Ordering::Relaxed)
+    }
+
     /// When the end of the file should be looked at; `None` when nothing was freed since.
     pub fn tail_due(&self) -> Option<Instant> {
-        let last = Duration::from_millis(self.last_allocation_ms.load(Ordering::Relaxed));
-        self.tail_may_be_free.load(Ordering::Relaxed).then(|| self.opened + last + PAUSE)
+        self.tail_may_be_free.load(Ordering::Relaxed).then(|| self.last_allocation() + PAUSE)
     }
 
     /// Cuts free clusters off the end of the file. Clusters of the pool that lie there are given
@@ -363,7 +534,7 @@ impl Recycler {
         let spare = self.map.lock().pool_from(end);
         if spare > 0 && self.refcounts.has_free_before(end, spare)? {
             let pool = self.map.lock().take_pool_from(end);
-            pool.into_iter().try_for_each(|clusters| self.refcounts.release(clusters))?;
+            pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))?;
             self.wake.wake();
         }
         let cut = self.refcounts.cut_tail()?;
@@ -388,8 +559,15 @@ impl Recycler {
     /// Free clusters, counted now, that read as zeros and lie within the file.
     fn allocate_zeroed(&self, wanted: u64) -> Result<Range<u64>> {
         let allocated = self.refcounts.allocate(wanted)?;
+        self.zeroed(allocated)
+    }
+
+    fn zeroed(&self, allocated: Allocated) -> Result<Range<u64>> {
         let zeroed = match allocated.is_new {
-            true => self.refcounts.extend_file(),
+            true => {
+                self.tail_may_be_free.store(true, Ordering::Relaxed);
+                self.refcounts.extend_file()
+            }
             false => self.punch(allocated.clusters.clone()),
         };
         if let Err(e) = zeroed {
@@ -413,11 +591,20 @@ impl Recycler {
         (clusters.end - clusters.start) << self.geometry.cluster_bits()
     }
 
-    fn note_allocation(&self) {
+    fn note_drop(&self) {
+        self.note_time(&self.last_drop_ms);
+        self.note_change();
+    }
+
+    fn note_time(&self, at: &AtomicU64) {
         let now = self.opened.elapsed().as_millis() as u64;
-        if self.last_allocation_ms.load(Ordering::Relaxed) != now {
-            self.last_allocation_ms.store(now, Ordering::Relaxed);
+        if at.load(Ordering::Relaxed) != now {
+            at.store(now, Ordering::Relaxed);
         }
+    }
+
+    fn note_allocation(&self) {
+        self.note_time(&self.last_allocation_ms);
         if !self.pool_wanted.load(Ordering::Relaxed) {
             self.pool_wanted.store(true, Ordering::Relaxed);
         }

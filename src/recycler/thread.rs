@@ -1,8 +1,8 @@
 //! The recycler's thread: which step is next.
 //!
 //! In this order: a flush is made when it is due; what is released is freed; the pool is filled; a
-//! flush is made when the pool waits for it; the end of the file is cut when allocation has paused.
-//! Otherwise it sleeps. It does not keep the image alive, and an error does not end it: the image is
+//! flush is made when the pool waits for it; a pool that nobody uses is given up; the end of the
+//! file is cut when allocation has paused; clusters are moved. Otherwise it sleeps. It does not keep the image alive, and an error does not end it: the image is
 //! told (which may latch it), and the step is tried again later. What is due comes first, so that
 //! what cannot be freed or allocated keeps nothing from being flushed.
 
@@ -11,7 +11,8 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Recycler;
+use super::pace::Pace;
+use super::{Compacted, Recycler};
 use crate::error::{Error, Result};
 
 /// An error is followed by a pause, so that a full disk is not asked a thousand times a second.
@@ -29,6 +30,10 @@ pub trait Recycled: Send + Sync + 'static {
     fn needs_flush(&self) -> bool;
     /// Makes everything durable and lets the states advance.
     fn flush(&self) -> Result<()>;
+    /// Does a small step of making the file shorter, if there is one to do.
+    fn compact_some(&self, now: Instant) -> Result<Compacted>;
+    /// How many requests have come in so far.
+    fn requests(&self) -> u64;
     /// A step of the recycler failed.
     fn recycler_failed(&self, error: Error);
 }
@@ -39,6 +44,7 @@ struct Agenda {
     flush_due: Option<Instant>,
     last_pool_flush: Option<Instant>,
     not_before: Option<Instant>,
+    pace: Pace,
 }
 
 /// What comes after a step.
@@ -48,15 +54,19 @@ enum Next {
 }
 
 /// Starts the thread, which ends when the wake signal is stopped or the image is gone. Changes wait
-/// at most `flush_after` for a flush.
+/// at most `flush_after` for a flush, much junk less; clusters are moved at no more than `rate` bytes a second.
 ///
 /// # Errors
 /// The host cannot start another thread.
-pub fn spawn<T: Recycled>(image: &Arc<T>, flush_after: Duration) -> io::Result<JoinHandle<()>> {
+pub fn spawn<T: Recycled>(
+    image: &Arc<T>,
+    flush_after: Duration,
+    rate: Option<u64>,
+) -> io::Result<JoinHandle<()>> {
     let wake = image.recycler().wake_signal().clone();
     let image = Arc::downgrade(image);
     std::thread::Builder::new().name("recycler".into()).spawn(move || {
-        let mut agenda = Agenda::default();
+        let mut agenda = Agenda { pace: Pace::new(rate), ..Default::default() };
         let mut deadline = None;
         while wake.wait(deadline) {
             deadline = match work(&image, &mut agenda, flush_after) {
@@ -102,15 +112,21 @@ impl Agenda {
         if self.flush_due.is_none() {
             recycler.forget_changes();
         }
+        let mut flush_due = None;
         if !image.needs_flush() {
             if self.flush_due.take().is_some() {
                 // Somebody else has flushed. Look again, so that the next change wakes the thread.
                 return Ok(Next::Again);
             }
-        } else if *self.flush_due.get_or_insert(now + flush_after) <= now {
-            self.flush_due = None;
-            image.flush()?;
-            return Ok(Next::Again);
+        } else {
+            let latest = *self.flush_due.get_or_insert(now + flush_after);
+            let due = recycler.junk_due().map_or(latest, |at| at.min(latest));
+            if due <= now {
+                self.flush_due = None;
+                image.flush()?;
+                return Ok(Next::Again);
+            }
+            flush_due = Some(due);
         }
         if recycler.free_some()? {
             return Ok(Next::Again);
@@ -130,11 +146,28 @@ impl Agenda {
             }
             pool_due = Some(due);
         }
+        let idle_at = recycler.pool_idle_at();
+        if idle_at.is_some_and(|at| at <= now) {
+            recycler.give_up_pool()?;
+            return Ok(Next::Again);
+        }
         let tail_due = recycler.tail_due();
         if tail_due.is_some_and(|at| at <= now) {
             recycler.cut_tail()?;
             return Ok(Next::Again);
         }
-        Ok(Next::SleepUntil([self.flush_due, pool_due, tail_due].into_iter().flatten().min()))
+        let mut move_due = self.pace.wait_until(now);
+        if move_due.is_none() {
+            match image.compact_some(now)? {
+                Compacted::Nothing => {}
+                Compacted::Later(at) => move_due = Some(at),
+                Compacted::Moved(bytes) => {
+                    self.pace.stepped(now, Instant::now(), bytes, image.requests());
+                    return Ok(Next::Again);
+                }
+            }
+        }
+        let due = [flush_due, pool_due, idle_at, tail_due, move_due];
+        Ok(Next::SleepUntil(due.into_iter().flatten().min()))
     }
 }

@@ -1,9 +1,9 @@
 //! Waking the recycler: many causes, one signal.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Condvar, Mutex};
 
 /// A signal that coalesces: any number of wakes before the sleeper looks are one. Its lock is the
 /// last in the order.
@@ -18,7 +18,7 @@ pub struct WakeSignal {
 impl WakeSignal {
     /// There is work.
     pub fn wake(&self) {
-        if !self.pending.load(Ordering::Acquire) && !self.pending.swap(true, Ordering::AcqRel) {
+        if !self.pending.swap(true, Ordering::AcqRel) {
             // Taking the lock orders this wake after the sleeper's look at `pending`.
             let _stopped = self.stopped.lock();
             self.changed.notify_all();
@@ -57,6 +57,9 @@ impl WakeSignal {
         }
     }
 }
+
+#[cfg(all(test, feature = "model"))]
+mod models;
 
 #[cfg(test)]
 mod tests {

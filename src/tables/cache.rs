@@ -100,6 +100,38 @@ impl SliceCache {
         }
     }
 
+    /// Puts a whole metadata cluster here, to be written whole. Nothing of it may be in the cache.
+    pub fn insert_dirty_cluster(&mut self, offset: u64, bytes: &[u8]) {
+        let size = self.slice_size as usize;
+        for (key, piece) in (offset..).step_by(size).zip(bytes.chunks(size)) {
+            debug_assert!(!self.slices.contains_key(&key), "stale slice at {key:#x}");
+            self.add(key, piece.into(), sectors(&(0..size)));
+            self.dirty.insert(key);
+        }
+    }
+
+    /// Overwrites those parts of `bytes`, the metadata cluster at `offset` as it stands on disk,
+    /// that are here; whether all were.
+    pub fn read_cluster(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let size = self.slice_size as usize;
+        let mut all = true;
+        for (key, piece) in (offset..).step_by(size).zip(bytes.chunks_mut(size)) {
+            match self.slices.get(&key) {
+                Some(slice) => piece.copy_from_slice(&slice.bytes),
+                None => all = false,
+            }
+        }
+        all
+    }
+
+    /// Copies of the slices that are here of the metadata cluster at `offset`, and where in it each
+    /// begins.
+    pub fn slices_of(&self, offset: u64, cluster_size: u64) -> Vec<(usize, Box<[u8]>)> {
+        let keys = (offset..offset + cluster_size).step_by(self.slice_size as usize);
+        keys.filter_map(|key| Some(((key - offset) as usize, self.slices.get(&key)?.bytes.clone())))
+            .collect()
+    }
+
     fn add(&mut self, key: u64, bytes: Box<[u8]>, dirty: u8) {
         debug_assert_eq!(bytes.len() as u64, self.slice_size);
         if self.slices.contains_key(&key) {

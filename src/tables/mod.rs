@@ -9,8 +9,9 @@
 
 mod cache;
 mod metadata_map;
+mod moves;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -18,9 +19,12 @@ use parking_lot::{Mutex, RwLock};
 
 pub use cache::{SliceCache, Write};
 pub use metadata_map::MetadataMap;
+pub use moves::Edit;
 
 use crate::error::{Error, Result};
-use crate::format::{Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry};
+use crate::format::{
+    COPIED, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, MixedCluster, be64,
+};
 use crate::storage::Storage;
 
 /// L1 entries in one 512-byte sector, the unit in which the L1 table is written back.
@@ -39,7 +43,16 @@ pub enum TableState {
     Shared(HostCluster),
 }
 
-/// What consecutive guest clusters are.
+/// What the tables say of consecutive guest clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// All of each cluster is the same.
+    Uniform(Run),
+    /// One guest cluster whose subclusters differ.
+    Mixed(MixedCluster),
+}
+
+/// What a part of the disk is: consecutive guest clusters, or subclusters of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Run {
     /// Nothing allocated, and nothing behind it: reads zeros.
@@ -91,6 +104,8 @@ struct State {
     /// Sectors of the L1 table that changed since the last flush.
     l1_dirty: BTreeSet<usize>,
     cache: SliceCache,
+    /// Words of other metadata, by their offset, that are written with the tables.
+    along: BTreeMap<u64, Vec<u8>>,
     /// Something linked since the last flush must not be on disk before what it refers to is: the
     /// flush syncs first.
     barrier: bool,
@@ -105,6 +120,7 @@ pub struct DirtyTables {
     pub barrier: bool,
     l1_sectors: BTreeSet<usize>,
     l2_writes: usize,
+    along: usize,
 }
 
 impl Tables {
@@ -130,6 +146,7 @@ impl Tables {
                 l1_offset,
                 l1_dirty: BTreeSet::new(),
                 cache: SliceCache::new(geometry.cluster_size(), cache_bytes),
+                along: BTreeMap::new(),
                 barrier: false,
             }),
             loaders: Default::default(),
@@ -177,12 +194,13 @@ impl Tables {
     ///
     /// # Errors
     /// Host errors; `Corrupt` with a malformed entry or one that points to metadata.
-    pub fn lookup(&self, clusters: Range<u64>) -> Result<(Run, u64)> {
+    pub fn lookup(&self, clusters: Range<u64>) -> Result<(Mapping, u64)> {
         loop {
             {
                 let state = self.state.read();
                 let Some((table, own)) = self.table_of(&state, clusters.start)? else {
-                    return Ok((Run::Unallocated, self.absent_tables(&state, &clusters)));
+                    let absent = self.absent_tables(&state, &clusters);
+                    return Ok((Mapping::Uniform(Run::Unallocated), absent));
                 };
                 let key = state.cache.key(self.entry_offset(table, clusters.start));
                 if let Some(bytes) = state.cache.get(key) {
@@ -239,12 +257,13 @@ impl Tables {
         let offset = self.entry_offset(table, cluster.0);
         let key = cache.key(offset);
         let at = (offset - key) as usize;
+        let place = at..at + self.geometry.l2_entry_size() as usize;
         let Some(bytes) = cache.get(key) else { return Ok(()) };
-        let entry = self.decode_l2(read_u64(bytes, at), offset)?;
+        let entry = self.decode_l2(&bytes[place.clone()], offset)?;
         if let Some(new) = change(cluster, entry)?
-            && let Some(bytes) = cache.get_mut(key, at..at + 8)
+            && let Some(bytes) = cache.get_mut(key, place.clone())
         {
-            bytes[at..at + 8].copy_from_slice(&new.encode(&self.geometry).to_be_bytes());
+            new.write(&mut bytes[place], &self.geometry);
         }
         Ok(())
     }
@@ -268,17 +287,17 @@ impl Tables {
     /// Host errors.
     pub fn read_table(&self, table: HostCluster) -> Result<Vec<u8>> {
         let start = self.geometry.host_offset(table).0;
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        let size = self.geometry.cluster_size();
+        // What waits for a flush now may have been written and evicted when the file has been read.
+        let before = self.state.read().cache.slices_of(start, size);
+        let mut bytes = vec![0; size as usize];
         self.storage
             .read_at(&mut bytes, start)
             .map_err(|e| Error::io(format!("reading an L2 table at {start:#x}"), e))?;
-        let state = self.state.read();
-        let size = state.cache.slice_size();
-        for (key, piece) in (start..).step_by(size as usize).zip(bytes.chunks_mut(size as usize)) {
-            if let Some(cached) = state.cache.get(key) {
-                piece.copy_from_slice(cached);
-            }
+        for (at, slice) in before {
+            bytes[at..at + slice.len()].copy_from_slice(&slice);
         }
+        self.state.read().cache.read_cluster(start, &mut bytes);
         Ok(bytes)
     }
 
@@ -319,7 +338,7 @@ impl Tables {
     /// Whether anything waits for a flush.
     pub fn is_dirty(&self) -> bool {
         let state = self.state.read();
-        state.cache.dirty_slices() > 0 || !state.l1_dirty.is_empty()
+        state.cache.dirty_slices() > 0 || !state.l1_dirty.is_empty() || !state.along.is_empty()
     }
 
     /// Whether so much waits for a flush that the cache is short of room.
@@ -340,9 +359,11 @@ impl Tables {
             let bytes = state.l1[first..last].iter().flat_map(|e| e.to_be_bytes()).collect();
             (state.l1_offset.0 + sector as u64 * 512, bytes)
         }));
+        let along = state.along.len();
+        writes.extend(std::mem::take(&mut state.along));
         let barrier = std::mem::take(&mut state.barrier);
         seal();
-        DirtyTables { writes, barrier, l1_sectors, l2_writes }
+        DirtyTables { writes, barrier, l1_sectors, l2_writes, along }
     }
 
     /// How the flush of `dirty` went. Where it failed, all of it is due again.
@@ -351,6 +372,11 @@ impl Tables {
         state.cache.written(&dirty.writes[..dirty.l2_writes], succeeded);
         if !succeeded {
             state.l1_dirty.extend(dirty.l1_sectors);
+            let first_along = dirty.writes.len() - dirty.along;
+            for (offset, bytes) in dirty.writes.into_iter().skip(first_along) {
+                // What was to be written there since is newer.
+                state.along.entry(offset).or_insert(bytes);
+            }
             state.barrier |= dirty.barrier;
         }
     }
@@ -358,6 +384,83 @@ impl Tables {
     /// The number of L1 entries.
     pub fn l1_entries(&self) -> usize {
         self.state.read().l1.len()
+    }
+
+    /// The L1 table as it is now, changes that wait for a flush included.
+    pub fn l1(&self) -> Vec<u64> {
+        self.state.read().l1.clone()
+    }
+
+    /// Which clusters hold metadata.
+    pub fn metadata(&self) -> &Arc<MetadataMap> {
+        &self.metadata
+    }
+
+    /// Clears COPIED in the first `entries` L1 entries: their L2 tables are about to be shared.
+    pub fn share_tables(&self, entries: usize) {
+        let mut state = self.state.write();
+        for index in 0..state.l1.len().min(entries) {
+            if state.l1[index] & COPIED != 0 {
+                state.l1[index] &= !COPIED;
+                state.l1_dirty.insert(index / L1_ENTRIES_PER_SECTOR);
+            }
+        }
+    }
+
+    /// Clears COPIED in every entry of the L2 table in `table`, whoever refers to that: what it
+    /// maps is about to be shared. Nobody may change its entries meanwhile.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn share_entries(&self, table: HostCluster) -> Result<()> {
+        let start = self.geometry.host_offset(table).0;
+        let slice_size = self.state.read().cache.slice_size();
+        for key in (start..start + self.geometry.cluster_size()).step_by(slice_size as usize) {
+            let _loader = self.loaders[(key / slice_size) as usize % LOADERS].lock();
+            let is_here = self.state.read().cache.get(key).is_some();
+            let mut loaded = None;
+            if !is_here {
+                let bytes = self.read_slice(key, slice_size)?;
+                if !bytes.chunks_exact(8).any(|word| be64(word, 0) & COPIED != 0) {
+                    // Nothing to change, perhaps: not worth a place in the cache.
+                    continue;
+                }
+                loaded = Some(bytes);
+            }
+            let mut state = self.state.write();
+            if let Some(bytes) = loaded {
+                state.cache.insert(key, bytes);
+            }
+            self.share_slice(&mut state.cache, key);
+        }
+        Ok(())
+    }
+
+    fn share_slice(&self, cache: &mut SliceCache, key: u64) {
+        let size = self.geometry.l2_entry_size() as usize;
+        let is_copied = |raw: u64| raw & COPIED != 0 && !L2Entry::is_compressed(raw);
+        let entries = cache.get(key).unwrap_or_default().chunks_exact(size).enumerate();
+        let copied: Vec<usize> =
+            entries.filter(|(_, entry)| is_copied(be64(entry, 0))).map(|(i, _)| i * size).collect();
+        for at in copied {
+            if let Some(bytes) = cache.get_mut(key, at..at + 8) {
+                let raw = be64(bytes, at);
+                bytes[at..at + 8].copy_from_slice(&(raw & !COPIED).to_be_bytes());
+            }
+        }
+    }
+
+    /// Puts `l1` in place of the L1 table, at `offset`, under the tables' lock, as
+    /// [`Tables::relocate_l1`] does; nothing waits for a flush. The old place is returned.
+    pub fn replace_l1(
+        &self,
+        offset: HostOffset,
+        l1: Vec<u64>,
+        switch: impl FnOnce() -> Result<()>,
+    ) -> Result<Range<u64>> {
+        let mut state = self.state.write();
+        switch()?;
+        Ok(self.enter_l1(&mut state, offset, l1))
     }
 
     /// Moves the L1 table to `offset` with room for `entries`, under the tables' lock: `switch`
@@ -376,6 +479,11 @@ impl Tables {
         l1.resize((entries as usize).max(l1.len()), 0);
         let bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
         switch(&bytes)?;
+        // Entries that had changed went along with the table.
+        Ok(self.enter_l1(&mut state, offset, l1))
+    }
+
+    fn enter_l1(&self, state: &mut State, offset: HostOffset, l1: Vec<u64>) -> Range<u64> {
         let clusters = |offset: HostOffset, entries: usize| {
             let first = self.geometry.host_cluster(offset).0;
             first..first + self.geometry.clusters_for(entries as u64 * 8).0
@@ -387,15 +495,21 @@ impl Tables {
         old.clone().for_each(|c| self.metadata.remove(HostCluster(c)));
         state.l1 = l1;
         state.l1_offset = offset;
-        // Entries that had changed went along with the table.
         state.l1_dirty.clear();
-        Ok(old)
+        old
     }
 
     /// Brings the slice of a guest cluster into the cache.
     fn load(&self, cluster: u64) -> Result<()> {
         let Some((table, _)) = self.table_of(&self.state.read(), cluster)? else { return Ok(()) };
-        let offset = self.entry_offset(table, cluster);
+        // Another table may have taken the entry meanwhile, and other content this cluster.
+        self.load_slice(self.entry_offset(table, cluster), |state| {
+            Ok(self.table_of(state, cluster)?.is_some_and(|(now, _)| now == table))
+        })
+    }
+
+    /// Brings the slice at host offset `offset` into the cache, if it `is_valid` once it is read.
+    fn load_slice(&self, offset: u64, is_valid: impl FnOnce(&State) -> Result<bool>) -> Result<()> {
         let (key, size) = {
             let state = self.state.read();
             (state.cache.key(offset), state.cache.slice_size())
@@ -404,16 +518,20 @@ impl Tables {
         if self.state.read().cache.get(key).is_some() {
             return Ok(());
         }
+        let bytes = self.read_slice(key, size)?;
+        let mut state = self.state.write();
+        if is_valid(&state)? {
+            state.cache.insert(key, bytes);
+        }
+        Ok(())
+    }
+
+    fn read_slice(&self, key: u64, size: u64) -> Result<Box<[u8]>> {
         let mut bytes = vec![0; size as usize].into_boxed_slice();
         self.storage
             .read_at(&mut bytes, key)
             .map_err(|e| Error::io(format!("reading an L2 table at {key:#x}"), e))?;
-        let mut state = self.state.write();
-        // Another table may have taken the entry meanwhile, and other content this cluster.
-        if self.table_of(&state, cluster)?.is_some_and(|(now, _)| now == table) {
-            state.cache.insert(key, bytes);
-        }
-        Ok(())
+        Ok(bytes)
     }
 
     /// The L2 table of a guest cluster, and whether it is marked as referenced only here.
@@ -433,23 +551,42 @@ impl Tables {
             .map_err(|bad| Error::corrupt(format!("L1 entry {index} {bad}")))
     }
 
-    fn decode_l2(&self, raw: u64, entry_offset: u64) -> Result<L2Entry> {
-        let entry = L2Entry::decode(raw, &self.geometry)
+    fn decode_l2(&self, bytes: &[u8], entry_offset: u64) -> Result<L2Entry> {
+        let entry = L2Entry::read(bytes, &self.geometry)
             .map_err(|bad| Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))?;
-        let bad = match entry {
-            L2Entry::Data { cluster, .. } | L2Entry::Zero { preallocated: Some(cluster), .. } => {
-                self.metadata.first_in(cluster, 1)
-            }
-            L2Entry::Compressed { offset, length } => {
+        let bad = match (entry, entry.host_cluster()) {
+            (L2Entry::Compressed { offset, length }, _) => {
                 let clusters = self.geometry.host_clusters(offset, length);
-                self.metadata.first_in(HostCluster(clusters.start), clusters.end - clusters.start)
+                self.metadata_in(HostCluster(clusters.start), clusters.end - clusters.start)
             }
-            _ => None,
+            (_, Some((cluster, _))) => self.metadata_in(cluster, 1),
+            (_, None) => None,
         };
         match bad {
             Some(cluster) => Err(self.points_to_metadata(cluster, entry_offset)),
             None => Ok(entry),
         }
+    }
+
+    /// The first of `count` clusters that are said to hold data but hold metadata.
+    fn metadata_in(&self, first: HostCluster, count: u64) -> Option<HostCluster> {
+        // A data file holds none.
+        if self.geometry.data_file() { None } else { self.metadata.first_in(first, count) }
+    }
+
+    /// In an external data file every cluster is at the guest's offset, as it is.
+    fn check_external(&self, entry: L2Entry, guest: u64, entry_offset: u64) -> Result<()> {
+        let bad = match entry {
+            L2Entry::Data { cluster, .. } if cluster.0 != guest => format!(
+                "points to {} of the data file instead of the guest's own offset",
+                self.geometry.host_offset(cluster)
+            ),
+            L2Entry::Compressed { .. } => {
+                "is compressed in an image with an external data file".into()
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))
     }
 
     fn points_to_metadata(&self, cluster: HostCluster, entry_offset: u64) -> Error {
@@ -497,7 +634,7 @@ impl Tables {
         key: u64,
         clusters: Range<u64>,
         own: bool,
-    ) -> Result<(Run, u64)> {
+    ) -> Result<(Mapping, u64)> {
         let size = self.geometry.l2_entry_size();
         let start = (clusters.start * size % bytes.len() as u64) as usize;
         let mut entries = bytes[start..]
@@ -505,23 +642,27 @@ impl Tables {
             .take((clusters.end - clusters.start) as usize)
             .enumerate()
             .map(|(i, entry)| {
-                L2Entry::decode(read_u64(entry, 0), &self.geometry)
+                L2Entry::read(entry, &self.geometry)
                     .map_err(|_| key + start as u64 + i as u64 * size)
             });
         let first_offset = key + start as u64;
+        let first_bytes = &bytes[start..start + size as usize];
         let first = match entries.next() {
             Some(Ok(entry)) => entry,
-            _ => return Err(self.bad_entry(read_u64(bytes, start), first_offset)),
+            _ => return Err(self.bad_entry(first_bytes, first_offset)),
         };
+        if self.geometry.data_file() {
+            self.check_external(first, clusters.start, first_offset)?;
+        }
         let rest = entries.enumerate();
-        match first {
+        let (run, count) = match first {
             L2Entry::Unallocated => {
                 let same = rest.take_while(|(_, e)| *e == Ok(L2Entry::Unallocated)).count();
-                Ok((Run::Unallocated, 1 + same as u64))
+                (Run::Unallocated, 1 + same as u64)
             }
             L2Entry::Zero { .. } => {
                 let same = rest.take_while(|(_, e)| matches!(e, Ok(L2Entry::Zero { .. }))).count();
-                Ok((Run::Zero, 1 + same as u64))
+                (Run::Zero, 1 + same as u64)
             }
             L2Entry::Data { cluster, copied } => {
                 let next = |i: usize| HostCluster(cluster.0 + 1 + i as u64);
@@ -529,30 +670,32 @@ impl Tables {
                     .take_while(|(i, e)| *e == Ok(L2Entry::Data { cluster: next(*i), copied }))
                     .count() as u64;
                 let run = Run::Data { first: cluster, copied: copied && own };
-                match self.metadata.first_in(cluster, count) {
-                    Some(bad) if bad == cluster => Err(self.points_to_metadata(bad, first_offset)),
-                    Some(bad) => Ok((run, bad.0 - cluster.0)),
-                    None => Ok((run, count)),
+                match self.metadata_in(cluster, count) {
+                    Some(bad) if bad == cluster => {
+                        return Err(self.points_to_metadata(bad, first_offset));
+                    }
+                    Some(bad) => (run, bad.0 - cluster.0),
+                    None => (run, count),
                 }
             }
             L2Entry::Compressed { offset, length } => {
-                self.decode_l2(read_u64(bytes, start), first_offset)?;
-                Ok((Run::Compressed { offset, length }, 1))
+                self.decode_l2(first_bytes, first_offset)?;
+                (Run::Compressed { offset, length }, 1)
             }
-        }
+            L2Entry::Mixed(mixed) => {
+                self.decode_l2(first_bytes, first_offset)?;
+                let copied = mixed.copied && own;
+                return Ok((Mapping::Mixed(MixedCluster { copied, ..mixed }), 1));
+            }
+        };
+        Ok((Mapping::Uniform(run), count))
     }
 
-    fn bad_entry(&self, raw: u64, entry_offset: u64) -> Error {
-        self.decode_l2(raw, entry_offset).err().unwrap_or_else(|| {
+    fn bad_entry(&self, bytes: &[u8], entry_offset: u64) -> Error {
+        self.decode_l2(bytes, entry_offset).err().unwrap_or_else(|| {
             Error::corrupt(format!("{} is not understood", self.name_entry(entry_offset)))
         })
     }
-}
-
-fn read_u64(bytes: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(word)
 }
 
 fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
@@ -560,5 +703,8 @@ fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Ve
     storage
         .read_at(&mut bytes, offset.0)
         .map_err(|e| Error::io(format!("reading the L1 table at {offset}"), e))?;
-    Ok(bytes.chunks_exact(8).map(|word| read_u64(word, 0)).collect())
+    Ok(bytes.chunks_exact(8).map(|word| be64(word, 0)).collect())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! Images made by QEMU, and QEMU's verdict on them.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -109,6 +110,48 @@ pub fn content(path: &Path) -> Option<Vec<u8>> {
     let args =
         ["convert", "-f", "qcow2", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()];
     run("qemu-img", &args).status.success().then(|| std::fs::read(&raw).unwrap())
+}
+
+/// The guest's view of an image as far as QEMU can read it.
+pub struct Salvaged {
+    bytes: Vec<u8>,
+    /// Sectors that cannot be read, which are zeros in `bytes`.
+    unreadable: HashSet<u64>,
+}
+
+/// The guest's view of an image, if QEMU can open it.
+pub fn salvaged(path: &Path) -> Option<Salvaged> {
+    let raw = path.with_extension("raw");
+    let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
+    let args = ["convert", "--salvage", "-f", "qcow2", "-O", "raw", from, to];
+    let output = run("qemu-img", &args);
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    let unreadable = messages.lines().filter_map(|line| {
+        let (_, rest) = line.split_once("error while reading offset ")?;
+        let (offset, _) = rest.split_once(':')?;
+        Some(offset.parse::<u64>().unwrap() / 512)
+    });
+    let unreadable = unreadable.collect();
+    output.status.success().then(|| Salvaged { bytes: std::fs::read(&raw).unwrap(), unreadable })
+}
+
+impl Salvaged {
+    /// The first sector that could be read here and is not the same `after`.
+    pub fn first_loss(&self, after: &Salvaged) -> Option<String> {
+        if self.bytes.len() != after.bytes.len() {
+            return Some(format!("{} bytes became {}", self.bytes.len(), after.bytes.len()));
+        }
+        let sectors = self.bytes.chunks(512).zip(after.bytes.chunks(512));
+        (0..).zip(sectors).find_map(|(sector, (one, other))| {
+            if self.unreadable.contains(&sector) {
+                return None;
+            }
+            match after.unreadable.contains(&sector) {
+                true => Some(format!("sector {sector} can no longer be read")),
+                false => (one != other).then(|| format!("sector {sector} has changed")),
+            }
+        })
+    }
 }
 
 /// A small generator of numbers; the same seed gives the same numbers.

@@ -9,3 +9,5 @@ mod damage;
 mod hostile;
 mod rebuild;
 mod shapes;
+#[path = "../support/mod.rs"]
+mod support;

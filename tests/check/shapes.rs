@@ -24,7 +24,8 @@ fn every_version_cluster_size_and_refcount_width() {
 #[test]
 fn snapshots_share_clusters() {
     let directory = directory();
-    for options in ["compat=1.1", "compat=0.10", "cluster_size=512", "refcount_bits=2"] {
+    let extended = "extended_l2=on,cluster_size=16k";
+    for options in ["compat=1.1", "compat=0.10", "cluster_size=512", "refcount_bits=2", extended] {
         let path = varied(directory.path(), "s.qcow2", options);
         let name = path.to_str().unwrap();
         must("qemu-img", &["snapshot", "-c", "first", name]);
@@ -70,6 +71,11 @@ fn bitmaps_extended_l2_backing_and_preallocation() {
 
     same(&varied(directory.path(), "e.qcow2", "extended_l2=on"), "extended L2");
     same(&varied(directory.path(), "e.qcow2", "extended_l2=on,cluster_size=16k"), "extended L2");
+
+    for kind in ["metadata", "falloc", "full"] {
+        let options = format!("extended_l2=on,cluster_size=16k,preallocation={kind}");
+        same(&varied(directory.path(), "e.qcow2", &options), &options);
+    }
 
     let overlay = directory.path().join("o.qcow2");
     let base = path.to_str().unwrap();

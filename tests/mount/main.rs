@@ -13,7 +13,11 @@
 
 #[macro_use]
 mod lab;
+mod bitmaps;
 mod chains;
+mod combinations;
+mod compact;
+mod data_files;
 mod devices;
 mod directory;
 mod discards;
@@ -24,3 +28,4 @@ mod layers;
 mod locks;
 mod options;
 mod refusals;
+mod snapshots;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rng::Rng;
 
 use qcow2fs::check::{Report, check};
-use qcow2fs::image::{Backing, Image, Options};
+use qcow2fs::image::{Beside, CompactAfter, Image, Options};
 use qcow2fs::storage::{HostFile, Storage};
 
 /// Bytes in a sector.
@@ -49,15 +49,16 @@ pub fn busy(rng: &mut Rng) -> Options {
         flush_after: Duration::from_millis(*rng.pick(&[1, 10, 100])),
         metadata_cache: *rng.pick(&[0, 4096, 1 << 20]),
         return_leaks: true,
+        compact_after: *rng.pick(&[CompactAfter::Off, CompactAfter::Bytes(1)]),
+        settle_after: Duration::from_millis(*rng.pick(&[0, 2, 20])),
+        recycle_rate: None,
+        runtime_asserts: rng.one_in(2),
     }
 }
 
 /// Opens for reading.
-pub fn open_read_only(
-    storage: Arc<dyn Storage>,
-    backing: Option<Arc<dyn Backing>>,
-) -> qcow2fs::Result<Arc<Image>> {
-    Image::open_over(storage, &Options { writable: false, ..Options::default() }, backing)
+pub fn open_read_only(storage: Arc<dyn Storage>, beside: Beside) -> qcow2fs::Result<Arc<Image>> {
+    Image::open_with(storage, &Options { writable: false, ..Options::default() }, beside)
 }
 
 /// No corruption, as far as this project's verifier can tell; leaks may be there.

@@ -1,10 +1,21 @@
 //! QEMU's own tools: they make the images and judge what became of them.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::rng::Rng;
+
+/// Where an image's data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataFile {
+    /// In the image.
+    None,
+    /// In an external data file.
+    Plain,
+    /// In one that is the raw disk by itself.
+    Raw,
+}
 
 /// What an image is made with.
 #[derive(Clone, Debug)]
@@ -19,11 +30,40 @@ pub struct Shape {
     /// QEMU's word for what is allocated at once.
     pub preallocation: &'static str,
     pub lazy_refcounts: bool,
+    pub data_file: DataFile,
+    /// Whether L2 entries tell subclusters apart; version 3, cluster_bits 14 at least.
+    pub extended_l2: bool,
 }
 
 impl Shape {
+    /// Version 3, with nothing special.
+    pub fn new(cluster_bits: u32, refcount_bits: u32, size: u64) -> Self {
+        let (version, preallocation, lazy_refcounts) = (3, "off", false);
+        let (data_file, extended_l2) = (DataFile::None, false);
+        Shape {
+            version,
+            cluster_bits,
+            refcount_bits,
+            size,
+            preallocation,
+            lazy_refcounts,
+            data_file,
+            extended_l2,
+        }
+    }
+
+    /// The data file of the image at `path`.
+    pub fn data_path(&self, path: &Path) -> Option<PathBuf> {
+        (self.data_file != DataFile::None).then(|| path.with_extension("data"))
+    }
+
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// The smallest part of the disk that can be mapped.
+    pub fn subcluster_size(&self) -> u64 {
+        self.cluster_size() / if self.extended_l2 { 32 } else { 1 }
     }
 
     /// Any shape, of a few to a hundred clusters but not above `most` bytes; the virtual size is
@@ -44,13 +84,23 @@ impl Shape {
             _ => "off",
         };
         let lazy_refcounts = version == 3 && rng.one_in(8);
-        Shape { version, cluster_bits, refcount_bits, size, preallocation, lazy_refcounts }
+        let extended_l2 = version == 3 && cluster_bits >= 14 && rng.one_in(2);
+        let data_file = match rng.within(0..10) {
+            0 | 1 if version == 3 => DataFile::Plain,
+            2 if version == 3 => DataFile::Raw,
+            _ => DataFile::None,
+        };
+        let plain = Shape::new(cluster_bits, refcount_bits, size);
+        Shape { version, preallocation, lazy_refcounts, extended_l2, data_file, ..plain }
     }
 
     /// Makes the image at `path`, on `backing` where there is one.
     pub fn create(&self, path: &Path, backing: Option<&Path>) {
         let mut command = Command::new("qemu-img");
         command.args(["create", "-q", "-f", "qcow2", "-o", &self.to_string()]);
+        if let Some(data) = self.data_path(path) {
+            command.args(["-o", &format!("data_file={}", data.display())]);
+        }
         if let Some(backing) = backing {
             let qcow2 = backing.extension().is_some_and(|e| e == "qcow2");
             command.args(["-F", if qcow2 { "qcow2" } else { "raw" }, "-b"]).arg(backing);
@@ -67,6 +117,12 @@ impl fmt::Display for Shape {
         write!(f, ",refcount_bits={},preallocation={}", self.refcount_bits, self.preallocation)?;
         if self.lazy_refcounts {
             write!(f, ",lazy_refcounts=on")?;
+        }
+        if self.extended_l2 {
+            write!(f, ",extended_l2=on")?;
+        }
+        if self.data_file == DataFile::Raw {
+            write!(f, ",data_file_raw=on")?;
         }
         Ok(())
     }

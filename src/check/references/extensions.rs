@@ -5,8 +5,8 @@ use super::super::spans::Spans;
 use super::{Counter, MAX_TABLES_BYTES, too_big};
 use crate::error::{Error, Result};
 use crate::format::{
-    AUTOCLEAR_BITMAPS, BitmapEntry, BitmapsExtension, EXTENSION_BITMAPS, EXTENSION_LUKS,
-    HostOffset, be64, bitmap_table_cluster,
+    AUTOCLEAR_BITMAPS, BitmapBits, BitmapEntry, BitmapsExtension, EXTENSION_BITMAPS,
+    EXTENSION_LUKS, HostOffset, be64,
 };
 
 /// A LUKS header is at most this many bytes, key slots included.
@@ -75,9 +75,9 @@ impl Counter<'_> {
                 || "reading a bitmap table".into(),
                 |at, raw| {
                     let name = || format!("the bitmap table's entry at {at:#x}");
-                    match bitmap_table_cluster(raw, &g) {
-                        Ok(None) => {}
-                        Ok(Some(cluster)) => {
+                    match BitmapBits::decode(raw, &g) {
+                        Ok(BitmapBits::Zeros | BitmapBits::Ones) => {}
+                        Ok(BitmapBits::Stored(cluster)) => {
                             if !self.refer(g.host_offset(cluster), g.cluster_size(), uses.total) {
                                 let text = format!("{} points past the end of the file", name());
                                 self.distrust(uses.total, text);

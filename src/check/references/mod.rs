@@ -32,7 +32,9 @@ pub struct ReferenceCounts {
     pub(super) l2_tables: BTreeMap<u64, Uses>,
     /// The first reason why the counts cannot be relied on.
     pub(super) distrust: Option<String>,
-    /// Where the L2 entries stand that read as zeros but keep a cluster which makes no sense.
+    /// Some entry of the active tables points to a cluster and is not COPIED.
+    pub(crate) any_not_copied: bool,
+    /// Where the L2 entries stand that have no data but keep a cluster which makes no sense.
     pub(super) bad_preallocations: Vec<HostOffset>,
 }
 
@@ -61,7 +63,7 @@ impl ReferenceCounts {
         match (&self.distrust, self.bad_preallocations.first()) {
             (Some(reason), _) => Err(Error::corrupt(reason.clone())),
             (None, Some(at)) => Err(Error::corrupt(format!(
-                "the L2 entry at {at} reads as zeros but keeps a cluster that makes no sense"
+                "the L2 entry at {at} has no data but keeps a cluster that makes no sense"
             ))),
             (None, None) => Ok(()),
         }
@@ -178,7 +180,8 @@ impl Counter<'_> {
                     1,
                     format!(
                         "the L1 table of snapshot {} makes no sense: {} entries at {offset}",
-                        snapshot.name, snapshot.l1_size
+                        snapshot.label(),
+                        snapshot.l1_size
                     ),
                 );
                 continue;
@@ -221,7 +224,7 @@ impl Counter<'_> {
             if size > MAX_SNAPSHOT_TABLE_BYTES {
                 return Err(too_big("entries of the snapshot table"));
             }
-            if self.g.version() >= 3 && snapshot.extra_data_size < 16 {
+            if self.g.version() >= 3 && !snapshot.is_complete() {
                 self.report.corruption(1, || format!("snapshot table entry {index} is incomplete"));
             }
             snapshots.push(snapshot);
@@ -257,9 +260,11 @@ impl Counter<'_> {
         }
         let offset = HostOffset(raw & OFFSET_MASK);
         if offset.0 == 0 {
-            self.report.corruption(uses.total, || format!("{} has flags but no table", name()));
+            // It had one: what that refers to may be all that is left of it.
+            self.distrust(uses.total, format!("{} has flags but no table", name()));
             return;
         }
+        self.result.any_not_copied |= uses.active != 0 && raw & COPIED == 0;
         let inside = self.refer(offset, self.g.cluster_size(), uses.total);
         if !self.g.is_aligned(offset.0) {
             self.distrust(uses.total, format!("{} {}", name(), BadEntry::Unaligned(offset)));
@@ -297,27 +302,32 @@ impl Counter<'_> {
     /// Counts what an L2 entry refers to. Returns where its data is, if that is not compressed.
     fn l2_entry(&mut self, entry: &Entry) -> Option<HostOffset> {
         let Entry { raw, bitmap, uses, .. } = *entry;
-        let decoded = L2Entry::decode(raw, &self.g).or_else(|bad| {
+        // The first word by itself: what is wrong with the bitmap comes after.
+        let decoded = L2Entry::decode(raw, 0, &self.g).or_else(|bad| {
             self.entry_corruption(entry, &bad.to_string());
             // Its offset is all that counts here.
-            L2Entry::decode(raw & (COPIED | OFFSET_MASK), &self.g)
+            L2Entry::decode(raw & (COPIED | OFFSET_MASK), 0, &self.g)
         });
         let cluster = match decoded {
             Ok(L2Entry::Compressed { offset, length }) => {
                 self.compressed(entry, offset, length);
                 return None;
             }
-            // Only there does offset 0 hold data: COPIED tells it from an unallocated cluster.
-            Ok(L2Entry::Unallocated) if self.data_file && raw & COPIED != 0 => HostCluster(0),
             Ok(L2Entry::Unallocated) => {
+                if raw & COPIED != 0 {
+                    // QEMU sees nothing wrong. But there was a cluster, which may look leaked now.
+                    let text = format!("{} is COPIED but has no cluster", entry.name());
+                    self.result.distrust.get_or_insert(text);
+                }
                 if bitmap as u32 != 0 {
                     self.entry_corruption(entry, "is unallocated but has allocated subclusters");
                 }
                 return None;
             }
-            Ok(L2Entry::Zero { preallocated: None, .. }) => return None,
-            Ok(L2Entry::Zero { preallocated: Some(cluster), .. })
-            | Ok(L2Entry::Data { cluster, .. }) => cluster,
+            Ok(entry) => match entry.host_cluster() {
+                Some((cluster, _)) => cluster,
+                None => return None,
+            },
             Err(_) => {
                 let offset = HostOffset(raw & OFFSET_MASK);
                 self.refer(offset, self.g.cluster_size(), uses.total);
@@ -325,6 +335,7 @@ impl Counter<'_> {
                 return Some(offset);
             }
         };
+        self.result.any_not_copied |= uses.active != 0 && raw & COPIED == 0;
         if (bitmap >> 32) as u32 & bitmap as u32 != 0 {
             self.entry_corruption(entry, "has subclusters both allocated and zero");
         }
@@ -343,7 +354,14 @@ impl Counter<'_> {
         self.report.compressed_clusters += entry.uses.active;
         self.report.fragmented_clusters += entry.uses.active;
         if entry.raw & COPIED != 0 {
-            self.entry_corruption(entry, "is compressed and COPIED");
+            let what = match L2Entry::may_be_compressed_or_not(entry.raw, &self.g) {
+                false => "is compressed and COPIED",
+                true => {
+                    "is compressed and COPIED, one of which is wrong: not repairable, but \
+                     `qemu-img check -r all` takes it for compressed"
+                }
+            };
+            self.entry_corruption(entry, what);
         }
         if self.data_file {
             self.entry_corruption(entry, "is compressed in an image with an external data file");
@@ -360,10 +378,17 @@ impl Counter<'_> {
         self.report.corruption(entry.uses.total, || format!("{} {what}", entry.name()));
     }
 
-    /// Notes an entry, reported already, whose host cluster makes no sense. Where it reads as zeros
-    /// anyway nothing is lost by forgetting the cluster.
+    /// Notes an entry, reported already, whose host cluster makes no sense. Where it has no data
+    /// there anyway nothing is lost by forgetting the cluster.
     fn unusable(&mut self, entry: &Entry, why: &str) {
-        if let Ok(L2Entry::Zero { .. }) = L2Entry::decode(entry.raw & !OFFSET_MASK, &self.g) {
+        let has_no_data = match self.g.extended_l2() {
+            true => entry.raw & !(OFFSET_MASK | COPIED) == 0 && entry.bitmap as u32 == 0,
+            false => {
+                let flags = L2Entry::decode(entry.raw & !OFFSET_MASK, 0, &self.g);
+                matches!(flags, Ok(L2Entry::Zero { .. }))
+            }
+        };
+        if has_no_data {
             let at = entry.table + entry.index * self.g.l2_entry_size();
             self.result.bad_preallocations.push(HostOffset(at));
         } else {

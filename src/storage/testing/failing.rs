@@ -68,7 +68,7 @@ pub struct Strike {
 /// A file whose operations fail as a [`Fault`] says; everything else goes to the file behind it.
 pub struct FailingStorage {
     inner: Arc<dyn Storage>,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
 }
 
 #[derive(Default)]
@@ -82,7 +82,13 @@ struct State {
 impl FailingStorage {
     /// A file that does what `inner` does until a fault is armed.
     pub fn new(inner: Arc<dyn Storage>) -> Self {
-        FailingStorage { inner, state: Mutex::default() }
+        FailingStorage { inner, state: Arc::default() }
+    }
+
+    /// Another file, `inner`, whose operations are counted and fail together with this one's.
+    #[must_use]
+    pub fn beside(&self, inner: Arc<dyn Storage>) -> Self {
+        FailingStorage { inner, state: Arc::clone(&self.state) }
     }
 
     /// From now on `fault` is counted and happens. It takes the place of an earlier one.

@@ -3,7 +3,8 @@
 //! What a crash leaves: every change before the call of the last sync that returned, and of the
 //! changes since then any subset, each whole, not at all, or torn at 512-byte sectors. Kept
 //! changes apply in the order they were made in: a host never puts an older write over a newer
-//! one.
+//! one. Files that are recorded together ([`RecordingStorage::beside`]) share one log; a sync of one
+//! covers only its own changes.
 
 use std::io;
 use std::ops::Range;
@@ -101,6 +102,16 @@ fn sectors(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         .map(move |n| (n * SECTOR).max(range.start)..((n + 1) * SECTOR).min(range.end))
 }
 
+/// The log of one file or of several.
+type Log = Arc<Mutex<Vec<Logged>>>;
+
+/// An entry, and the number of the file that it is of.
+#[derive(Clone, Debug)]
+struct Logged {
+    file: usize,
+    entry: Entry,
+}
+
 /// One entry of the log.
 #[derive(Clone, Debug)]
 pub enum Entry {
@@ -120,8 +131,10 @@ pub enum Entry {
 pub struct RecordingStorage {
     initial: MemoryStorage,
     current: MemoryStorage,
+    /// Which of the log's files this is.
+    file: usize,
     /// Held while a change is made, so that the log has the order of the changes.
-    log: Mutex<Vec<Entry>>,
+    log: Log,
     sync_takes: Duration,
 }
 
@@ -129,8 +142,17 @@ impl RecordingStorage {
     /// A file that holds what `initial` holds, durably.
     pub fn new(initial: MemoryStorage) -> Self {
         let current = initial.fork();
-        let log = Mutex::default();
-        RecordingStorage { initial, current, log, sync_takes: Duration::ZERO }
+        let log = Log::default();
+        RecordingStorage { initial, current, file: 0, log, sync_takes: Duration::ZERO }
+    }
+
+    /// Another file, number `file` of those that are recorded in this one's log (number 0). What a
+    /// crash leaves of it follows from its own [`RecordingStorage::replay`], walked in step.
+    #[must_use]
+    pub fn beside(&self, file: usize, initial: MemoryStorage) -> Self {
+        let current = initial.fork();
+        let log = Arc::clone(&self.log);
+        RecordingStorage { initial, current, file, log, sync_takes: self.sync_takes }
     }
 
     /// The same with syncs that take so long, so that other threads' changes fall into them.
@@ -141,13 +163,13 @@ impl RecordingStorage {
 
     /// Puts the caller's mark into the log, in order with everything else that happens.
     pub fn mark(&self, mark: u64) {
-        self.log.lock().push(Entry::Mark(mark));
+        self.push(&mut self.log.lock(), Entry::Mark(mark));
     }
 
     /// The log up to now, ready to be walked.
     pub fn replay(&self) -> Replay {
         let log = self.log.lock().clone();
-        Replay { log, at: 0, applied: 0, durable: self.initial.fork() }
+        Replay { log, file: self.file, at: 0, applied: 0, durable: self.initial.fork() }
     }
 
     /// The file as it is now.
@@ -158,8 +180,12 @@ impl RecordingStorage {
     fn record(&self, change: Change) -> io::Result<()> {
         let mut log = self.log.lock();
         change.apply(&self.current, Fate::Kept)?;
-        log.push(Entry::Change(change));
+        self.push(&mut log, Entry::Change(change));
         Ok(())
+    }
+
+    fn push(&self, log: &mut Vec<Logged>, entry: Entry) {
+        log.push(Logged { file: self.file, entry });
     }
 }
 
@@ -181,7 +207,7 @@ impl Storage for RecordingStorage {
         if !self.sync_takes.is_zero() {
             std::thread::sleep(self.sync_takes);
         }
-        self.log.lock().push(Entry::Sync { covers });
+        self.push(&mut self.log.lock(), Entry::Sync { covers });
         Ok(())
     }
 
@@ -213,7 +239,9 @@ impl Storage for RecordingStorage {
 /// A walk along a log: at each place, what a crash there may leave.
 #[derive(Debug)]
 pub struct Replay {
-    log: Vec<Entry>,
+    log: Vec<Logged>,
+    /// The file that is of interest.
+    file: usize,
     /// Entries walked past.
     at: usize,
     /// Entries that a sync covers; they are in `durable`.
@@ -227,13 +255,13 @@ impl Replay {
     /// # Errors
     /// None but those of a log that no file could have.
     pub fn step(&mut self) -> io::Result<Option<Entry>> {
-        let Some(entry) = self.log.get(self.at).cloned() else { return Ok(None) };
+        let Some(Logged { file, entry }) = self.log.get(self.at).cloned() else { return Ok(None) };
         self.at += 1;
-        if let Entry::Sync { covers } = entry {
-            for covered in self.log.get(self.applied..covers).unwrap_or_default() {
-                if let Entry::Change(change) = covered {
-                    change.apply(&self.durable, Fate::Kept)?;
-                }
+        if let Entry::Sync { covers } = entry
+            && file == self.file
+        {
+            for change in self.changes(self.applied..covers) {
+                change.apply(&self.durable, Fate::Kept)?;
             }
             self.applied = self.applied.max(covers);
         }
@@ -242,7 +270,7 @@ impl Replay {
 
     /// The next entry, without walking past it.
     pub fn peek(&self) -> Option<&Entry> {
-        self.log.get(self.at)
+        self.log.get(self.at).map(|logged| &logged.entry)
     }
 
     /// Entries walked past.
@@ -252,14 +280,17 @@ impl Replay {
 
     /// The changes that a crash here may lose, in their order.
     pub fn pending(&self) -> Vec<&Change> {
-        let entries = self.log.get(self.applied..self.at).unwrap_or_default();
-        entries
-            .iter()
-            .filter_map(|entry| match entry {
-                Entry::Change(change) => Some(change),
-                Entry::Sync { .. } | Entry::Mark(_) => None,
-            })
-            .collect()
+        self.changes(self.applied..self.at)
+    }
+
+    /// The changes of the file among some entries.
+    fn changes(&self, entries: Range<usize>) -> Vec<&Change> {
+        let own = self.log.get(entries).unwrap_or_default().iter().filter(|l| l.file == self.file);
+        own.filter_map(|logged| match &logged.entry {
+            Entry::Change(change) => Some(change),
+            Entry::Sync { .. } | Entry::Mark(_) => None,
+        })
+        .collect()
     }
 
     /// The file that a crash here leaves when `fate` befalls each of the [`Replay::pending`]
@@ -310,6 +341,19 @@ mod tests {
             syncing.join().unwrap().unwrap();
         });
         assert_eq!(walked(&storage).pending().len(), 1);
+    }
+
+    #[test]
+    fn a_sync_covers_its_own_file_only() {
+        let first = RecordingStorage::new(MemoryStorage::new(vec![0; 512]));
+        let second = first.beside(1, MemoryStorage::new(vec![0; 512]));
+        first.write_at(&[1; 512], 0).unwrap();
+        second.write_at(&[2; 512], 0).unwrap();
+        first.sync().unwrap();
+        let lost = |storage| walked(storage).crash(|_| Fate::Lost).unwrap().contents()[0];
+        assert_eq!((lost(&first), lost(&second)), (1, 0));
+        assert_eq!((walked(&first).position(), walked(&second).position()), (3, 3));
+        assert_eq!((first.current().contents()[0], second.current().contents()[0]), (1, 2));
     }
 
     #[test]

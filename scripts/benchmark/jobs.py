@@ -1,0 +1,112 @@
+"""What is measured, and the goals: how many times as fast as others qcow2fs is to be.
+
+`peer` is the better of the other servers of qcow2, `floor` the least that a FUSE server can do,
+`raw` the raw file itself without any server.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement. `how` names the method of `runs.Runs` that takes it."""
+
+    name: str
+    title: str
+    image: str
+    how: str = "fio"
+    options: tuple = ()
+    goals: dict = field(default_factory=dict)
+    # Contenders beside the usual ones, and usual ones that cannot take part.
+    also: tuple = ()
+    without: tuple = ()
+    chart: bool = False
+
+
+def fio(name, title, image, pattern, block, depth=1, direct=True, goals=None, more=(), **rest):
+    engine = "libaio" if depth > 1 else "psync"
+    options = (f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}", f"--ioengine={engine}",
+               f"--direct={int(direct)}", *more)
+    return Job(name, title, image, "fio", options, goals or {}, **rest)
+
+
+RANDOM = {"peer": 2.2, "floor": 0.9}
+ALLOCATING = {"peer": 2.0, "floor": 0.75}
+READS = {"peer": 2.0, "floor": 0.9}
+WRITES = {"peer": 1.2, "floor": 0.9}
+NEVER_BEHIND = {"peer": 1.0}
+# Buffered I/O through a new mount starts with nothing in the page cache.
+WARM = ("--pre_read=1",)
+# Each place once: what is written is new every time.
+ONCE = ("--time_based=0", "--norandommap=0", "--io_size=1g")
+
+JOBS = (
+    fio("randread-1", "4 KiB random reads, one at a time", "full", "randread", "4k", goals=RANDOM,
+        chart=True),
+    fio("randread-32", "4 KiB random reads, 32 at once", "full", "randread", "4k", 32,
+        goals=RANDOM, chart=True),
+    fio("randwrite-1", "4 KiB random writes, one at a time", "full", "randwrite", "4k",
+        goals=RANDOM, chart=True),
+    fio("randwrite-32", "4 KiB random writes, 32 at once", "full", "randwrite", "4k", 32,
+        goals=RANDOM, chart=True),
+    fio("mixed", "4 KiB mixed, 4 jobs of 8 at once", "full", "randrw", "4k", 8,
+        goals=NEVER_BEHIND, more=("--numjobs=4", "--group_reporting")),
+    fio("new-randwrite-1", "4 KiB random writes into an empty image, one at a time", "empty",
+        "randwrite", "4k", goals=ALLOCATING, more=ONCE),
+    fio("new-randwrite-32", "4 KiB random writes into an empty image, 32 at once", "empty",
+        "randwrite", "4k", 32, goals=ALLOCATING, more=ONCE, chart=True),
+    fio("read-64k", "64 KiB sequential reads, O_DIRECT", "full", "read", "64k", 4, goals=READS),
+    fio("read-1m", "1 MiB sequential reads, O_DIRECT", "full", "read", "1m", 4, goals=READS,
+        chart=True),
+    fio("write-64k", "64 KiB sequential writes, O_DIRECT", "full", "write", "64k", 4, goals=WRITES),
+    fio("write-1m", "1 MiB sequential writes, O_DIRECT", "full", "write", "1m", 4, goals=WRITES,
+        chart=True),
+    fio("new-write-1m", "1 MiB sequential writes into an empty image, O_DIRECT", "empty", "write",
+        "1m", 4, goals={"peer": 2.0, "floor": 0.75}, more=ONCE),
+    fio("cold-read-64k", "64 KiB buffered sequential reads, cold", "full", "read", "64k",
+        direct=False, goals={"peer": 1.3, "floor": 0.9}, more=("--time_based=0",)),
+    fio("cold-read-1m", "1 MiB buffered sequential reads, cold", "full", "read", "1m",
+        direct=False, goals={"peer": 1.3, "floor": 0.9}, more=("--time_based=0",), chart=True),
+    fio("warm-read-1m", "1 MiB buffered sequential reads, warm", "full", "read", "1m",
+        direct=False, goals={"peer": 5.0, "floor": 0.9, "raw": 0.8}, more=WARM, chart=True),
+    fio("warm-randread", "4 KiB buffered random reads, warm", "full", "randread", "4k",
+        direct=False, goals={"peer": 5.0, "floor": 0.9, "raw": 0.8}, more=WARM),
+    fio("buffered-write-64k", "64 KiB buffered sequential writes", "full", "write", "64k",
+        direct=False, goals=WRITES),
+    fio("buffered-write-1m", "1 MiB buffered sequential writes", "full", "write", "1m",
+        direct=False, goals=WRITES, chart=True),
+    fio("new-buffered-write-1m", "1 MiB buffered sequential writes into an empty image", "empty",
+        "write", "1m", direct=False, goals={"peer": 1.2, "floor": 0.75}, more=ONCE),
+    fio("fdatasync", "4 KiB random writes, each with fdatasync", "full", "randwrite", "4k",
+        goals={"peer": 2.0}, more=("--fdatasync=1",), chart=True),
+    fio("new-fdatasync", "4 KiB random writes into an empty image, each with fdatasync", "empty",
+        "randwrite", "4k", goals={"peer": 2.0}, more=(*ONCE, "--fdatasync=1")),
+    fio("chain-randread", "4 KiB random reads through 4 layers, 32 at once", "chain", "randread",
+        "4k", 32, goals={"peer": 1.0}),
+    fio("chain-read", "1 MiB buffered sequential reads through 4 layers, cold", "chain", "read",
+        "1m", direct=False, goals={"peer": 1.0}, more=("--time_based=0",)),
+    fio("compressed-read", "compressed: 1 MiB buffered sequential reads, cold", "compressed",
+        "read", "1m", direct=False, goals={"nbdfuse": 1.5, "convert to nothing": 1.0},
+        more=("--time_based=0",), also=("convert to nothing",), without=("floor", "raw"),
+        chart=True),
+    Job("compressed-copy", "compressed: copied to a raw file", "compressed", "copy",
+        goals={"nbdfuse": 1.5, "convert to a file": 1.5}, also=("convert to a file",),
+        without=("floor", "raw")),
+    Job("untar", "ext4 on a loop device: small files unpacked", "empty", "untar",
+        goals=NEVER_BEHIND),
+    Job("ext4-fsync", "ext4 on a loop device: 4 KiB random writes, each with fsync", "empty",
+        "ext4_fsync", goals=NEVER_BEHIND, chart=True),
+    Job("fstrim", "fstrim of scattered space", "trim", "fstrim", goals=NEVER_BEHIND,
+        without=("floor",)),
+)
+
+# Not a rate against others: qcow2fs alone, figures with a limit of their own.
+CHECKS = {
+    "syncs": "host syncs for an allocating 4 KiB write and its fdatasync",
+    "beside-fsync": "reads of 7 images while the eighth is written and synced 100 times a second",
+    "beside-discard": "reads of 7 images while 1 MiB of the eighth is discarded 100 times a second",
+}
+LIMITS = {"syncs": ("at most", 1.0), "beside-fsync": ("at least", 0.9),
+          "beside-discard": ("at least", 0.9)}
+# Processor time for a GiB, as a part of what qemu-storage-daemon takes.
+CPU_GOAL = 0.7

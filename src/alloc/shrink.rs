@@ -1,0 +1,292 @@
+//! What makes the file short needs of the refcounts: how much is used, free clusters before a given
+//! end, refcount blocks and a refcount table that move there, and blocks that describe nothing any
+//! more.
+//!
+//! Nothing here is durable before the next flush, which keeps the order of the module above: the
+//! contents of a block that has moved, then the table's entry, then what depends on it. The block's
+//! old place keeps its refcount until the entry is durable. A block in the range that it describes
+//! takes its own refcount along when it goes: such a place is *unlinked* until the flush is
+//! through, which nobody gets and behind which the file is not cut.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use super::{Allocated, Refcounts, State};
+use crate::error::{Error, Result};
+use crate::format::{HostCluster, refcount};
+
+/// Which clusters of a file are counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// How many.
+    pub used: u64,
+    /// One more than the last of them.
+    pub end: u64,
+    /// How many of them lie at or after cluster `used`: as many as are free before it.
+    pub behind: u64,
+}
+
+impl Refcounts {
+    /// How many clusters are counted, and which. Others get to the refcounts between two blocks, so
+    /// the sum may be of no single moment.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn usage(&self) -> Result<Usage> {
+        let per_block = self.geometry.refcounts_per_block();
+        let (mut used, mut end) = (0, 0);
+        // The clusters that the blocks before one count, by the block.
+        let mut before = BTreeMap::new();
+        for index in self.blocks() {
+            before.insert(index, used);
+            self.counted_in(index, |cluster| {
+                used += 1;
+                end = cluster + 1;
+            })?;
+        }
+        // Those in the blocks before the one that the end falls into, and the first ones in that.
+        let block = used / per_block;
+        let mut below = before.range(block..).next().map_or(used, |(_, count)| *count);
+        self.counted_in(block, |cluster| below += u64::from(cluster < used))?;
+        Ok(Usage { used, end, behind: used.saturating_sub(below) })
+    }
+
+    /// Calls `each` for every cluster that block `index` counts, in ascending order.
+    fn counted_in(&self, index: u64, mut each: impl FnMut(u64)) -> Result<()> {
+        let order = self.geometry.refcount_order();
+        let per_block = self.geometry.refcounts_per_block();
+        let Some(bytes) = self.block_bytes(&self.state.lock(), index as usize)? else {
+            return Ok(());
+        };
+        // Most blocks at the end of a large file that was emptied are all zeros but one.
+        (0..per_block)
+            .filter(|&i| refcount::get(&bytes, i as usize, order) > 0)
+            .for_each(|i| each(index * per_block + i));
+        Ok(())
+    }
+
+    /// Tells of each cluster that is counted: its number, its refcount, and whether it is a refcount
+    /// block or a part of the refcount table.
+    ///
+    /// # Errors
+    /// Host errors, and what `tell` returns.
+    pub fn for_each_counted(
+        &self,
+        mut tell: impl FnMut(u64, u64, bool) -> Result<()>,
+    ) -> Result<()> {
+        let state = self.state.lock();
+        let bits = self.geometry.cluster_bits();
+        let per_block = self.geometry.refcounts_per_block();
+        let first = self.geometry.host_cluster(state.table_offset).0;
+        let table = first..first + self.geometry.clusters_for(state.table.len() as u64 * 8).0;
+        let blocks: BTreeSet<u64> = state.table.iter().map(|offset| offset >> bits).collect();
+        for index in 0..state.table.len() {
+            let Some(bytes) = self.block_bytes(&state, index)? else { continue };
+            for i in 0..per_block {
+                let count = refcount::get(&bytes, i as usize, self.geometry.refcount_order());
+                let cluster = index as u64 * per_block + i;
+                // Offset 0 in the table means none.
+                let is_structure =
+                    cluster > 0 && (table.contains(&cluster) || blocks.contains(&cluster));
+                if count > 0 {
+                    tell(cluster, count, is_structure)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Refcounts::allocate`], of the clusters before `end` only; `None` when none is free.
+    ///
+    /// # Errors
+    /// As [`Refcounts::allocate`].
+    pub fn allocate_before(&self, wanted: u64, end: u64) -> Result<Option<Allocated>> {
+        self.allocate_until(wanted, end)
+    }
+
+    /// Takes `wanted` consecutive free clusters before `end`; `None` when there are no such.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where metadata is found free.
+    pub fn allocate_run_before(&self, wanted: u64, end: u64) -> Result<Option<Range<u64>>> {
+        let mut state = self.state.lock();
+        self.find_run(&mut state, wanted, end)
+    }
+
+    fn find_run(&self, state: &mut State, wanted: u64, end: u64) -> Result<Option<Range<u64>>> {
+        let mut first = state.first_free;
+        loop {
+            first = self.first_free(state, first)?;
+            let run = first..first + wanted;
+            if run.end > end.min(state.end) {
+                return Ok(None);
+            }
+            let used = run
+                .clone()
+                .find_map(|c| match self.is_free(state, c) {
+                    Ok(true) if self.has_block(state, c) => None,
+                    Ok(_) => Some(Ok(c)),
+                    Err(e) => Some(Err(e)),
+                })
+                .transpose()?;
+            match used {
+                Some(used) => first = used + 1,
+                None => {
+                    for cluster in run.clone() {
+                        self.check_unused(cluster)?;
+                    }
+                    for cluster in run.clone() {
+                        self.write(state, cluster, 1)?;
+                    }
+                    return Ok(Some(run));
+                }
+            }
+        }
+    }
+
+    /// Raises the refcount of a cluster by `by`.
+    ///
+    /// # Errors
+    /// `TooBig` past the width of refcounts; `Corrupt` for a cluster that is not counted; host
+    /// errors.
+    pub fn raise(&self, cluster: HostCluster, by: u64) -> Result<()> {
+        self.raise_in(&mut self.state.lock(), cluster.0, by)
+    }
+
+    /// Moves refcount blocks that lie at or after `from` to free clusters before it, and the
+    /// refcount table as well; lets go of blocks that describe nothing at or after `from`. How many
+    /// clusters that frees, after the next flush.
+    ///
+    /// The caller holds the flush lock.
+    ///
+    /// # Errors
+    /// Host errors; `Corrupt` where metadata is found free.
+    pub fn shrink_structure(&self, from: u64) -> Result<u64> {
+        let mut state = self.state.lock();
+        let mut freed = 0;
+        for index in 1..state.table.len() {
+            let place = state.table[index] >> self.geometry.cluster_bits();
+            if state.table[index] == 0 || index as u64 * self.geometry.refcounts_per_block() < from
+            {
+                continue;
+            }
+            if self.describes_nothing(&state, index, place)? {
+                self.unlink_block(&mut state, index, place);
+                freed += 1;
+            }
+        }
+        for index in 0..state.table.len() {
+            let place = state.table[index] >> self.geometry.cluster_bits();
+            if place >= from && self.move_block(&mut state, index, place, from)? {
+                freed += 1;
+            }
+        }
+        Ok(freed + self.move_table(&mut state, from)?)
+    }
+
+    /// Whether block `index` counts no cluster but perhaps its own, `place`.
+    fn describes_nothing(&self, state: &State, index: usize, place: u64) -> Result<bool> {
+        let order = self.geometry.refcount_order();
+        let per_block = self.geometry.refcounts_per_block();
+        let first = index as u64 * per_block;
+        let Some(bytes) = self.block_bytes(state, index)? else { return Ok(false) };
+        Ok((0..per_block)
+            .all(|i| first + i == place || refcount::get(&bytes, i as usize, order) == 0))
+    }
+
+    fn unlink_block(&self, state: &mut State, index: usize, place: u64) {
+        let per_block = self.geometry.refcounts_per_block();
+        state.cache.forget_cluster(state.table[index], self.geometry.cluster_size());
+        state.table[index] = 0;
+        state.table_dirty.insert(index);
+        if place / per_block == index as u64 {
+            state.unlinked.insert(place);
+        } else {
+            state.left.push(place..place + 1);
+        }
+    }
+
+    /// Moves block `index` from `place` to before `end`; whether there was room.
+    fn move_block(&self, state: &mut State, index: usize, place: u64, end: u64) -> Result<bool> {
+        let Some(target) = self.find_run(state, 1, end)? else { return Ok(false) };
+        // The block itself may count the target: its content is taken after that.
+        let moved = self.reserve(target.clone()).and_then(|()| self.block_bytes(state, index));
+        let bytes = match moved {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(false),
+            Err(e) => {
+                self.write(state, target.start, 0)?;
+                return Err(e);
+            }
+        };
+        let (old, size) = (state.table[index], self.geometry.cluster_size());
+        let offset = target.start << self.geometry.cluster_bits();
+        state.cache.forget_cluster(old, size);
+        state.cache.insert_dirty_cluster(offset, &bytes);
+        state.table[index] = offset;
+        state.table_dirty.insert(index);
+        self.metadata.insert(HostCluster(target.start));
+        // Counted, wherever its count stands now, until the entry is durable.
+        state.left.push(place..place + 1);
+        Ok(true)
+    }
+
+    /// Moves the refcount table where it lies at or after `end`, as short as it can be; the
+    /// clusters that frees.
+    fn move_table(&self, state: &mut State, end: u64) -> Result<u64> {
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let first = self.geometry.host_cluster(state.table_offset).0;
+        let old = state.table.len() as u64 / per_cluster;
+        let last = state.table.iter().rposition(|&entry| entry != 0).unwrap_or(0) as u64;
+        let clusters = (last + 1).div_ceil(per_cluster);
+        if first + old <= end || !state.moved_from.is_empty() {
+            return Ok(0);
+        }
+        let Some(place) = self.find_run(state, clusters, end)? else { return Ok(0) };
+        if let Err(e) = self.reserve(place.clone()) {
+            for cluster in place {
+                self.write(state, cluster, 0)?;
+            }
+            return Err(e);
+        }
+        for cluster in place.clone() {
+            self.metadata.insert(HostCluster(cluster));
+        }
+        state.table.resize((clusters * per_cluster) as usize, 0);
+        state.table_offset = self.geometry.host_offset(HostCluster(place.start));
+        state.moved_from.push(first..first + old);
+        Ok(old)
+    }
+
+    /// Block `index` as it is now, changes that wait for a flush included; `None` without one.
+    fn block_bytes(&self, state: &State, index: usize) -> Result<Option<Vec<u8>>> {
+        let start = match state.table.get(index) {
+            Some(0) | None => return Ok(None),
+            Some(&start) => start,
+        };
+        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        if !state.cache.read_cluster(start, &mut bytes) {
+            self.storage
+                .read_at(&mut bytes, start)
+                .map_err(|e| Error::io(format!("reading a refcount block at {start:#x}"), e))?;
+            state.cache.read_cluster(start, &mut bytes);
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Whether a cluster may be handed out: not counted, and no place that a block has just left.
+    pub(super) fn is_free(&self, state: &mut State, cluster: u64) -> Result<bool> {
+        Ok(!state.unlinked.contains(&cluster) && self.read(state, cluster)? == 0)
+    }
+
+    /// The flush is through that wrote the entries of the blocks that were at `unlinked`.
+    pub(super) fn forget_unlinked(&self, state: &mut State, unlinked: &BTreeSet<u64>) {
+        for place in unlinked {
+            // A new block may have taken the place meanwhile.
+            if state.unlinked.remove(place) {
+                self.metadata.remove(HostCluster(*place));
+                state.first_free = state.first_free.min(*place);
+            }
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! One image opened for a command, by the rules of a mount of the directory that it lies in: QEMU's
+//! lock is held, and its backing files lie in that directory or in allowed ones.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::chain::Chains;
+use super::host::Root;
+use super::node::Opened;
+use crate::error::{Error, Result};
+use crate::image::{Image, Options};
+
+/// An open image that belongs to no mount.
+pub struct Alone {
+    opened: Opened,
+}
+
+impl Alone {
+    /// Opens the image at `path`. `options` say whether for writing.
+    ///
+    /// # Errors
+    /// `InUse`, those of [`Image::open`] and of the host; `ReadOnly` with an image that takes no
+    /// writes.
+    pub fn open(path: &Path, allowed: &[PathBuf], options: &Options) -> Result<Alone> {
+        let failed = |e| Error::io("opening the image", e);
+        let path = path.canonicalize().map_err(failed)?;
+        let name = path.file_name().map(Path::new).unwrap_or(Path::new("/"));
+        let directory = path.parent().unwrap_or(&path);
+        let place = Root::open(directory).and_then(|root| root.place(name)).map_err(failed)?;
+        // Opening a FIFO or a device does something.
+        if !place.metadata().map_err(failed)?.is_file() {
+            return Err(Error::invalid("not a regular file"));
+        }
+        let chains = Chains::new(directory, allowed)?;
+        let (opened, _) = Opened::new(&place, options.writable, options, &chains, name)?;
+        Ok(Alone { opened })
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        self.opened.image()
+    }
+
+    /// Closes the image and gives the lock up.
+    ///
+    /// # Errors
+    /// Those of [`Image::close`].
+    pub fn close(self) -> Result<()> {
+        self.opened.close()
+    }
+}

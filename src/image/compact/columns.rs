@@ -1,0 +1,370 @@
+//! Moving what the L2 tables map, and the tables themselves.
+
+use std::ops::Range;
+
+use super::{Compaction, Pass};
+use crate::error::{Error, Result};
+use crate::format::{HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
+use crate::image::{Image, Writer};
+use crate::tables::Edit;
+
+/// So much is copied at most while guest clusters are held, and one cluster at least.
+const BYTES_AT_A_TIME: u64 = 256 << 10;
+/// Holes of a cluster stay holes in pieces of this size: the blocks of common host file systems.
+const BLOCK: usize = 4096;
+
+/// An L2 table of a column, and how many L1 tables point to it.
+#[derive(Clone, Debug)]
+struct Table {
+    cluster: HostCluster,
+    paths: u64,
+}
+
+/// A use of host clusters at one place of a column: a data cluster, or the pieces of some that hold
+/// one compressed cluster.
+#[derive(Debug)]
+pub(super) struct Use {
+    /// Which host clusters, and where compressed data starts.
+    key: u64,
+    /// The tables that use them, and what stands in their entries.
+    pub(super) entries: Vec<(HostCluster, u64)>,
+    /// The L1 tables that lead there.
+    pub(super) paths: u64,
+}
+
+impl Image {
+    /// Moves the next few clusters; `false` when all columns are through.
+    pub(super) fn move_in_columns(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+    ) -> Result<bool> {
+        if let Some(first) = pass.entries.pop() {
+            let most = (BYTES_AT_A_TIME >> self.geometry.cluster_bits()).max(1);
+            let mut end = first + 1;
+            while pass.entries.last() == Some(&end) && u64::from(end - first) < most {
+                pass.entries.pop();
+                end += 1;
+            }
+            let column = pass.column - 1;
+            self.move_entries(writer, compaction, pass, column, u64::from(first)..u64::from(end))?;
+            if pass.entries.is_empty() {
+                self.move_tables(writer, compaction, pass, column)?;
+            }
+            return Ok(true);
+        }
+        let columns = pass.snapshots.iter().map(|s| s.entries.len()).max().unwrap_or(0);
+        let columns = columns.max(self.tables.l1_entries()) as u64;
+        // A step looks at one table, or over as many empty L1 entries as there are.
+        while pass.column < columns {
+            let column = pass.column;
+            pass.column += 1;
+            let tables = self.tables_of(pass, column)?;
+            if tables.is_empty() {
+                continue;
+            }
+            pass.entries = self.entries_behind(&tables, pass.end)?;
+            if pass.entries.is_empty() && tables.iter().any(|t| t.cluster.0 >= pass.end) {
+                self.move_tables(writer, compaction, pass, column)?;
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// The L2 tables of a column, each once.
+    fn tables_of(&self, pass: &Pass, column: u64) -> Result<Vec<Table>> {
+        let active = self.tables.table_at(column)?.and_then(|entry| entry.table);
+        let others = pass.snapshots.iter().filter_map(|snapshot| {
+            let raw = *snapshot.entries.get(column as usize)? & OFFSET_MASK;
+            (raw != 0).then(|| HostCluster(raw >> self.geometry.cluster_bits()))
+        });
+        let mut tables: Vec<Table> = Vec::new();
+        for cluster in active.into_iter().chain(others) {
+            match tables.iter_mut().find(|table| table.cluster == cluster) {
+                Some(table) => table.paths += 1,
+                None => tables.push(Table { cluster, paths: 1 }),
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The entries of `tables` that point behind `end`, in descending order. Nothing is held: they
+    /// are looked at again.
+    fn entries_behind(&self, tables: &[Table], end: u64) -> Result<Vec<u32>> {
+        let size = self.geometry.l2_entry_size() as usize;
+        let mut found = Vec::new();
+        for table in tables {
+            let bytes = self.tables.read_table(table.cluster)?;
+            for (index, entry) in bytes.chunks_exact(size).enumerate() {
+                if self.host_clusters_of(be64(entry, 0)).is_some_and(|used| used.end > end) {
+                    found.push(index as u32);
+                }
+            }
+        }
+        found.sort_unstable_by(|a, b| b.cmp(a));
+        found.dedup();
+        Ok(found)
+    }
+
+    /// The host clusters of the image file that an entry of an L2 table uses; none where it is
+    /// malformed.
+    fn host_clusters_of(&self, raw: u64) -> Option<Range<u64>> {
+        if self.geometry.data_file() {
+            // Those are places in the data file, where nothing moves.
+            return None;
+        }
+        if L2Entry::is_compressed(raw) {
+            return match L2Entry::decode(raw, 0, &self.geometry) {
+                Ok(L2Entry::Compressed { offset, length }) => {
+                    Some(self.geometry.host_clusters(offset, length))
+                }
+                _ => None,
+            };
+        }
+        let offset = raw & OFFSET_MASK;
+        (offset != 0 && self.geometry.is_aligned(offset)).then(|| {
+            let cluster = offset >> self.geometry.cluster_bits();
+            cluster..cluster + 1
+        })
+    }
+
+    /// Moves what entries `indices` of a column map, where that lies behind the end.
+    fn move_entries(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        column: u64,
+        indices: Range<u64>,
+    ) -> Result<()> {
+        let clusters = self.tables.clusters_of(column);
+        // Where tables may be shared a copy on write of one must not meet a move within it.
+        let is_own = self.tables.table_at(column)?.is_some_and(|entry| entry.copied);
+        let held = match pass.snapshots.is_empty() && is_own {
+            true => clusters.start + indices.start..clusters.start + indices.end,
+            false => clusters,
+        };
+        let _guard = self.locks.exclusive(held);
+        let tables = self.tables_of(pass, column)?;
+        for table in &tables {
+            if !self.is_all_of(writer, compaction, table.cluster, table.paths)? {
+                return Ok(());
+            }
+        }
+        for index in indices {
+            for one in self.uses_of(&tables, index, pass.end)? {
+                match L2Entry::is_compressed(one.key) {
+                    true => self.move_compressed(writer, compaction, pass, index, &one)?,
+                    false => self.move_data(writer, compaction, pass, index, &one)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What entry `index` of the tables uses behind `end`, each once.
+    fn uses_of(&self, tables: &[Table], index: u64, end: u64) -> Result<Vec<Use>> {
+        let mut uses: Vec<Use> = Vec::new();
+        for table in tables {
+            let raw = self.tables.raw_entry(table.cluster, index)?;
+            if self.host_clusters_of(raw).is_none_or(|used| used.end <= end) {
+                continue;
+            }
+            let key = if L2Entry::is_compressed(raw) { raw } else { raw & OFFSET_MASK };
+            let one = match uses.iter_mut().position(|one| one.key == key) {
+                Some(at) => &mut uses[at],
+                None => {
+                    uses.push(Use { key, entries: Vec::new(), paths: 0 });
+                    let last = uses.len() - 1;
+                    &mut uses[last]
+                }
+            };
+            one.entries.push((table.cluster, raw));
+            one.paths += table.paths;
+        }
+        Ok(uses)
+    }
+
+    /// Moves one data cluster, all of whose references `one` shows. The guest cluster is held.
+    fn move_data(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        index: u64,
+        one: &Use,
+    ) -> Result<()> {
+        let source = HostCluster(one.key >> self.geometry.cluster_bits());
+        if self.tables.is_metadata(source) {
+            return Err(Error::corrupt(format!(
+                "L2 entry {index} of a table points to {}, which is metadata",
+                self.geometry.host_offset(source)
+            )));
+        }
+        if !self.is_all_of(writer, compaction, source, one.paths)? {
+            return Ok(());
+        }
+        if one.entries.iter().all(|(_, raw)| self.reads_zeros(*raw)) {
+            // Kept for a guest cluster that reads zeros: nobody misses it.
+            let edits = one.entries.iter().map(|&(table, raw)| (table, raw, raw & ZERO));
+            self.redirect(index, edits)?;
+            return self.drop_all(writer, source, one.paths);
+        }
+        let Some(target) = writer.recycler.take_before(1, pass.end)? else {
+            pass.no_room();
+            return Ok(());
+        };
+        let cluster = target.first();
+        self.copy_cluster(source, cluster)?;
+        if one.paths > 1 {
+            writer.refcounts.raise(cluster, one.paths - 1)?;
+        }
+        let place = self.geometry.host_offset(cluster).0;
+        let edits =
+            one.entries.iter().map(|&(table, raw)| (table, raw, raw & !OFFSET_MASK | place));
+        self.redirect(index, edits).inspect_err(|_| self.lower(writer, cluster, one.paths - 1))?;
+        target.linked(1);
+        pass.note_moved(self.cluster_size());
+        self.drop_all(writer, source, one.paths)
+    }
+
+    /// Whether an entry reads zeros by its flag.
+    fn reads_zeros(&self, raw: u64) -> bool {
+        self.geometry.version() >= 3 && !self.geometry.extended_l2() && raw & ZERO != 0
+    }
+
+    /// Whether `paths` references to a cluster are all that its refcount knows of.
+    pub(super) fn is_all_of(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        cluster: HostCluster,
+        paths: u64,
+    ) -> Result<bool> {
+        let count = writer.refcounts.get(cluster)?;
+        let at = self.geometry.host_offset(cluster);
+        if count < paths {
+            return Err(Error::corrupt(format!(
+                "the cluster at {at} has refcount {count} and {paths} references"
+            )));
+        }
+        if count > paths {
+            compaction.pin(|| {
+                format!("the cluster at {at} has refcount {count}, and only {paths} references are known")
+            });
+        }
+        Ok(count == paths)
+    }
+
+    /// Makes entry `index` of each table say something else: table, old and new word. Nobody else
+    /// changes these entries meanwhile.
+    pub(super) fn redirect(
+        &self,
+        index: u64,
+        edits: impl Iterator<Item = (HostCluster, u64, u64)>,
+    ) -> Result<()> {
+        let edits: Vec<_> =
+            edits.map(|(table, old, new)| Edit { table, index, old, new }).collect();
+        match self.tables.edit(&edits)? {
+            true => Ok(()),
+            false => Err(Error::invalid("an L2 entry changed while its guest cluster was held")),
+        }
+    }
+
+    /// The tables refer to a cluster `paths` times less, which is all there was.
+    pub(super) fn drop_all(&self, writer: &Writer, cluster: HostCluster, paths: u64) -> Result<()> {
+        if paths == 1 {
+            return writer.recycler.drop_used(cluster.0..cluster.0 + 1);
+        }
+        for _ in 0..paths {
+            writer.recycler.drop_shared(cluster);
+        }
+        Ok(())
+    }
+
+    /// Takes back `by` references to a cluster that were counted for entries which did not come.
+    pub(super) fn lower(&self, writer: &Writer, cluster: HostCluster, by: u64) {
+        (0..by).for_each(|_| writer.recycler.drop_shared(cluster));
+    }
+
+    /// Copies a cluster to one that reads zeros. Blocks of zeros are not written.
+    fn copy_cluster(&self, source: HostCluster, target: HostCluster) -> Result<()> {
+        let mut bytes = vec![0; self.cluster_size() as usize];
+        let from = self.geometry.host_offset(source).0;
+        self.storage
+            .read_at(&mut bytes, from)
+            .map_err(|e| Error::io(format!("reading data at {from:#x}"), e))?;
+        self.write_blocks(&bytes, self.geometry.host_offset(target).0)
+    }
+
+    fn write_blocks(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let is_zero = |block: &[u8]| block.iter().fold(0, |all, byte| all | byte) == 0;
+        let mut at = 0;
+        while at < bytes.len() {
+            let mut end = at;
+            while end < bytes.len() && !is_zero(&bytes[end..bytes.len().min(end + BLOCK)]) {
+                end = bytes.len().min(end + BLOCK);
+            }
+            if end > at {
+                self.write_host(&bytes[at..end], offset + at as u64)?;
+            }
+            at = end + BLOCK;
+        }
+        Ok(())
+    }
+
+    /// Moves those L2 tables of a column that lie behind the end.
+    fn move_tables(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        column: u64,
+    ) -> Result<()> {
+        let _guard = self.locks.exclusive(self.tables.clusters_of(column));
+        for table in self.tables_of(pass, column)? {
+            if table.cluster.0 < pass.end
+                || !self.is_all_of(writer, compaction, table.cluster, table.paths)?
+            {
+                continue;
+            }
+            let Some(target) = writer.recycler.take_before(1, pass.end)? else {
+                pass.no_room();
+                return Ok(());
+            };
+            let bytes = self.tables.read_table(table.cluster)?;
+            let cluster = target.first();
+            // It may have been another table once.
+            self.tables.forget_table(cluster);
+            self.write_host(&bytes, self.geometry.host_offset(cluster).0)?;
+            if table.paths > 1 {
+                writer.refcounts.raise(cluster, table.paths - 1)?;
+            }
+            if self.tables.table_at(column)?.is_some_and(|e| e.table == Some(table.cluster)) {
+                self.tables.move_table(column, cluster);
+            }
+            for snapshot in &mut pass.snapshots {
+                snapshot.replace(column, table.cluster, cluster, &self.geometry, &self.tables);
+            }
+            target.linked(1);
+            pass.note_moved(self.cluster_size());
+            self.drop_all(writer, table.cluster, table.paths)?;
+        }
+        Ok(())
+    }
+}
+
+impl Pass {
+    /// Nothing before the end is free any more: somebody else has taken it. What is left stays.
+    pub(super) fn no_room(&mut self) {
+        self.entries.clear();
+        self.column = u64::MAX;
+    }
+
+    pub(super) fn note_moved(&mut self, bytes: u64) {
+        self.moved += bytes;
+        self.unflushed += bytes;
+    }
+}

@@ -1,0 +1,159 @@
+//! Moving compressed clusters: each is copied alone, byte for byte, packed behind the one before.
+//!
+//! A host cluster holds pieces of several compressed clusters, and one of those may reach into the
+//! next host cluster, so host clusters cannot move by themselves without all that they touch. One
+//! compressed cluster can: its references go over to the host clusters that its copy touches.
+//!
+//! An entry says only how many 512-byte sectors the data reaches into. To pack the copies without
+//! gaps their exact length is needed: the cluster is inflated, which also keeps a damaged one from
+//! being moved.
+
+use std::ops::Range;
+
+use super::columns::Use;
+use super::{Compaction, Pass};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{HostCluster, HostOffset, L2Entry};
+use crate::image::{Image, Writer, inflate};
+
+/// Clusters that are filled at a time, where so many are to be had in a row.
+const CLUSTERS_AT_A_TIME: u64 = 16;
+
+/// Where the next copy goes. The packer holds a reference of its own to each of its clusters, so
+/// that none is freed while it is being filled, whatever happens to the data in it.
+#[derive(Debug)]
+pub(super) struct Packer {
+    clusters: Range<u64>,
+    /// The next free byte of the file, within `clusters`.
+    next: u64,
+}
+
+impl Image {
+    /// Moves one compressed cluster. The guest cluster is held.
+    pub(super) fn move_compressed(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        index: u64,
+        one: &Use,
+    ) -> Result<()> {
+        let Some(&(_, raw)) = one.entries.first() else { return Ok(()) };
+        let decoded = L2Entry::decode(raw, 0, &self.geometry);
+        let Ok(L2Entry::Compressed { offset, length }) = decoded else { return Ok(()) };
+        let old = self.geometry.host_clusters(offset, length);
+        for cluster in old.map(HostCluster) {
+            let count = writer.refcounts.get(cluster)?;
+            if count < one.paths || self.tables.is_metadata(cluster) {
+                return Err(Error::corrupt(format!(
+                    "compressed data at {offset} reaches into {}, which has refcount {count} or is \
+                     metadata",
+                    self.geometry.host_offset(cluster)
+                )));
+            }
+        }
+        let mut bytes = vec![0; length as usize];
+        self.storage
+            .read_at(&mut bytes, offset.0)
+            .map_err(|e| Error::io(format!("reading compressed data at {offset}"), e))?;
+        let mut cluster = vec![0; self.cluster_size() as usize];
+        let Ok(exact) = inflate::inflate(self.compression, &bytes, &mut cluster) else {
+            // Damaged: it stays what it is, for whoever tries to save it.
+            return Ok(());
+        };
+        // Where the data does not say where it ends, a copy may reach into one sector more than an
+        // entry can say.
+        if exact as u64 + 511 > 2 * self.cluster_size() {
+            return Ok(());
+        }
+        if one.paths >= self.geometry.max_refcount() {
+            compaction.pin(|| format!("refcounts are too narrow to pack the data at {offset}"));
+            return Ok(());
+        }
+        let Some((place, touched)) = self.pack_referenced(writer, pass, exact as u64, one.paths)?
+        else {
+            pass.no_room();
+            return Ok(());
+        };
+        let sectors = (place.0 + exact as u64 - 1) / 512 - place.0 / 512 + 1;
+        let entry = L2Entry::Compressed { offset: place, length: sectors * 512 - place.0 % 512 };
+        let [new, _] = entry.encode(&self.geometry);
+        let linked = self.write_host(&bytes[..exact], place.0).and_then(|()| {
+            self.redirect(index, one.entries.iter().map(|&(table, old)| (table, old, new)))
+        });
+        if let Err(e) = linked {
+            for cluster in touched.map(HostCluster) {
+                self.lower(writer, cluster, one.paths);
+            }
+            return Err(e);
+        }
+        pass.note_moved(length);
+        for _ in 0..one.paths {
+            self.drop_compressed(writer, offset, length)?;
+        }
+        Ok(())
+    }
+
+    /// The place for a copy of `length` bytes, and the host clusters that it touches, which count
+    /// `paths` references more; `None` where there is no room before the end.
+    fn pack_referenced(
+        &self,
+        writer: &Writer,
+        pass: &mut Pass,
+        length: u64,
+        paths: u64,
+    ) -> Result<Option<(HostOffset, Range<u64>)>> {
+        loop {
+            let Some(place) = self.pack(writer, pass, length)? else { return Ok(None) };
+            let touched = self.geometry.host_clusters(place, length);
+            let mut raised = touched.start..touched.start;
+            let result: Result<()> = touched.clone().try_for_each(|cluster| {
+                writer.refcounts.raise(HostCluster(cluster), paths)?;
+                raised.end = cluster + 1;
+                Ok(())
+            });
+            let Err(e) = result else { return Ok(Some((place, touched))) };
+            raised.map(HostCluster).for_each(|cluster| self.lower(writer, cluster, paths));
+            match &mut pass.packer {
+                // The cluster has room for more data but not for more references: the next one has.
+                Some(packer) if e.kind() == ErrorKind::TooBig => {
+                    packer.next = (touched.start + 1) << self.geometry.cluster_bits();
+                }
+                _ => return Err(e),
+            }
+        }
+    }
+
+    /// The place for a copy of `length` bytes; `None` where there is no room before the end.
+    fn pack(&self, writer: &Writer, pass: &mut Pass, length: u64) -> Result<Option<HostOffset>> {
+        let end_of = |clusters: &Range<u64>| clusters.end << self.geometry.cluster_bits();
+        if let Some(packer) = &mut pass.packer
+            && packer.next + length <= end_of(&packer.clusters)
+        {
+            let place = HostOffset(packer.next);
+            packer.next += length;
+            return Ok(Some(place));
+        }
+        self.close_packer(writer, pass);
+        let wanted = length.div_ceil(self.cluster_size());
+        let taken = writer.recycler.take_before(CLUSTERS_AT_A_TIME.max(wanted), pass.end)?;
+        let Some(rooted) = taken else { return Ok(None) };
+        if rooted.count() < wanted {
+            return Ok(None);
+        }
+        let clusters = rooted.first().0..rooted.first().0 + rooted.count();
+        let (place, count) = (self.geometry.host_offset(rooted.first()), rooted.count());
+        rooted.linked(count);
+        pass.packer = Some(Packer { clusters, next: place.0 + length });
+        Ok(Some(place))
+    }
+
+    /// Lets go of the clusters that were being filled.
+    pub(super) fn close_packer(&self, writer: &Writer, pass: &mut Pass) {
+        if let Some(packer) = pass.packer.take() {
+            for cluster in packer.clusters {
+                let _ = self.drop_reference(writer, HostCluster(cluster));
+            }
+        }
+    }
+}

@@ -1,0 +1,555 @@
+//! Making the file short: live clusters at its end move into free ones near its start, and the end
+//! is cut off.
+//!
+//! A *pass* takes the number of clusters in use as the new end and moves whatever lies behind it,
+//! column by column: an L1 index, the L2 tables that the disk and the snapshots have there, and what
+//! those map. Nothing maps a host cluster back to its references, in memory or on disk: the columns
+//! are walked once, and because snapshots share clusters only at the same guest cluster, a column
+//! shows every reference there is. What its tables do not account for stays where it is.
+//!
+//! ```text
+//! guard the guest clusters -> copy to free clusters -> entries in memory point to the copy,
+//! the old clusters are junk -> let go
+//! ... flush (which syncs the copies before the entries) -> old clusters released, punched, free
+//! ```
+//! A move is a copy on write to itself. While a cluster is copied its guest cluster is held
+//! exclusively, so nobody ever meets a half-made move: a write or a discard that comes meanwhile
+//! waits for that one copy, and one that comes later meets the new entry and is an ordinary write or
+//! discard, whether the copy has been flushed or not. So a move has no states of its own and nothing
+//! to cancel; before the flush the old cluster is junk, and a crash finds the old entry with the old
+//! content. (The recycler that this one learned from had no lock on a mapping, and needed both.)
+//!
+//! [`Image::compact_some`] does one small step at a time, for the recycler's thread and for the
+//! command alike; how fast the steps follow each other is not its matter.
+
+mod columns;
+mod compressed;
+mod structures;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{Image, Writer};
+use crate::alloc::Refcounts;
+use crate::error::{Error, ErrorKind, Result};
+use crate::recycler::Compacted;
+
+/// Somebody who never stops allocating does not keep the file long for ever: after so many times
+/// what it takes discards to settle, clusters are moved all the same.
+const PATIENCE: u32 = 20;
+/// What cannot be done now is looked at again no sooner.
+const RETRY: Duration = Duration::from_millis(1);
+/// Others who go on to drop and allocate do not keep a pass from its end: it waits for what was
+/// dropped to be free no more often than this.
+const MOST_WAITS: u32 = 200;
+/// So long at most: the end of a flush wakes the thread.
+const WAIT: Duration = Duration::from_millis(10);
+/// Nor does it flush more often than this meanwhile.
+const MOST_LAST_FLUSHES: u32 = 8;
+/// So much is moved between two flushes at most: what a flush by a client finds to write is bounded.
+const BYTES_BETWEEN_FLUSHES: u64 = 32 << 20;
+
+/// From how much on moving clusters is worth while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompactAfter {
+    /// Never.
+    Off,
+    /// When the file gets so many bytes shorter.
+    Bytes(u64),
+    /// When it gets shorter by so many per cent of its length, and by 1 MiB at least.
+    Percent(u8),
+}
+
+impl CompactAfter {
+    /// The bytes to win that make a pass worth while for a file of `length` bytes.
+    pub fn threshold(self, length: u64) -> Option<u64> {
+        match self {
+            CompactAfter::Off => None,
+            CompactAfter::Bytes(bytes) => Some(bytes.max(1)),
+            CompactAfter::Percent(percent) => {
+                Some((length / 100).saturating_mul(u64::from(percent)).max(1 << 20))
+            }
+        }
+    }
+}
+
+/// What there is to win by moving clusters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Prospect {
+    /// Clusters in use, those of the pool included while it is wanted.
+    pub used: u64,
+    /// One more than the last cluster in use.
+    pub end: u64,
+    /// Clusters in use that lie behind what becomes the end, and have to move.
+    pub behind: u64,
+}
+
+impl Prospect {
+    /// Clusters by which the file gets shorter.
+    pub fn win(&self) -> u64 {
+        self.end.saturating_sub(self.used)
+    }
+}
+
+/// What `status` tells of compaction.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CompactionStatus {
+    /// A pass is under way.
+    pub running: bool,
+    /// Somebody has asked for one that is not over yet.
+    pub asked: bool,
+    /// Bytes that this pass has moved so far, and about how many it has to.
+    pub moved: (u64, u64),
+    /// The cluster that becomes the end of the file.
+    pub end: u64,
+    /// L1 entries walked, and how many there are.
+    pub columns: (u64, u64),
+    /// What stays at the end of the file, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<String>,
+    /// Why the last pass ended early.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
+/// What is remembered from pass to pass.
+#[derive(Debug)]
+pub(super) struct Compaction {
+    after: CompactAfter,
+    settle_after: Duration,
+    /// Whatever there is to win is worth it: somebody has asked.
+    asked: bool,
+    pass: Option<Pass>,
+    /// The bytes freed that were known when the file was last looked at, and what there was to win.
+    looked_at: Option<(u64, u64)>,
+    due_since: Option<Instant>,
+    pinned: Option<String>,
+    /// A pass has begun since this was last looked at.
+    has_moved: bool,
+    failed: Option<String>,
+}
+
+/// One walk over the image.
+#[derive(Debug)]
+struct Pass {
+    /// What lies at or behind this cluster moves.
+    end: u64,
+    stage: Stage,
+    snapshots: Vec<structures::SnapshotL1>,
+    /// The L1 index that is next.
+    column: u64,
+    /// Of the column before it: entries that point behind the end, the next one last.
+    entries: Vec<u32>,
+    packer: Option<compressed::Packer>,
+    unflushed: u64,
+    moved: u64,
+    /// Bytes to be moved, by the count of clusters.
+    to_move: u64,
+    /// Of the last stage.
+    flushes: u32,
+    waits: u32,
+}
+
+/// What a look at the image came to.
+enum Look {
+    /// A pass is due, which wins this.
+    Worth(Prospect),
+    /// What there is to wait for.
+    Not(Compacted),
+}
+
+/// What a step of a pass came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Taken,
+    /// Somebody else has to do something first.
+    Waits,
+    /// It was the last one.
+    Last,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Columns,
+    Structures,
+    Cut,
+}
+
+impl Compaction {
+    pub(super) fn new(after: CompactAfter, settle_after: Duration) -> Self {
+        Compaction {
+            after,
+            settle_after,
+            asked: false,
+            pass: None,
+            looked_at: None,
+            due_since: None,
+            pinned: None,
+            has_moved: false,
+            failed: None,
+        }
+    }
+
+    /// What has moved is not known to be on disk after all.
+    pub(super) fn note_moved(&mut self) {
+        self.has_moved = true;
+    }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        self.pass.is_some()
+    }
+
+    fn status(&self, columns: u64) -> CompactionStatus {
+        CompactionStatus {
+            running: self.pass.is_some(),
+            asked: self.asked,
+            moved: self.pass.as_ref().map_or((0, 0), |pass| (pass.moved, pass.to_move)),
+            end: self.pass.as_ref().map_or(0, |pass| pass.end),
+            columns: (self.pass.as_ref().map_or(0, |pass| pass.column.min(columns)), columns),
+            pinned: self.pinned.clone(),
+            failed: self.failed.clone(),
+        }
+    }
+
+    /// Something lies behind the end and stays there.
+    fn pin(&mut self, what: impl FnOnce() -> String) {
+        if self.pinned.is_none() {
+            let what = what();
+            log::info!("the file cannot get shorter than it is: {what}");
+            self.pinned = Some(what);
+        }
+    }
+}
+
+impl Image {
+    /// What there is to win by moving clusters, now. An image that is open read-only tells what its
+    /// file says, leaked clusters counted as used.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn prospect(&self) -> Result<Prospect> {
+        let usage = match &self.writer {
+            Some(writer) => writer.refcounts.usage()?,
+            None => {
+                let metadata = Arc::default();
+                let header = super::open::read_header(&*self.storage)?;
+                Refcounts::open(self.storage.clone(), &header, metadata)?.usage()?
+            }
+        };
+        Ok(Prospect { used: usage.used, end: usage.end, behind: usage.behind })
+    }
+
+    /// Asks the recycler to make the file as short as it gets, at its own pace and whatever there
+    /// is to win; or takes that back, which ends a pass that was asked for. `status` tells how far
+    /// it is, and that it is over.
+    ///
+    /// # Errors
+    /// `ReadOnly`.
+    pub fn ask_to_compact(&self, ask: bool) -> Result<()> {
+        let writer = self.writer()?;
+        let mut compaction = writer.compaction.lock();
+        if compaction.asked
+            && !ask
+            && let Some(mut pass) = compaction.pass.take()
+        {
+            self.close_packer(writer, &mut pass);
+        }
+        compaction.asked = ask;
+        compaction.failed = None;
+        self.tell(writer, &compaction);
+        drop(compaction);
+        writer.recycler.wake_signal().wake();
+        Ok(())
+    }
+
+    fn tell(&self, writer: &Writer, compaction: &Compaction) {
+        *writer.compaction_status.lock() = compaction.status(self.tables.l1_entries() as u64);
+    }
+
+    /// Makes the file as short as it gets, without regard for anybody else; `progress` is told now
+    /// and then how far it is, and ends it by answering `false`. What was moved until then stays
+    /// moved.
+    ///
+    /// # Errors
+    /// Host errors, `ReadOnly`, `Corrupt`.
+    pub fn compact(&self, mut progress: impl FnMut(&CompactionStatus) -> bool) -> Result<()> {
+        let mut last = u64::MAX;
+        loop {
+            self.settle()?;
+            let writer = self.writer()?;
+            let prospect = self.prospect()?;
+            // Each pass is shorter than the one before, or the last one.
+            if prospect.win() == 0 || prospect.end >= last {
+                return Ok(());
+            }
+            last = prospect.end;
+            let mut compaction = writer.compaction.lock();
+            self.begin_pass(writer, &mut compaction, prospect)?;
+            drop(compaction);
+            loop {
+                let mut compaction = writer.compaction.lock();
+                let Some(mut pass) = compaction.pass.take() else { break };
+                let before = pass.moved;
+                let step = self.note(self.advance(writer, &mut compaction, &mut pass));
+                writer.recycler.note_moved(pass.moved - before);
+                if let Ok(Step::Taken | Step::Waits) = step {
+                    compaction.pass = Some(pass);
+                } else {
+                    self.close_packer(writer, &mut pass);
+                }
+                self.tell(writer, &compaction);
+                drop(compaction);
+                self.note(self.assert_states(writer))?;
+                let status = writer.compaction_status.lock().clone();
+                match step? {
+                    Step::Last => {
+                        self.note(self.assert_counts(writer, &writer.compaction.lock()))?;
+                        break;
+                    }
+                    Step::Waits => std::thread::sleep(WAIT),
+                    Step::Taken => {}
+                }
+                if !progress(&status) {
+                    self.stop_compacting(writer);
+                    return Ok(());
+                }
+                while writer.recycler.free_some()? {}
+            }
+        }
+    }
+
+    /// Brings everything that was dropped all the way to free, and the pool too.
+    fn settle(&self) -> Result<()> {
+        let writer = self.begin_change()?;
+        loop {
+            self.flush()?;
+            while writer.recycler.free_some()? {}
+            if !writer.recycler.awaits_flush() {
+                break;
+            }
+        }
+        writer.recycler.give_up_pool()?;
+        self.flush()
+    }
+
+    /// Does the next small step of compaction, if it is time for one: no longer than a few
+    /// milliseconds, or a flush. No locks are held.
+    ///
+    /// # Errors
+    /// Host errors, `Corrupt`. The pass starts again later.
+    pub(super) fn compact_some(&self, now: Instant) -> Result<Compacted> {
+        let writer = self.writer()?;
+        self.note(self.assert_states(writer))?;
+        let mut compaction = writer.compaction.lock();
+        if compaction.pass.is_none() {
+            let next = match self.look(writer, &mut compaction, now)? {
+                Look::Worth(prospect) => {
+                    return self
+                        .begin_pass(writer, &mut compaction, prospect)
+                        .map(|()| Compacted::Moved(0));
+                }
+                Look::Not(next) => next,
+            };
+            self.tell(writer, &compaction);
+            return Ok(next);
+        }
+        let Some(mut pass) = compaction.pass.take() else { return Ok(Compacted::Nothing) };
+        let before = pass.moved;
+        let advanced = self.note(self.advance(writer, &mut compaction, &mut pass));
+        let moved = pass.moved - before;
+        writer.recycler.note_moved(moved);
+        let result = match advanced {
+            Ok(Step::Taken) => {
+                compaction.pass = Some(pass);
+                Ok(Compacted::Moved(moved))
+            }
+            Ok(Step::Waits) => {
+                compaction.pass = Some(pass);
+                Ok(Compacted::Later(Instant::now() + WAIT))
+            }
+            Ok(Step::Last) => {
+                self.end_pass(writer, &mut compaction, &pass).map(|()| Compacted::Moved(moved))
+            }
+            Err(e) => {
+                // Whatever has changed in memory is whole; the next pass begins anew.
+                self.close_packer(writer, &mut pass);
+                compaction.looked_at = None;
+                compaction.asked = false;
+                compaction.failed = Some(e.to_string());
+                Err(e)
+            }
+        };
+        self.tell(writer, &compaction);
+        result
+    }
+
+    /// Ends a pass that is under way: the image is being closed.
+    pub(super) fn stop_compacting(&self, writer: &Writer) {
+        self.end_moves(writer, &mut writer.compaction.lock());
+    }
+
+    /// Ends a pass that is under way; whether anything may have moved since this was last asked. A
+    /// flush makes the tables on disk say so.
+    pub(super) fn end_moves(&self, writer: &Writer, compaction: &mut Compaction) -> bool {
+        if let Some(mut pass) = compaction.pass.take() {
+            self.close_packer(writer, &mut pass);
+            compaction.looked_at = None;
+        }
+        std::mem::take(&mut compaction.has_moved)
+    }
+
+    /// Whether a pass is due.
+    fn look(&self, writer: &Writer, compaction: &mut Compaction, now: Instant) -> Result<Look> {
+        let recycler = &writer.recycler;
+        let freed = self.freed(writer);
+        let length =
+            self.storage.len().map_err(|e| crate::Error::io("reading the image's length", e))?;
+        let threshold = match compaction.asked {
+            true => Some(1),
+            false => compaction.after.threshold(length),
+        };
+        let Some(threshold) = threshold else { return Ok(Look::Not(Compacted::Nothing)) };
+        // What there is to win grows by what is freed, and by nothing else.
+        let (then, won) = compaction.looked_at.unwrap_or_default();
+        let has_looked = compaction.looked_at.is_some() && !compaction.asked;
+        if has_looked && freed - then < threshold.saturating_sub(won).max(1) {
+            compaction.due_since = None;
+            return Ok(Look::Not(Compacted::Nothing));
+        }
+        let since = *compaction.due_since.get_or_insert(now);
+        let quiet_at = recycler.last_change() + compaction.settle_after;
+        if self.are_snapshots_read() || recycler.are_frees_held() || !recycler.is_settled() {
+            return Ok(Look::Not(Compacted::Later(now + compaction.settle_after.max(RETRY))));
+        }
+        let quiet_at = recycler.pool_idle_at().map_or(quiet_at, |at| at.max(quiet_at));
+        if quiet_at > now && since + compaction.settle_after * PATIENCE > now {
+            return Ok(Look::Not(Compacted::Later(quiet_at)));
+        }
+        compaction.due_since = None;
+        let prospect = self.prospect()?;
+        let win = prospect.win() << self.geometry.cluster_bits();
+        compaction.looked_at = Some((freed, win));
+        if win >= threshold {
+            return Ok(Look::Worth(prospect));
+        }
+        compaction.asked = false;
+        Ok(Look::Not(Compacted::Nothing))
+    }
+
+    fn begin_pass(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        prospect: Prospect,
+    ) -> Result<()> {
+        self.prepare_to_write(writer)?;
+        if let Some(mut old) = compaction.pass.take() {
+            self.close_packer(writer, &mut old);
+        }
+        if self.are_snapshots_read() {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                "nothing is moved while somebody reads a snapshot of the image",
+            ));
+        }
+        let flush = self.hold_flush(writer);
+        // What is read from the file below is as the last flush left it, or newer.
+        self.flush_held(writer)?;
+        let snapshots = self.snapshot_l1s()?;
+        drop(flush);
+        compaction.pinned = None;
+        compaction.has_moved = true;
+        compaction.failed = None;
+        log::debug!("compacting: {} clusters become {}", prospect.end, prospect.used);
+        compaction.pass = Some(Pass {
+            end: prospect.used,
+            stage: Stage::Columns,
+            snapshots,
+            column: 0,
+            entries: Vec::new(),
+            packer: None,
+            unflushed: 0,
+            moved: 0,
+            flushes: 0,
+            waits: 0,
+            to_move: prospect.behind << self.geometry.cluster_bits(),
+        });
+        self.tell(writer, compaction);
+        Ok(())
+    }
+
+    /// One step of the pass.
+    fn advance(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+    ) -> Result<Step> {
+        if pass.unflushed >= BYTES_BETWEEN_FLUSHES || self.tables.is_crowded() {
+            pass.unflushed = 0;
+            self.flush()?;
+            return Ok(Step::Taken);
+        }
+        match pass.stage {
+            Stage::Columns => {
+                if !self.move_in_columns(writer, compaction, pass)? {
+                    pass.stage = Stage::Structures;
+                }
+            }
+            Stage::Structures => {
+                self.close_packer(writer, pass);
+                self.move_structures(writer, compaction, pass)?;
+                pass.stage = Stage::Cut;
+            }
+            Stage::Cut => return self.cut(writer, pass),
+        }
+        Ok(Step::Taken)
+    }
+
+    /// When all that was dropped is free, lets go of what describes the end of the file, and cuts.
+    fn cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Step> {
+        if writer.recycler.awaits_flush() && pass.flushes < MOST_LAST_FLUSHES {
+            pass.flushes += 1;
+            self.flush()?;
+            return Ok(Step::Taken);
+        }
+        if !writer.recycler.is_settled() && pass.waits < MOST_WAITS {
+            // The thread frees what waits for it before it comes back here.
+            pass.waits += 1;
+            return Ok(match writer.recycler.are_frees_held() {
+                true => Step::Last,
+                false => Step::Waits,
+            });
+        }
+        // Blocks behind the end describe nothing any more.
+        let flush = self.hold_flush(writer);
+        if writer.refcounts.shrink_structure(pass.end)? > 0 {
+            self.flush_held(writer)?;
+            return Ok(Step::Taken);
+        }
+        drop(flush);
+        writer.recycler.cut_tail()?;
+        Ok(Step::Last)
+    }
+
+    /// Bytes that have become free in any way since the image was opened.
+    fn freed(&self, writer: &Writer) -> u64 {
+        writer.recycler.loosened() << self.geometry.cluster_bits()
+    }
+
+    fn end_pass(&self, writer: &Writer, compaction: &mut Compaction, pass: &Pass) -> Result<()> {
+        self.assert_counts(writer, compaction)?;
+        let prospect = self.prospect()?;
+        let bits = self.geometry.cluster_bits();
+        let win = prospect.win() << bits;
+        log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
+        // A pass that has moved much may be worth another; one that has not is not, until more is
+        // freed.
+        let worth_another = pass.moved > win && win > 0;
+        compaction.asked &= worth_another;
+        compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
+        Ok(())
+    }
+}

@@ -1,0 +1,203 @@
+//! What an L1 table refers to, as a whole: counted up, counted down, marked as its own again.
+
+use std::ops::Range;
+
+use super::{Image, Writer};
+use crate::error::{Error, Result};
+use crate::format::{GuestCluster, HostCluster, L1Entry, L2Entry, be64};
+use crate::tables::{LinkOrder, TableState};
+
+impl Image {
+    /// Adds a reference to everything that `l1` refers to, in memory.
+    ///
+    /// # Errors
+    /// `TooBig` where a refcount is at its largest, `Corrupt`, host errors. Nothing has changed then
+    /// (or refcounts are too high, where what could be read before cannot be read again).
+    pub(super) fn raise_references(&self, writer: &Writer, l1: &[u64]) -> Result<()> {
+        let mut raised = 0;
+        let result = self.for_each_reference(l1, u64::MAX, |clusters| {
+            writer.refcounts.raise_each(clusters)?;
+            raised += 1;
+            Ok(())
+        });
+        if result.is_err() {
+            self.undo_raise(writer, l1, raised);
+        }
+        result
+    }
+
+    /// Takes the first `raised` steps of [`Image::raise_references`] back.
+    pub(super) fn undo_raise(&self, writer: &Writer, l1: &[u64], raised: u64) {
+        let undone = self.for_each_reference(l1, raised, |mut clusters| {
+            clusters.try_for_each(|cluster| {
+                writer.refcounts.release_shared(HostCluster(cluster)).map(|_| ())
+            })
+        });
+        if let Err(e) = undone {
+            log::warn!("clusters stay counted for a snapshot that is not there: {e}");
+        }
+    }
+
+    /// Drops a reference from everything that `l1` refers to, which no table on disk leads to any
+    /// more, durably. What nothing else refers to goes to the recycler.
+    ///
+    /// # Errors
+    /// `Corrupt`, host errors; what was not reached is leaked.
+    pub(super) fn drop_references(&self, writer: &Writer, l1: &[u64]) -> Result<()> {
+        self.for_each_reference(l1, u64::MAX, |clusters| {
+            let mut last = clusters.start..clusters.start;
+            for cluster in clusters {
+                if writer.refcounts.release_shared(HostCluster(cluster))? {
+                    release_used(writer, std::mem::replace(&mut last, cluster + 1..cluster + 1))?;
+                }
+                last.end = cluster + 1;
+            }
+            release_used(writer, last)
+        })
+    }
+
+    /// Shows `visit` the clusters that `l1` refers to, one run for each reference, those of an L2
+    /// table before the table itself; at most `limit` runs. What is in the tables must be on disk.
+    fn for_each_reference(
+        &self,
+        l1: &[u64],
+        limit: u64,
+        visit: impl FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let mut walk = Walk { image: self, left: limit, run: 0..0, visit };
+        for (index, &raw) in l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+            if walk.left == 0 {
+                break;
+            }
+            let entry = L1Entry::decode(raw, &self.geometry)
+                .map_err(|bad| Error::corrupt(format!("L1 entry {index} {bad}")))?;
+            if let Some(table) = entry.table {
+                walk.table(table)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives those entries of the disk their COPIED flag back that are the only ones to refer to
+    /// their cluster, in the L2 tables of the L1 entries `indices`. No guest clusters are held.
+    ///
+    /// # Errors
+    /// `Corrupt`, host errors.
+    pub(in crate::image) fn mark_own(
+        &self,
+        writer: &Writer,
+        indices: impl Iterator<Item = u64>,
+    ) -> Result<()> {
+        let entries = self.geometry.l2_entries();
+        for index in indices.filter(|&index| index < self.tables.l1_entries() as u64) {
+            if self.tables.is_crowded() {
+                self.flush()?;
+            }
+            let clusters = index * entries..(index + 1) * entries;
+            let _guard = self.locks.exclusive(clusters.clone());
+            self.mark_own_held(writer, clusters)?;
+        }
+        Ok(())
+    }
+
+    /// The same for one L2 table, whose clusters are held exclusively.
+    fn mark_own_held(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        let first = GuestCluster(clusters.start);
+        let mut changed = false;
+        match self.tables.table_state(first)? {
+            TableState::Absent => return Ok(()),
+            TableState::Own => {}
+            TableState::Shared(table) => {
+                if writer.refcounts.get(table)? != 1 {
+                    return Ok(());
+                }
+                let shared = TableState::Shared(table);
+                self.tables.install_table(first, table, shared, LinkOrder::AfterSync)?;
+                changed = true;
+            }
+        }
+        // On disk the refcounts may still be higher: they go first.
+        self.tables.update(clusters, LinkOrder::AfterSync, |_, entry| {
+            let Some((cluster, false)) = entry.host_cluster() else { return Ok(None) };
+            let is_own = writer.refcounts.get(cluster)? == 1;
+            changed |= is_own;
+            Ok(is_own.then_some(entry.moved_to(cluster, true)))
+        })?;
+        if changed {
+            writer.recycler.note_change();
+        }
+        Ok(())
+    }
+}
+
+fn release_used(writer: &Writer, clusters: Range<u64>) -> Result<()> {
+    if clusters.is_empty() { Ok(()) } else { writer.recycler.release_used(clusters) }
+}
+
+struct Walk<'a, V> {
+    image: &'a Image,
+    left: u64,
+    /// Clusters of data that follow each other, not shown yet.
+    run: Range<u64>,
+    visit: V,
+}
+
+impl<V: FnMut(Range<u64>) -> Result<()>> Walk<'_, V> {
+    fn table(&mut self, table: HostCluster) -> Result<()> {
+        let geometry = &self.image.geometry;
+        let bytes = self.image.tables.read_table(table)?;
+        let size = geometry.l2_entry_size() as usize;
+        for (index, entry) in bytes.chunks_exact(size).enumerate() {
+            if be64(entry, 0) == 0 {
+                continue;
+            }
+            let name = || {
+                let table = geometry.host_offset(table);
+                format!("L2 entry {index} of table {table}")
+            };
+            let entry = L2Entry::read(entry, geometry)
+                .map_err(|bad| Error::corrupt(format!("{} {bad}", name())))?;
+            if let L2Entry::Compressed { offset, length } = entry {
+                let clusters = geometry.host_clusters(offset, length);
+                self.show_run()?;
+                clusters.clone().try_for_each(|cluster| self.check(HostCluster(cluster), name))?;
+                self.show(clusters)?;
+            } else if let Some((cluster, _)) = entry.host_cluster() {
+                self.data(cluster, name)?;
+            }
+        }
+        self.show_run()?;
+        self.show(table.0..table.0 + 1)
+    }
+
+    fn data(&mut self, cluster: HostCluster, name: impl Fn() -> String) -> Result<()> {
+        self.check(cluster, name)?;
+        if self.run.is_empty() || self.run.end != cluster.0 {
+            self.show_run()?;
+            self.run = cluster.0..cluster.0;
+        }
+        self.run.end += 1;
+        Ok(())
+    }
+
+    fn check(&self, cluster: HostCluster, name: impl Fn() -> String) -> Result<()> {
+        if !self.image.tables.metadata().contains(cluster) {
+            return Ok(());
+        }
+        let at = self.image.geometry.host_offset(cluster);
+        Err(Error::corrupt(format!("{} points to {at}, which is metadata", name())))
+    }
+
+    fn show_run(&mut self) -> Result<()> {
+        let run = std::mem::replace(&mut self.run, 0..0);
+        if run.is_empty() { Ok(()) } else { self.show(run) }
+    }
+
+    fn show(&mut self, clusters: Range<u64>) -> Result<()> {
+        if self.left == 0 {
+            return Ok(());
+        }
+        self.left -= 1;
+        (self.visit)(clusters)
+    }
+}
