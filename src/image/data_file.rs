@@ -106,18 +106,20 @@ impl Image {
     /// Sees to it that all of `range` is mapped, durably, where data may be written nowhere else: to
     /// a raw data file. No guest clusters are held.
     pub(super) fn map_raw(&self, writer: &Writer, range: &Range<u64>) -> Result<()> {
+        if !self.data.is_raw {
+            return Ok(());
+        }
         let mut at = range.start;
-        let mut mapped = false;
-        while self.data.is_raw && at < range.end {
+        while at < range.end {
             let table_end = self.table_end(self.geometry.guest_cluster(GuestOffset(at)));
             let end = range.end.min(table_end << self.geometry.cluster_bits());
             if !self.is_mapped(at..end)? {
                 self.note(self.fill_table(writer, at))?;
-                mapped = true;
             }
             at = end;
         }
-        if mapped { self.flush() } else { Ok(()) }
+        // What another thread has mapped may be no more durable than what was mapped here.
+        if writer.flush.raw_mappings.are_durable() { Ok(()) } else { self.flush() }
     }
 
     fn is_mapped(&self, range: Range<u64>) -> Result<bool> {
@@ -140,7 +142,15 @@ impl Image {
         let clusters = table_end - self.geometry.l2_entries()..table_end;
         let _guard = self.locks.exclusive(clusters.clone());
         let end = clusters.end.min(self.geometry.clusters_for(self.virtual_size()).0) << bits;
-        let mut at = clusters.start << bits;
+        let filled = self.fill_clusters(writer, clusters.start << bits..end);
+        writer.flush.raw_mappings.note();
+        filled
+    }
+
+    /// Maps whole guest clusters, held exclusively, of one L2 table.
+    fn fill_clusters(&self, writer: &Writer, range: Range<u64>) -> Result<()> {
+        let bits = self.geometry.cluster_bits();
+        let (mut at, end) = (range.start, range.end);
         while at < end {
             let (mapping, run_end) = self.mapping_at(at, end)?;
             let first = self.geometry.guest_cluster(GuestOffset(at));

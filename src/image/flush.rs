@@ -53,6 +53,7 @@ impl Image {
         }
         let unsynced = writer.flush.unsynced.take();
         let (mut settles, mut data_unsynced) = (false, false);
+        let raw_mappings = writer.flush.raw_mappings.made();
         let dirty = self.tables.collect(|| {
             settles = writer.recycler.seal();
             // Under the tables' lock: the data that an entry leads to was written before it.
@@ -67,6 +68,7 @@ impl Image {
         writer.recycler.settle(succeeded);
         if succeeded {
             writer.flush.count_flush();
+            writer.flush.raw_mappings.flushed(raw_mappings);
         } else {
             self.mark_unsynced();
             if data_unsynced {

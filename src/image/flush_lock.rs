@@ -13,6 +13,7 @@ pub(super) struct FlushLock {
     pub(super) unsynced: Unsynced,
     /// Of the external data file.
     pub(super) data_unsynced: Unsynced,
+    pub(super) raw_mappings: RawMappings,
     flushes: AtomicU64,
     syncs: AtomicU64,
 }
@@ -74,5 +75,34 @@ impl Unsynced {
     /// Whether something was written since this was last asked. A sync must follow.
     pub(super) fn take(&self) -> bool {
         self.0.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// Which mappings of a raw data file are durable: data may be written through no others.
+#[derive(Debug, Default)]
+pub(super) struct RawMappings {
+    made: AtomicU64,
+    durable: AtomicU64,
+}
+
+impl RawMappings {
+    /// Clusters were mapped; their guest clusters are still held exclusively, so whoever finds them
+    /// mapped finds this too.
+    pub(super) fn note(&self) {
+        self.made.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// What a flush that begins now makes durable.
+    pub(super) fn made(&self) -> u64 {
+        self.made.load(Ordering::Acquire)
+    }
+
+    /// A flush has succeeded that covers all that were `made`.
+    pub(super) fn flushed(&self, made: u64) {
+        self.durable.fetch_max(made, Ordering::AcqRel);
+    }
+
+    pub(super) fn are_durable(&self) -> bool {
+        self.durable.load(Ordering::Acquire) == self.made.load(Ordering::Acquire)
     }
 }

@@ -339,6 +339,7 @@ impl Image {
         while at < range.end {
             let writer = self.begin_change()?;
             let end = range.end.min(self.step_end(at));
+            self.map_raw(writer, &(at..end))?;
             let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
             while at < end {
                 at = self.note(self.preallocate_some(writer, at, end))?;
