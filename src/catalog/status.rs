@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Catalog;
+use super::node::Look;
 use crate::image;
 
 /// A whole mount.
@@ -57,14 +58,22 @@ impl Catalog {
         nodes.sort_by_key(|node| node.path());
         let name = |node: &super::Node| node.raw_path().display().to_string();
         let image = |node: &super::Node| {
-            let handles = node.open_handles();
-            node.peek(|image, _, writable| {
-                let (status, error) = match image.status() {
-                    Ok(status) => (Some(status), None),
-                    Err(e) => (None, Some(e.to_string())),
-                };
-                ImageStatus { name: name(node), writable, handles, image: status, error }
-            })
+            let name = name(node);
+            let found = node.look(|image, writable, handles| (image.status(), writable, handles));
+            match found {
+                Look::Closed => None,
+                Look::Busy => {
+                    let error = Some("it is being opened or closed".into());
+                    Some(ImageStatus { name, writable: false, handles: 0, image: None, error })
+                }
+                Look::Open((Ok(image), writable, handles)) => {
+                    Some(ImageStatus { name, writable, handles, image: Some(image), error: None })
+                }
+                Look::Open((Err(e), writable, handles)) => {
+                    let error = Some(e.to_string());
+                    Some(ImageStatus { name, writable, handles, image: None, error })
+                }
+            }
         };
         let refusal = |node: &super::Node| {
             let error = node.last_logged()?;

@@ -59,6 +59,10 @@ fn page(status: &Value) -> String {
     );
     let bytes = |value: &Value| value.as_u64().map_or("?".into(), size::show);
     for image in status["images"].as_array().into_iter().flatten() {
+        if let Some(error) = image["error"].as_str() {
+            page += &format!("{}: {error}\n", text(&image["name"]));
+            continue;
+        }
         let access = if image["writable"] == true { "written" } else { "read" };
         page += &format!(
             "{}: {access}, disk {}, file {}, on the host {}, {}\n",
@@ -66,14 +70,27 @@ fn page(status: &Value) -> String {
             bytes(&image["virtual_size"]),
             bytes(&image["file_length"]),
             bytes(&image["allocated"]),
-            image["health"].as_str().or(image["error"].as_str()).unwrap_or("?"),
+            condition(image),
         );
         page += &recycler(image);
+    }
+    if let Some(failed @ 1..) = status["close_errors"].as_u64() {
+        page += &format!("{failed} times an image could not be closed in order; check it\n");
     }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
     }
     page
+}
+
+/// How an image is: a word, and the reason where there is one.
+fn condition(image: &Value) -> String {
+    let text = |key: &str| image[key].as_str();
+    match (text("condition"), text("health")) {
+        (Some(condition), Some("ok")) => condition.into(),
+        (Some(condition), Some(why)) => format!("{condition}: {why}"),
+        _ => "?".into(),
+    }
 }
 
 /// What an image's recycler has done and does, in a line; nothing where there is nothing to tell.
@@ -119,11 +136,21 @@ mod tests {
         let status = serde_json::json!({
             "pid": 7, "source": "/i", "mountpoint": "/m", "read_only": false,
             "images": [{"name": "a/b.raw", "writable": true, "virtual_size": 1073741824,
-                        "file_length": 1048576, "allocated": 524288, "health": "ok"}],
+                        "file_length": 1048576, "allocated": 524288,
+                        "condition": "ok", "health": "ok"},
+                       {"name": "d.raw", "writable": true, "virtual_size": 512,
+                        "file_length": 512, "allocated": 512,
+                        "condition": "read-only", "health": "syncing the image: I/O error"},
+                       {"name": "e.raw", "error": "it is being opened or closed"}],
+            "close_errors": 2,
             "errors": [{"name": "c.raw", "error": "c.qcow2: is in use"}],
         });
         let wanted = "/i on /m, process 7\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
+            d.raw: written, disk 512 B, file 512 B, on the host 512 B, \
+            read-only: syncing the image: I/O error\n\
+            e.raw: it is being opened or closed\n\
+            2 times an image could not be closed in order; check it\n\
             last error: c.qcow2: is in use\n";
         assert_eq!(page(&status), wanted);
     }

@@ -44,12 +44,14 @@ fn unmount(given: &Path) -> Result<(), String> {
     // Opened while the process surely lives: afterwards its number may be another's.
     let process = Process::open(pid)
         .map_err(|e| format!("finding the process {pid} that serves {shown}: {e}"))?;
-    unmounting::unmount(&mountpoint, false).map_err(|e| match e.raw_os_error() {
-        Some(libc::EBUSY) => match busy::users(&mountpoint) {
-            users if users.is_empty() => format!("{shown} is busy"),
-            users => format!("{shown} is busy: in use by {users}"),
-        },
-        _ => format!("unmounting {shown}: {e}"),
+    unmounting::while_busy(|| unmounting::unmount(&mountpoint, false)).map_err(|e| {
+        match e.raw_os_error() {
+            Some(libc::EBUSY) => match busy::users(&mountpoint) {
+                users if users.is_empty() => format!("{shown} is busy"),
+                users => format!("{shown} is busy: in use by {users}"),
+            },
+            _ => format!("unmounting {shown}: {e}"),
+        }
     })?;
     let failed = |e| format!("{shown} is unmounted, but waiting for process {pid} failed: {e}");
     match process.wait(CLOSING).map_err(failed)? {

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 mod host_file;
 pub mod image_lock;
+pub(crate) mod processes;
 pub mod testing;
 
 pub use host_file::HostFile;

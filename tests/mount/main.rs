@@ -23,6 +23,7 @@ mod directory;
 mod discards;
 mod files;
 mod filesystems;
+mod health;
 mod hosts;
 mod layers;
 mod locks;
