@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,8 +30,8 @@ impl Moment {
         let within = |rng: &mut Rng, ms: u64| Duration::from_micros(rng.within(0..ms * 1000));
         let soon = *rng.pick(&[10, longest / 4, longest]);
         match rng.within(0..10) {
-            0..4 => Moment::Early(within(rng, soon)),
-            4..9 => Moment::Moving(within(rng, soon)),
+            0..5 => Moment::Early(within(rng, soon)),
+            5..9 => Moment::Moving(within(rng, soon)),
             _ => Moment::Closing(within(rng, 30)),
         }
     }
@@ -64,6 +64,10 @@ impl Daemon {
             thread::sleep(Duration::from_millis(1));
         }
         daemon
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
     }
 
     /// Since it was started.
@@ -103,6 +107,17 @@ impl Daemon {
     pub fn wait_for_leaks(&self) {
         let found = || self.status()["images"][0]["searching_leaks"] == false;
         eventually(LONG, found, || format!("still looking for leaks: {:#}", self.status()));
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait_for_end(&mut self, limit: Duration) -> ExitStatus {
+        let mut ended = None;
+        let has_ended = || {
+            ended = self.child.try_wait().unwrap();
+            ended.is_some()
+        };
+        eventually(limit, has_ended, || "the daemon does not end".into());
+        ended.expect("it has ended")
     }
 
     /// Kills it, and waits until nothing of it is left.

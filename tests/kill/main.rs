@@ -3,7 +3,8 @@
 //! ext4 and xfs, and of `qemu-img check`; and mounting again takes no time.
 //!
 //! Some are killed under clients that write to the raw files ([`raw`]), some under file systems on
-//! loop devices ([`filesystems`]). The image directories live on from kill to kill, so that each
+//! loop devices ([`filesystems`]). In [`gone`] it is the mount that is taken
+//! away. The image directories live on from kill to kill, so that each
 //! one meets what the one before has left, and clusters move at most of them.
 //!
 //! `QCOW2FS_KILLS` says how many kills there are at least (300), `QCOW2FS_MODEL_SECONDS` for how
@@ -21,6 +22,7 @@ mod daemon;
 #[path = "../mount/devices.rs"]
 mod devices;
 mod filesystems;
+mod gone;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;
@@ -35,7 +37,7 @@ const KILLS: u64 = 300;
 /// One kill in so many happens under a file system: that takes several times as long.
 const FILE_SYSTEM_SHARE: u64 = 5;
 /// Mostly they wait: for the recycler to find that it may begin, and for the moment of the kill.
-const RAW_AT_ONCE: u64 = 5;
+const RAW_AT_ONCE: u64 = 8;
 const FILE_SYSTEMS_AT_ONCE: u64 = 4;
 
 /// Kills with several workers at once until there are enough; what came of it.

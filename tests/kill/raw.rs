@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::daemon::{Daemon, Moment};
-use crate::lab::{Lab, assert_sound};
+use crate::lab::{Lab, assert_sound, eventually};
 use crate::support::oracle::{After, Kind, Operation, Oracle, data};
 use crate::support::rng::Rng;
 use crate::support::{SECTOR, host_file, qemu, verify};
@@ -55,16 +55,18 @@ pub fn work(seed: u64, tally: &Tally) {
 }
 
 /// One image, and what its disk may hold.
-struct Disk {
+pub struct Disk {
     lab: Lab,
     image: PathBuf,
     options: &'static str,
     oracle: Oracle,
+    /// What the last end was like.
+    after: After,
     kills: u64,
 }
 
 impl Disk {
-    fn new(rng: &mut Rng) -> Disk {
+    pub fn new(rng: &mut Rng) -> Disk {
         let lab = Lab::new();
         let options = rng.pick(&OPTIONS);
         let image = lab.create("disk.qcow2", &DISK.to_string(), options);
@@ -73,7 +75,7 @@ impl Disk {
         let mut filled = vec![0; DISK as usize];
         filled[..FILLED as usize].fill(7);
         let oracle = Oracle::new(&filled, SECTORS);
-        Disk { lab, image, options, oracle, kills: 0 }
+        Disk { lab, image, options, oracle, after: After::Crash, kills: 0 }
     }
 
     /// Mounts, judges what the last kill has left, works, and is killed.
@@ -115,8 +117,8 @@ impl Disk {
                 false
             }
         };
-        tally.killed(moved, crew.fsyncs.into_inner());
-        self.oracle = crew.oracle.into_inner();
+        tally.killed(moved, crew.fsyncs.load(Ordering::Relaxed));
+        self.remember(crew, After::Crash);
         self.kills += 1;
         let sound = verify(&*host_file(&self.image))
             .and_then(|()| qemu::check_allowing_leaks(&self.image).map_err(|e| e.to_string()));
@@ -126,8 +128,22 @@ impl Disk {
         }
     }
 
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    pub fn image(&self) -> &Path {
+        &self.image
+    }
+
+    /// The disk holds now what it may hold after the work of `crew`, which ended like this.
+    pub fn remember(&mut self, crew: Crew, after: After) {
+        self.oracle = crew.oracle.into_inner();
+        self.after = after;
+    }
+
     /// The disk holds what it may; what that is.
-    fn judge(&self, file: &File) -> Vec<u8> {
+    pub fn judge(&self, file: &File) -> Vec<u8> {
         let mut found = vec![0; DISK as usize];
         file.read_exact_at(&mut found, 0).unwrap();
         self.assert_allowed(&found);
@@ -139,12 +155,12 @@ impl Disk {
     }
 
     fn assert_allowed(&self, found: &[u8]) {
-        let allowed = self.oracle.check(found, 0, After::Crash);
+        let allowed = self.oracle.check(found, 0, self.after);
         allowed.unwrap_or_else(|e| panic!("{} after {} kills: {e}", self.options, self.kills));
     }
 
     /// Mounted once more and closed in order, nothing has leaked.
-    fn end(self) {
+    pub fn end(self) {
         let daemon = Daemon::start(&self.lab);
         let file = open(&daemon, false);
         self.judge(&file);
@@ -156,7 +172,7 @@ impl Disk {
     }
 }
 
-fn open(daemon: &Daemon, direct: bool) -> File {
+pub fn open(daemon: &Daemon, direct: bool) -> File {
     let flags = if direct { libc::O_DIRECT } else { 0 };
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags);
@@ -164,7 +180,7 @@ fn open(daemon: &Daemon, direct: bool) -> File {
 }
 
 /// Clients that write to one disk at the same time, each to its own part.
-struct Crew {
+pub struct Crew {
     oracle: Mutex<Oracle>,
     /// The number of the next operation.
     number: AtomicU64,
@@ -177,7 +193,7 @@ struct Crew {
 
 impl Crew {
     /// Clients of a disk that holds `found`; until they are told, they only write in place.
-    fn new(found: &[u8]) -> Crew {
+    pub fn new(found: &[u8]) -> Crew {
         let blocks = (0..).step_by(BLOCK as usize).zip(found.chunks((BLOCK * SECTOR) as usize));
         let holds_data = |block: &[u8]| block.iter().any(|byte| *byte != 0);
         Crew {
@@ -191,7 +207,7 @@ impl Crew {
     }
 
     /// All work until the mount is gone or they are stopped; one of which `meanwhile` sees to.
-    fn work<R>(&self, file: &File, rng: &mut Rng, meanwhile: impl FnOnce() -> R) -> R {
+    pub fn work<R>(&self, file: &File, rng: &mut Rng, meanwhile: impl FnOnce() -> R) -> R {
         thread::scope(|scope| {
             for place in 0..CLIENTS {
                 let part = SECTORS * place / CLIENTS / BLOCK * BLOCK;
@@ -214,12 +230,19 @@ impl Crew {
         client.run(&FLUSH).unwrap();
     }
 
-    fn allocate(&self) {
+    pub fn allocate(&self) {
         self.may_allocate.store(true, Ordering::Relaxed);
     }
 
-    fn stop(&self) {
+    pub fn stop(&self) {
         self.stops.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until so many more operations have begun.
+    pub fn wait_for_more(&self, operations: u64, limit: Duration) {
+        let begun = || self.number.load(Ordering::Relaxed);
+        let wanted = begun() + operations;
+        eventually(limit, || begun() >= wanted, || format!("{} operations", begun()));
     }
 }
 
@@ -238,7 +261,11 @@ impl Client<'_> {
         }
         let operation = match self.crew.may_allocate.load(Ordering::Relaxed) {
             true => self.any_operation(),
-            false => self.write_in_place(),
+            false => {
+                // For the time of the recycler's wait; others need the processors too.
+                thread::sleep(Duration::from_millis(2));
+                self.write_in_place()
+            }
         };
         self.run(&operation)
     }
