@@ -5,13 +5,16 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 
+mod attach;
 mod busy;
 pub mod check;
 mod compact;
 mod daemon;
+mod detach;
 mod logging;
 mod mount;
 mod options;
+mod shown;
 mod signals;
 mod size;
 mod snapshot;
@@ -36,6 +39,8 @@ enum Command {
     Check(check::Args),
     Snapshot(snapshot::Args),
     Compact(compact::Args),
+    Attach(attach::Args),
+    Detach(detach::Args),
 }
 
 /// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
@@ -61,6 +66,8 @@ pub fn run() -> i32 {
         Command::Check(args) => check::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Compact(args) => compact::run(&args),
+        Command::Attach(args) => attach::run(&args),
+        Command::Detach(args) => detach::run(&args),
     }
 }
 

@@ -71,7 +71,7 @@ impl Signals {
 
 /// Unmounts; the session ends with it. Says who is in the way when it is busy.
 fn unmount(mount: &Served) -> bool {
-    let error = match unmounting::while_busy(|| mount.unmount(false)) {
+    let error = match unmounting::while_busy(unmounting::LEAVING, || mount.unmount(false)) {
         Ok(()) => return true,
         Err(e) => e,
     };

@@ -22,7 +22,7 @@ pub(super) struct Args {
 
 /// Runs the command; returns the exit code.
 pub(super) fn run(args: &Args) -> i32 {
-    match unmount(&args.mountpoint) {
+    match unmount(&args.mountpoint, unmounting::LEAVING) {
         Ok(()) => 0,
         Err(line) => {
             eprintln!("qcow2fs: {line}");
@@ -31,7 +31,11 @@ pub(super) fn run(args: &Args) -> i32 {
     }
 }
 
-fn unmount(given: &Path) -> Result<(), String> {
+/// Unmounts, and waits for the process. A mount that is busy may cease to be within `patience`.
+///
+/// # Errors
+/// A line for a person.
+pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
     let shown = given.display();
     if is_dead(given) {
         // Nothing is left to wait for.
@@ -44,14 +48,13 @@ fn unmount(given: &Path) -> Result<(), String> {
     // Opened while the process surely lives: afterwards its number may be another's.
     let process = Process::open(pid)
         .map_err(|e| format!("finding the process {pid} that serves {shown}: {e}"))?;
-    unmounting::while_busy(|| unmounting::unmount(&mountpoint, false)).map_err(|e| {
-        match e.raw_os_error() {
-            Some(libc::EBUSY) => match busy::users(&mountpoint) {
-                users if users.is_empty() => format!("{shown} is busy"),
-                users => format!("{shown} is busy: in use by {users}"),
-            },
-            _ => format!("unmounting {shown}: {e}"),
-        }
+    let unmounted = unmounting::while_busy(patience, || unmounting::unmount(&mountpoint, false));
+    unmounted.map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY) => match busy::users(&mountpoint) {
+            users if users.is_empty() => format!("{shown} is busy"),
+            users => format!("{shown} is busy: in use by {users}"),
+        },
+        _ => format!("unmounting {shown}: {e}"),
     })?;
     let failed = |e| format!("{shown} is unmounted, but waiting for process {pid} failed: {e}");
     match process.wait(CLOSING).map_err(failed)? {
