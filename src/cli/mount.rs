@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::options::MountOptions;
@@ -155,8 +156,10 @@ impl Plan {
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
             Ok((session, catalog)) => {
-                if let Some(Err(e)) = parent.map(Parent::ready) {
-                    log::error!("letting go of the terminal: {e}");
+                match parent.map(Parent::ready) {
+                    Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
+                    Some(Ok(())) => {}
+                    None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(session, &catalog))
@@ -193,6 +196,7 @@ impl Plan {
 
     fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
         let ended = serve_to_the_end(session);
+        tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -239,6 +243,13 @@ impl Plan {
             0 => name,
             _ => name.replace('\\', "\\\\").replace(',', "\\,"),
         }
+    }
+}
+
+/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("telling the service manager: {e}");
     }
 }
 

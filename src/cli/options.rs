@@ -24,7 +24,7 @@ pub(super) struct MountOptions {
 
 /// What mount(8), fstab and mount.fuse3 pass and what is not ours to act on. `dev` and `suid` are
 /// among them: no device and no set-user-ID file is ever shown.
-const IGNORED: [&str; 28] = [
+const IGNORED: [&str; 29] = [
     "defaults",
     "auto",
     "noauto",
@@ -35,6 +35,7 @@ const IGNORED: [&str; 28] = [
     "group",
     "nofail",
     "_netdev",
+    "_rnetdev",
     "async",
     "nosuid",
     "nodev",
@@ -85,7 +86,7 @@ impl MountOptions {
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
-            (name, _) if name.starts_with("x-") => {}
+            (name, _) if name.starts_with("x-") || name.starts_with("X-") => {}
             (name, None) => self.flag(name)?,
             _ => return Err(unknown(option)),
         }
@@ -115,7 +116,7 @@ fn number(option: &str, value: &str, base: u32) -> Result<u32, String> {
 }
 
 fn unknown(option: &str) -> String {
-    format!("mount option '{option}' is not known")
+    format!("mount option '{option}' is not known: `qcow2fs mount --help` lists those that are")
 }
 
 #[cfg(test)]
@@ -153,7 +154,7 @@ mod tests {
     #[test]
     fn what_mount_and_fstab_pass_is_no_error() {
         let fstab = "rw,nosuid,nodev,noexec,noatime,nofail,_netdev,user,noauto,defaults,async,dev,\
-                     suid,exec,relatime,x-systemd.automount,x-systemd.device-timeout=5,user=me";
+                     suid,exec,relatime,x-systemd.automount,x-systemd.device-timeout=5,X-mount.mkdir,user=me";
         let kernel = vec![MountOption::NoAtime, MountOption::Exec];
         assert_eq!(parse(fstab).unwrap(), MountOptions { kernel, ..Default::default() });
     }

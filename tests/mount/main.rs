@@ -15,6 +15,7 @@
 mod lab;
 mod attach;
 mod bitmaps;
+mod boot;
 mod chains;
 mod combinations;
 mod compact;
