@@ -14,7 +14,7 @@ use super::options::MountOptions;
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
 use super::{logging, signals, size};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::fs::Filesys;
 use crate::image;
 
@@ -48,6 +48,12 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    /// Write to qcow2 overlays in this directory, and leave the images as they are
+    #[arg(long, value_name = "DIR")]
+    overlay: Option<PathBuf>,
+    /// Throw the overlays away at the end; those that lie in the directory are not used
+    #[arg(long)]
+    ephemeral: bool,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -58,8 +64,8 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, log_file=FILE, noatime,
-    /// noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, overlay=DIR, ephemeral,
+    /// log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -128,6 +134,11 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
+        let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if let Some(overlay) = &overlay {
+            refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
+        }
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -143,6 +154,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                overlay,
                 image,
             },
             options,
@@ -320,6 +332,32 @@ fn plain(error: &io::Error) -> String {
 pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+fn overlay_options(
+    path: Option<PathBuf>,
+    ephemeral: bool,
+) -> Result<Option<OverlayOptions>, String> {
+    match path {
+        Some(path) => {
+            let directory = directory(&path, "the overlay directory")?;
+            Ok(Some(OverlayOptions { directory, ephemeral }))
+        }
+        None if ephemeral => {
+            Err("--ephemeral needs --overlay DIR, for the room that it takes".into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// Overlays among images would be shown as such.
+fn refuse_mixing(overlays: &Path, others: &[&Path]) -> Result<(), String> {
+    let other =
+        others.iter().find(|other| is_within(overlays, other) || is_within(other, overlays));
+    other.map_or(Ok(()), |other| {
+        let (overlays, other) = (overlays.display(), other.display());
+        Err(format!("the overlay directory {overlays} and {other} must lie apart"))
+    })
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a

@@ -17,6 +17,8 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
+    pub(super) overlay: Option<String>,
+    pub(super) ephemeral: bool,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -83,6 +85,8 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
+            ("overlay", Some(value)) => self.overlay = Some(value.to_owned()),
+            ("ephemeral", None) => self.ephemeral = true,
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
@@ -132,7 +136,7 @@ mod tests {
     fn our_options_are_taken() {
         let options = parse(
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
-                   compact_after=5%,recycle_rate=2M",
+                   compact_after=5%,recycle_rate=2M,overlay=/o,ephemeral",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -144,6 +148,8 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
+            overlay: Some("/o".into()),
+            ephemeral: true,
             log_file: Some("/l".into()),
             kernel: vec![],
         };

@@ -29,5 +29,6 @@ mod hosts;
 mod layers;
 mod locks;
 mod options;
+mod overlays;
 mod refusals;
 mod snapshots;
