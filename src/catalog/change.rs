@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::{Catalog, Node, SetTime, errno, host, names};
 use crate::error::{Error, Result};
+use crate::storage;
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
 /// image's matter.
@@ -127,7 +128,7 @@ impl Catalog {
         let (old_parent, _) = self.place_of(from.0)?;
         let (new_parent, _) = self.place_of(to.0)?;
         let old_name = path.file_name().unwrap_or(from.1);
-        host::rename(&old_parent, old_name, &new_parent, &new_name, flags)
+        storage::rename(&old_parent, old_name, &new_parent, &new_name, flags)
             .map_err(|e| Error::io(format!("renaming {} to {}", shown(from.1), shown(to.1)), e))?;
         let new_path = to.0.path().join(new_name);
         self.names_moved(&path, &new_path, flags);

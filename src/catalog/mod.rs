@@ -27,6 +27,7 @@ use parking_lot::RwLock;
 mod alone;
 mod chain;
 mod change;
+mod create;
 mod host;
 mod names;
 mod node;
@@ -37,6 +38,7 @@ mod tests;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
+pub use create::create_image;
 pub use host::{HostSpace, SetTime};
 pub use node::{HandleMode, Node, Opening};
 pub use status::{ImageStatus, MountStatus, Refusal};
