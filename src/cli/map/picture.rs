@@ -59,10 +59,10 @@ impl Picture {
     /// The picture as lines of `columns` blocks: two rows of blocks a line where there are colours,
     /// else a letter each.
     pub(super) fn lines(&self, columns: usize, colours: bool) -> Vec<String> {
-        let kinds: Vec<_> = self.blocks.iter().map(|block| main_kind(block)).collect();
+        let kinds: Vec<_> = self.blocks.iter().map(main_kind).collect();
         let rows: Vec<_> = kinds.chunks(columns).collect();
         match colours {
-            true => rows.chunks(2).map(|two| coloured_line(two)).collect(),
+            true => rows.chunks(2).map(coloured_line).collect(),
             false => {
                 rows.iter().map(|row| row.iter().map(|kind| letter(*kind)).collect()).collect()
             }
