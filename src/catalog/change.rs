@@ -72,6 +72,7 @@ impl Catalog {
         mode: u32,
         owner: (u32, u32),
     ) -> Result<()> {
+        self.names_may_change()?;
         let (place, _) = self.place_of(parent)?;
         let path = host::path_of(&place).join(name);
         let failed = |e| Error::io(format!("making the directory {}", shown(name)), e);
@@ -89,6 +90,7 @@ impl Catalog {
     /// `ENOENT`, `EISDIR`, `ENOTDIR`, and those of the host: a directory is empty only when
     /// everything in it is gone, shown here or not.
     pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
+        self.names_may_change()?;
         let (path, _, metadata) = self.find(parent, name)?;
         let failed = |e| Error::io(format!("removing {}", shown(name)), e);
         let (place, _) = self.place_of(parent)?;
@@ -109,6 +111,7 @@ impl Catalog {
     /// `EPERM` for an image that would not be called `.raw`, `EINVAL` for an exchange of an image with
     /// a directory, and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
+        self.names_may_change()?;
         let (path, _, metadata) = self.find(from.0, from.1)?;
         let new_name = match (metadata.is_dir(), names::image_name(to.1)) {
             (true, _) => to.1.to_owned(),

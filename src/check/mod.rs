@@ -11,7 +11,7 @@
 
 pub(crate) mod copied;
 mod counts;
-mod pieces;
+pub(crate) mod pieces;
 mod progress;
 mod refcounts;
 pub mod references;

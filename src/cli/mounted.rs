@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{status, unmounting};
+use super::{shown, status, unmounting};
 
 /// An image that a running mount shows.
 pub(super) struct Mounted {
@@ -16,14 +16,20 @@ impl Mounted {
     /// The mount that has the image at `path` open.
     pub(super) fn open_in(path: &Path) -> Option<Mounted> {
         let path = path.canonicalize().ok()?;
-        unmounting::mounts_of("fuse.qcow2fs").into_iter().find_map(|(source, mountpoint)| {
+        let mounts = unmounting::mounts_of("fuse.qcow2fs");
+        // The latest one covers those before.
+        mounts.into_iter().rev().find_map(|(source, mountpoint)| {
             // Others are not asked: they may not answer.
             if !path.starts_with(source) {
                 return None;
             }
             let status = status::read(&mountpoint).ok()?;
-            let beneath = path.strip_prefix(status["source"].as_str()?).ok()?;
-            let name = beneath.to_str()?.strip_suffix(".qcow2")?.to_owned() + ".raw";
+            if status["overlay"].is_string() {
+                return None;
+            }
+            let source = Path::new(status["source"].as_str()?);
+            let raw = shown::raw_file_in(&path, source, &mountpoint)?;
+            let name = raw.strip_prefix(&mountpoint).ok()?.to_str()?.to_owned();
             image(&status, &name)?;
             Some(Mounted { mountpoint, name })
         })

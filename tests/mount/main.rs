@@ -13,6 +13,7 @@
 
 #[macro_use]
 mod lab;
+mod attach;
 mod bitmaps;
 mod chains;
 mod combinations;
