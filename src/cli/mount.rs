@@ -23,7 +23,15 @@ use crate::image;
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
 /// otherwise. `qcow2fs umount` ends it.
+///
+/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
+/// sense.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs mount images/ /mnt/raw
+  qcow2fs mount --read-only -o allow_other images/ /mnt/raw
+  qcow2fs mount --foreground -v --allow /srv/bases images/ /mnt/raw
+  qcow2fs mount --compact-after 5% --recycle-rate 20M images/ /mnt/raw")]
 pub(super) struct Args {
     /// The directory with the images, or one image, to show nothing else
     source: PathBuf,
