@@ -33,7 +33,6 @@ mod locks;
 mod map;
 mod options;
 mod overlays;
-mod pressure;
 mod refusals;
 mod resize;
 mod snapshots;
