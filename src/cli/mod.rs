@@ -9,6 +9,7 @@ mod attach;
 mod busy;
 pub mod check;
 mod compact;
+mod create;
 mod daemon;
 mod detach;
 mod info;
@@ -28,6 +29,7 @@ mod status;
 mod terminal;
 mod umount;
 mod unmounting;
+mod watch;
 
 /// Mounts a directory of qcow2 images as a directory of flat raw files.
 ///
@@ -47,7 +49,9 @@ enum Command {
     #[command(visible_alias = "unmount")]
     Umount(umount::Args),
     Status(status::Args),
+    Watch(watch::Args),
     Check(check::Args),
+    Create(create::Args),
     Info(info::Args),
     Map(map::Args),
     Resize(resize::Args),
@@ -82,6 +86,8 @@ pub fn run() -> i32 {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Watch(args) => watch::run(&args),
+        Command::Create(args) => create::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
