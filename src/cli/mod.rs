@@ -72,8 +72,11 @@ pub fn run() -> i32 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(e) => {
-            // Help goes to stdout, errors to stderr; nothing is to be done when that fails.
-            let _ = e.print();
+            match complaint(&e) {
+                Some(line) => eprintln!("qcow2fs: {line}"),
+                // Help goes to stdout, or to stderr; nothing is to be done when that fails.
+                None => drop(e.print()),
+            }
             return e.exit_code();
         }
     };
@@ -97,6 +100,32 @@ pub fn run() -> i32 {
         Command::Attach(args) => attach::run(&args),
         Command::Detach(args) => detach::run(&args),
     }
+}
+
+/// What is wrong with the arguments, in one line; `None` where help was asked for, or is the answer.
+fn complaint(error: &clap::Error) -> Option<String> {
+    use clap::error::ErrorKind::{
+        DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion,
+    };
+    let help = [DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion];
+    if help.contains(&error.kind()) {
+        return None;
+    }
+    let text = error.to_string();
+    let lines = text.lines().take_while(|line| !line.starts_with("Usage:"));
+    let lines = lines
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let mut whole = String::new();
+    for line in lines {
+        whole += match whole.chars().last() {
+            None => "",
+            Some(':') => " ",
+            Some(_) => "; ",
+        };
+        whole += line.strip_prefix("error: ").unwrap_or(line);
+    }
+    Some(whole + "; --help tells more")
 }
 
 /// The arguments as a command's: what mount(8) calls without one is `mount`. `None` for a call that
@@ -171,6 +200,22 @@ mod tests {
         for other in ["qcow2fs status /a", "qcow2fs --help", "qcow2fs mnt", "qcow2fs help mount"] {
             assert_eq!(arguments(other).unwrap(), other);
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_arguments_is_said_in_a_line() {
+        let said = |line: &str| {
+            let parsed = Cli::try_parse_from(line.split(' ')).map(drop);
+            complaint(&parsed.unwrap_err())
+        };
+        let missing = "the following required arguments were not provided: <IMAGE>...; --help tells \
+                       more";
+        assert_eq!(said("qcow2fs info").unwrap(), missing);
+        let unknown = said("qcow2fs inof x").unwrap();
+        assert!(unknown.starts_with("unrecognized subcommand 'inof'; tip: "), "{unknown}");
+        assert!(!unknown.contains('\n'), "{unknown}");
+        assert_eq!(said("qcow2fs --help"), None);
+        assert_eq!(said("qcow2fs snapshot"), None);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 mod lab;
 mod attach;
 mod bitmaps;
+mod boot;
 mod chains;
 mod combinations;
 mod compact;
@@ -32,6 +33,7 @@ mod locks;
 mod map;
 mod messages;
 mod options;
+mod overlays;
 mod refusals;
 mod resize;
 mod snapshots;
