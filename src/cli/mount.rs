@@ -43,6 +43,10 @@ pub(super) struct Args {
     /// Move at most this much a second in each image [default: whatever nobody notices]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
     recycle_rate: Option<u64>,
+    /// Check at every step of the recycler that each cluster has one state and that none is lost:
+    /// slow, for tests
+    #[arg(long)]
+    runtime_asserts: bool,
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
@@ -125,6 +129,7 @@ impl Plan {
         if let Some(after) = args.compact_after.or(options.compact_after) {
             image.compact_after = after;
         }
+        image.runtime_asserts = args.runtime_asserts;
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
