@@ -15,13 +15,7 @@ use super::progress::Progress;
 use super::{logging, signals, size};
 use crate::catalog::Alone;
 use crate::error::{Error, ErrorKind, Result};
-<<<<<<< HEAD
 use crate::image::{CompactAfter, CompactionStatus, Image, Options};
-use mounted::Mounted;
-use progress::Progress;
-=======
-use crate::image::{CompactAfter, Image, Options};
->>>>>>> main
 
 /// How often a search for leaked clusters is looked at.
 const LOOK: Duration = Duration::from_millis(10);
@@ -155,14 +149,9 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     };
     let opened = match Alone::open(path, &allowed, &options) {
         Err(e) if e.kind() == ErrorKind::InUse && !args.dry_run => {
-<<<<<<< HEAD
-            let Some(mount) = Mounted::find(path) else { return Err(line(e)) };
+            let Some(mount) = Mounted::open_in(path) else { return Err(line(e)) };
             let closed_only = [(args.detect_zeroes, "--detect-zeroes"), (args.defrag, "--defrag")];
             if let Some((_, option)) = closed_only.iter().find(|(given, _)| *given) {
-=======
-            let Some(mount) = Mounted::open_in(path) else { return Err(line(e)) };
-            if args.detect_zeroes {
->>>>>>> main
                 let place = mount.mountpoint().display();
                 return Err(format!("{option} needs the image closed, and {place} has it open"));
             }
