@@ -160,6 +160,8 @@ struct Writer {
     flush: flush_lock::FlushLock,
     /// Lock order: before the flush lock.
     compaction: Mutex<compact::Compaction>,
+    /// Bytes of compressed data that tables refer to no more, since the image was opened.
+    compressed_dropped: AtomicU64,
     /// A leaf.
     compaction_status: Mutex<CompactionStatus>,
     features: Mutex<open::Features>,

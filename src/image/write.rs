@@ -294,6 +294,17 @@ impl Image {
         offset: HostOffset,
         length: u64,
     ) -> Result<()> {
+        writer.compressed_dropped.fetch_add(length, Ordering::Relaxed);
+        self.release_compressed(writer, offset, length)
+    }
+
+    /// The same where it has only moved.
+    pub(super) fn release_compressed(
+        &self,
+        writer: &Writer,
+        offset: HostOffset,
+        length: u64,
+    ) -> Result<()> {
         self.inflated.forget(offset);
         self.geometry
             .host_clusters(offset, length)
