@@ -78,6 +78,11 @@ impl Progress {
         self.show("looked at", at, all, false);
     }
 
+    /// `what` has been done to so many bytes of so many.
+    pub(super) fn written(&mut self, what: &'static str, done: u64, all: u64) {
+        self.show(what, done, all, false);
+    }
+
     fn show(&mut self, what: &'static str, done: u64, all: u64, begins: bool) {
         if let Some(bar) = &self.bar {
             if bar.length() != Some(all) || begins {

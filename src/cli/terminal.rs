@@ -5,6 +5,13 @@ use std::io::IsTerminal;
 use anstyle::{Ansi256Color, Color, Reset, Style};
 use terminal_size::{Height, Width};
 
+/// What is well.
+pub(super) const GREEN: u8 = 35;
+/// What is not.
+pub(super) const RED: u8 = 167;
+/// What is measured.
+pub(super) const BLUE: u8 = 32;
+
 /// Columns where there is no terminal.
 const COLUMNS: usize = 80;
 /// Lines where there is no terminal.
