@@ -2,10 +2,15 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
+use super::watch::Before;
 use super::{size, terminal};
+
+/// How long after the first look a second one tells rates.
+const SECOND_LOOK: Duration = Duration::from_millis(300);
 
 /// Show the open images of a mount
 ///
@@ -39,10 +44,45 @@ pub(super) fn run(args: &Args) -> i32 {
     };
     if args.json {
         println!("{status:#}");
-    } else {
-        print!("{}", page(&status));
+        return 0;
     }
+    let rates = if is_recycling(&status) { rates(&args.mountpoint, &status) } else { vec![] };
+    print!("{}", page(&status, &rates, terminal::has_colours()));
     0
+}
+
+/// Whether some image's recycler has work under way.
+fn is_recycling(status: &Value) -> bool {
+    images(status).any(|image| {
+        let waiting = ["junk", "released"].map(|state| number(&image["clusters"][state]));
+        image["compaction"]["running"] == true || waiting.iter().any(|count| *count > 0)
+    })
+}
+
+/// What the recycler of each image does in a second, by a second look.
+fn rates(mountpoint: &Path, status: &Value) -> Vec<String> {
+    let before = Before::of(status);
+    std::thread::sleep(SECOND_LOOK);
+    // A mount that is gone by now has no rates.
+    let now = read(mountpoint).unwrap_or_default();
+    images(status)
+        .map(|image| {
+            let later = images(&now).find(|later| later["name"] == image["name"]);
+            let rate = |what| later.map_or(0, |later| before.rate(later, what));
+            match (rate("punched"), rate("moved")) {
+                (0, 0) => String::new(),
+                (punched, moved) => format!(
+                    "  recycling now: {}/s punched, {}/s moved\n",
+                    size::show(punched),
+                    size::show(moved)
+                ),
+            }
+        })
+        .collect()
+}
+
+fn images(status: &Value) -> impl Iterator<Item = &Value> {
+    status["images"].as_array().into_iter().flatten()
 }
 
 /// What the mount at `mountpoint` says of itself.
@@ -59,12 +99,16 @@ pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
     serde_json::from_slice(&text).map_err(|e| format!("the status of {shown} makes no sense: {e}"))
 }
 
-fn page(status: &Value) -> String {
+/// The whole page; `rates` has a line or nothing for each image.
+fn page(status: &Value, rates: &[String], colours: bool) -> String {
     let mut page = headline(status) + "\n";
-    for image in status["images"].as_array().into_iter().flatten() {
-        page += &sizes(image);
+    let no_rates = std::iter::repeat_with(|| "");
+    let rates = rates.iter().map(String::as_str).chain(no_rates);
+    for (image, rate) in images(status).zip(rates) {
+        page += &sizes(image, colours);
         page += &requests(image);
         page += &recycler(image);
+        page += rate;
     }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
@@ -96,7 +140,14 @@ pub(super) fn condition(image: &Value) -> String {
     text(if image["health"].is_string() { &image["health"] } else { &image["error"] })
 }
 
-fn sizes(image: &Value) -> String {
+/// The same as it is shown.
+pub(super) fn coloured_condition(image: &Value, colours: bool) -> String {
+    let condition = condition(image);
+    let colour = if condition == "ok" { terminal::GREEN } else { terminal::RED };
+    terminal::coloured(&condition, colour, colours)
+}
+
+fn sizes(image: &Value, colours: bool) -> String {
     let bytes = |key: &str| image[key].as_u64().map_or("?".into(), size::show);
     let access = if image["writable"] == true { "written" } else { "read" };
     let live = match image["live"].as_u64() {
@@ -109,7 +160,7 @@ fn sizes(image: &Value) -> String {
         bytes("virtual_size"),
         bytes("file_length"),
         bytes("allocated"),
-        condition(image),
+        coloured_condition(image, colours),
     )
 }
 
@@ -222,7 +273,7 @@ mod tests {
         let wanted = "/i on /m, process 7\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
             last error: c.qcow2: is in use\n";
-        assert_eq!(page(&status), wanted);
+        assert_eq!(page(&status, &[], false), wanted);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(super) fn run(args: &Args) -> i32 {
 
 /// What was counted at the look before.
 #[derive(Default)]
-struct Before {
+pub(super) struct Before {
     at: Option<Instant>,
     /// By the image and what is counted.
     counts: HashMap<(String, String), u64>,
@@ -70,7 +70,8 @@ const COUNTED: [(&str, &str); 8] = [
 ];
 
 impl Before {
-    fn of(status: &Value) -> Before {
+    /// What is counted now.
+    pub(super) fn of(status: &Value) -> Before {
         let mut counts = HashMap::new();
         for image in images(status) {
             for (what, place) in COUNTED {
@@ -81,7 +82,7 @@ impl Before {
     }
 
     /// How much was counted a second since then; 0 for what is new, or was opened anew.
-    fn rate(&self, image: &Value, what: &str) -> u64 {
+    pub(super) fn rate(&self, image: &Value, what: &str) -> u64 {
         let place = COUNTED.iter().find(|(counted, _)| *counted == what).map(|(_, place)| *place);
         let before = self.counts.get(&(name(image), what.to_owned()));
         let (Some(place), Some(before), Some(at)) = (place, before, self.at) else { return 0 };
@@ -148,14 +149,11 @@ fn screen(status: &Value, before: &Before, colours: bool) -> Vec<String> {
 fn block(image: &Value, before: &Before, colours: bool) -> Vec<String> {
     let show = |place| size::show(number(image, place));
     let rate = |what| before.rate(image, what);
-    let condition = terminal::plain(&status::condition(image));
-    let is_well = condition == "ok";
-    let colour = if is_well { terminal::GREEN } else { terminal::RED };
     let mut lines = vec![
         format!(
             "{}  {}",
             terminal::bold(&name(image), colours),
-            terminal::coloured(&condition, colour, colours)
+            status::coloured_condition(image, colours)
         ),
         format!("  {}", bar(image, colours)),
         format!(
