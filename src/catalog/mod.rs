@@ -29,6 +29,7 @@ mod chain;
 mod change;
 mod create;
 mod host;
+mod metrics;
 mod names;
 mod node;
 mod overlay;
@@ -41,7 +42,8 @@ pub use alone::Alone;
 pub use change::AttributeChange;
 pub use create::create_image;
 pub use host::{HostSpace, SetTime};
-pub use node::{HandleMode, Node, Opening};
+pub use metrics::metrics;
+pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
 pub use status::{ImageStatus, MountStatus, Refusal};
 
