@@ -224,7 +224,7 @@ fn the_manual_tells_of_each_file_and_option_of_a_mount() {
         assert!(page.contains(&format!("{name}=")), "{name}");
     }
     // Its lines for fstab are taken as they stand, but for the places.
-    let line = page.lines().find(|line| line.contains(" qcow2fs ")).unwrap();
+    let line = page.lines().find(|line| line.starts_with("/var/lib/images ")).unwrap();
     let options = line.split_whitespace().nth(3).unwrap();
     let helper = Helper::new(&lab);
     let (images, point) = (lab.images(), lab.point());
