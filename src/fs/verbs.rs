@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +14,9 @@ use parking_lot::{Mutex, RwLock};
 
 use super::control::{self, Order};
 use super::snap::Snaps;
-use crate::catalog::{AttributeChange, Catalog, Entry, HandleMode, Node, Opening};
+use crate::catalog::{
+    AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening,
+};
 use crate::error::{Error, Result};
 use crate::image::{Image, SnapshotView};
 
@@ -62,6 +65,14 @@ pub(super) enum Handle {
     },
 }
 
+/// A file that was opened by the name that it was to have.
+pub(super) struct Created {
+    pub(super) attributes: Attributes,
+    /// The number of its handle.
+    pub(super) handle: u64,
+    pub(super) mode: HandleMode,
+}
+
 /// All that the handlers share.
 pub(super) struct Verbs {
     pub(super) catalog: Arc<Catalog>,
@@ -98,6 +109,44 @@ impl Verbs {
         let node = self.catalog.node(ino)?;
         let mode = self.catalog.open(&node, how)?;
         Ok((self.add_handle(Handle::Image { node, write: how.write }), mode))
+    }
+
+    /// Makes an image and opens it, as open(2) with `O_CREAT` and the other `flags` does.
+    pub(super) fn create(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        mode: u32,
+        creator: Creator,
+        flags: i32,
+    ) -> Result<Created> {
+        // Who makes a file may write to it whatever its mode says, and so may we who open it next.
+        let (owner, asked) = (0o600, mode & 0o777);
+        let (node, is_new) = match self.catalog.make_image(parent, name, asked | owner, creator) {
+            Ok(node) => (node, true),
+            // Somebody else was faster.
+            Err(e) if e.errno() == libc::EEXIST && flags & libc::O_EXCL == 0 => {
+                (self.catalog.node(self.catalog.lookup(parent.ino(), name)?.ino)?, false)
+            }
+            Err(e) => return Err(e),
+        };
+        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let how = Opening { write, direct: flags & libc::O_DIRECT != 0 };
+        let opened = self.open(node.ino(), how).and_then(|(handle, mode)| {
+            let change = AttributeChange { mode: Some(asked), ..Default::default() };
+            let finished = match is_new {
+                true if asked & owner != owner => self.catalog.change_attributes(&node, change),
+                false if flags & libc::O_TRUNC != 0 => {
+                    self.set_attributes(&node, Some(0), Default::default())
+                }
+                _ => Ok(()),
+            };
+            let attributes = finished.and_then(|()| self.catalog.attributes(&node));
+            let attributes = attributes.inspect_err(|_| self.release(handle))?;
+            Ok(Created { attributes, handle, mode })
+        });
+        // The kernel does not know of it then.
+        opened.inspect_err(|_| self.catalog.forget(node.ino(), 1))
     }
 
     /// Opens the text that tells the state of the mount.
