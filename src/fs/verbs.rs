@@ -26,6 +26,9 @@ const SECTOR: u64 = 512;
 /// The most bytes that one read may ask for; the kernel asks for 1 MiB.
 const MAX_READ: u32 = 16 << 20;
 
+/// How often a file is made or opened that others make and remove.
+const CREATE_ATTEMPTS: u32 = 8;
+
 thread_local! {
     /// Each worker's own; it grows to the largest read and stays.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -122,13 +125,10 @@ impl Verbs {
     ) -> Result<Created> {
         // Who makes a file may write to it whatever its mode says, and so may we who open it next.
         let (owner, asked) = (0o600, mode & 0o777);
-        let (node, is_new) = match self.catalog.make_image(parent, name, asked | owner, creator) {
-            Ok(node) => (node, true),
-            // Somebody else was faster.
-            Err(e) if e.errno() == libc::EEXIST && flags & libc::O_EXCL == 0 => {
-                (self.catalog.node(self.catalog.lookup(parent.ino(), name)?.ino)?, false)
-            }
-            Err(e) => return Err(e),
+        let make = || self.catalog.make_image(parent, name, asked | owner, creator);
+        let (node, is_new) = match flags & libc::O_EXCL != 0 {
+            true => (make()?, true),
+            false => self.make_or_find(parent, name, make)?,
         };
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let how = Opening { write, direct: flags & libc::O_DIRECT != 0 };
@@ -147,6 +147,30 @@ impl Verbs {
         });
         // The kernel does not know of it then.
         opened.inspect_err(|_| self.catalog.forget(node.ino(), 1))
+    }
+
+    /// What `make` makes, or what somebody else was faster to make; and whether it is the first.
+    fn make_or_find(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        make: impl Fn() -> Result<Arc<Node>>,
+    ) -> Result<(Arc<Node>, bool)> {
+        for _ in 1..CREATE_ATTEMPTS {
+            match make() {
+                Err(e) if e.errno() == libc::EEXIST => {}
+                made => return Ok((made?, true)),
+            }
+            match self.catalog.lookup(parent.ino(), name) {
+                // It is gone again, or never was an image.
+                Err(e) if e.errno() == libc::ENOENT => {}
+                found => return Ok((self.catalog.node(found?.ino)?, false)),
+            }
+        }
+        let made = make().inspect_err(|e| {
+            log::warn!("{e}; what has that name beneath the image directory is no image");
+        });
+        Ok((made?, true))
     }
 
     /// Opens the text that tells the state of the mount.

@@ -27,5 +27,6 @@ mod hosts;
 mod layers;
 mod locks;
 mod options;
+mod plain_files;
 mod refusals;
 mod snapshots;
