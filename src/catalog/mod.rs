@@ -63,6 +63,8 @@ const FIRST_INO: u64 = 16;
 pub struct Options {
     /// Nothing is ever written.
     pub read_only: bool,
+    /// The only image that is shown, by its name in the image directory; `None` shows all of them.
+    pub only: Option<OsString>,
     /// The owner that is shown instead of the image file's.
     pub uid: Option<u32>,
     /// The group that is shown instead of the image file's.
@@ -191,7 +193,9 @@ impl Catalog {
             return Err(errno("looking up a name", libc::ENOTDIR));
         }
         let directory = parent.path();
-        if let Some(image) = names::image_name(name) {
+        if let Some(image) = names::image_name(name)
+            && self.shows(parent, &image)
+        {
             let path = directory.join(image);
             match self.place(&path) {
                 Ok((place, metadata)) if metadata.is_file() => return Ok((path, place, metadata)),
@@ -201,12 +205,28 @@ impl Catalog {
                 Err(e) => return Err(e),
             }
         }
+        if !self.shows(parent, name) {
+            return Err(errno("looking up a name", libc::ENOENT));
+        }
         let path = directory.join(name);
         match self.place(&path) {
             Ok((place, metadata)) if metadata.is_dir() => Ok((path, place, metadata)),
             Ok(_) => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) if e.errno() == libc::ELOOP => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the host's `name` in `directory` may be seen at all.
+    fn shows(&self, directory: &Node, name: &OsStr) -> bool {
+        directory.ino() != ROOT || self.options.only.as_deref().is_none_or(|only| only == name)
+    }
+
+    /// Fails where names and what they stand for stay as they are.
+    fn names_may_change(&self) -> Result<()> {
+        match self.options.only {
+            Some(_) => Err(errno("changing names in the mount of a single image", libc::EPERM)),
+            None => Ok(()),
         }
     }
 
@@ -359,14 +379,15 @@ impl Catalog {
         let (place, _) = self.place_of(node)?;
         let names = host::list(&place)
             .map_err(|e| Error::io(format!("listing {}", node.path().display()), e))?;
-        if !self.options.read_only {
+        if !self.options.read_only && self.options.only.is_none() {
             remove_abandoned(&place, &names);
         }
         let shown = |(name, directory): (OsString, bool)| match directory {
             true => Some(Entry { name, directory }),
             false => Some(Entry { name: names::raw_name(&name)?, directory }),
         };
-        let mut entries: Vec<Entry> = names.into_iter().filter_map(shown).collect();
+        let seen = names.into_iter().filter(|(name, _)| self.shows(node, name));
+        let mut entries: Vec<Entry> = seen.filter_map(shown).collect();
         entries.sort();
         // An image hides a directory that has the name of its raw file.
         entries.dedup_by(|later, earlier| later.name == earlier.name);

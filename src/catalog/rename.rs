@@ -39,7 +39,7 @@ impl Catalog {
     /// we may give files away. It is known to the kernel from now on, as after a lookup.
     ///
     /// # Errors
-    /// `EPERM` for a name that no raw file has, `EEXIST`, `ReadOnly`, those of [`Image::create`] and of
+    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`, those of [`Image::create`] and of
     /// the host.
     pub fn make_image(
         &self,
@@ -51,6 +51,7 @@ impl Catalog {
         if self.options.read_only {
             return Err(read_only());
         }
+        self.names_may_change()?;
         let Some(image) = names::image_name(name) else {
             let why = "only raw files can be made here: a file NAME.raw makes the image NAME.qcow2";
             return Err(refused(format!("making {}: {why}", shown(name)), libc::EPERM));
@@ -85,6 +86,7 @@ impl Catalog {
         mode: u32,
         creator: Creator,
     ) -> Result<()> {
+        self.names_may_change()?;
         let _names = self.names.write();
         let failed = |e| Error::io(format!("making the directory {}", shown(name)), e);
         if self.found(parent, name)?.is_some() {
@@ -115,6 +117,7 @@ impl Catalog {
     /// `ENOENT`, `EISDIR`, `ENOTDIR`, `InUse` for what an open image is based on, and those of the
     /// host: a directory is empty only when everything in it is gone, shown here or not.
     pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
+        self.names_may_change()?;
         let _names = self.names.write();
         let found = self.found(parent, name)?;
         let found = found.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
@@ -149,6 +152,7 @@ impl Catalog {
     /// directory which it would leave; `EINVAL` for an exchange of an image with a directory; `InUse`
     /// for what an open image is based on; and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
+        self.names_may_change()?;
         let _names = self.names.write();
         let flags = RenameFlags::from_bits_retain(flags);
         let what = format!("renaming {} to {}", shown(from.1), shown(to.1));
@@ -200,6 +204,7 @@ impl Catalog {
     /// `EPERM` for a directory, for a name that no raw file has, and for an image that names other files
     /// relative to another directory; `EEXIST`, and those of the host.
     pub fn link(&self, node: &Node, parent: &Node, name: &OsStr) -> Result<()> {
+        self.names_may_change()?;
         let _names = self.names.write();
         let what = format!("linking {} to {}", node.path().display(), shown(name));
         let (place, metadata) = self.place_among_names(node)?;

@@ -13,6 +13,7 @@
 
 #[macro_use]
 mod lab;
+mod attach;
 mod bitmaps;
 mod chains;
 mod combinations;
@@ -24,9 +25,12 @@ mod discards;
 mod files;
 mod filesystems;
 mod hosts;
+mod info;
 mod layers;
 mod locks;
+mod map;
 mod options;
 mod plain_files;
 mod refusals;
+mod resize;
 mod snapshots;
