@@ -665,7 +665,7 @@ fn churn(places: &[PathBuf], worker: usize, step: usize) {
                     let data = pattern((worker * 1000 + step) as u64, 8192);
                     let at = worker as u64 * 65536;
                     file.write_all_at(&data, at)?;
-                    if step % 8 == 0 {
+                    if step.is_multiple_of(8) {
                         file.sync_all()?;
                     }
                     file.metadata().map(drop)
