@@ -43,6 +43,7 @@ impl Catalog {
         if overridden(change.uid, self.options.uid) || overridden(change.gid, self.options.gid) {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
+        self.make_changeable(node)?;
         self.at_place(node, "changing attributes", |file| self.apply(file, change))
     }
 
@@ -54,7 +55,12 @@ impl Catalog {
         what: &str,
         verb: impl Fn(&File) -> io::Result<R>,
     ) -> Result<R> {
-        let done = match node.peek(|_, file, _| verb(file)) {
+        // What is open may be the image below an overlay that has just been made.
+        let open = match &self.overlays {
+            None => node.peek(|_, file, _| verb(file)),
+            Some(_) => None,
+        };
+        let done = match open {
             Some(done) => done,
             None => verb(&self.place_of(node)?.0),
         };
@@ -125,6 +131,7 @@ impl Catalog {
         flags: u32,
     ) -> Result<()> {
         is_users(name)?;
+        self.make_changeable(node)?;
         let flags = XattrFlags::from_bits_retain(flags);
         self.at_place(node, "setting an extended attribute", |file| {
             Ok(rustix::fs::setxattr(host::path_of(file), name, value, flags)?)
@@ -137,6 +144,7 @@ impl Catalog {
     /// `EOPNOTSUPP` for one that is not the users', `ENODATA`, and those of the host.
     pub fn remove_extended_attribute(&self, node: &Node, name: &OsStr) -> Result<()> {
         is_users(name)?;
+        self.make_changeable(node)?;
         self.at_place(node, "removing an extended attribute", |file| {
             Ok(rustix::fs::removexattr(host::path_of(file), name)?)
         })

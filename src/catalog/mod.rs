@@ -32,6 +32,7 @@ mod create;
 mod host;
 mod names;
 mod node;
+mod overlay;
 mod rename;
 mod snapshots;
 mod status;
@@ -43,6 +44,7 @@ pub use change::AttributeChange;
 pub use create::create_image;
 pub use host::{HostSpace, SetTime};
 pub use node::{HandleMode, Node, Opening};
+pub use overlay::OverlayOptions;
 pub use rename::Creator;
 pub use status::{ImageStatus, MountStatus, Refusal};
 
@@ -51,7 +53,8 @@ use crate::image::{self, Image};
 use crate::storage::{self, HostFile};
 use chain::Chains;
 use host::{HostId, Root, Stamp};
-use node::Header;
+use node::{Found, Header};
+use overlay::Overlays;
 
 /// The inode number of the image directory itself.
 pub const ROOT: u64 = 1;
@@ -71,6 +74,8 @@ pub struct Options {
     pub gid: Option<u32>,
     /// Mode bits that are never shown.
     pub umask: u32,
+    /// Where overlays go that are written instead of the images; `None` writes to the images.
+    pub overlay: Option<OverlayOptions>,
     /// Directories beside the image directory that backing and data files may lie in.
     pub allow: Vec<PathBuf>,
     /// How images are opened; `writable` is decided here.
@@ -84,6 +89,7 @@ pub struct Catalog {
     root: Root,
     source: PathBuf,
     chains: Chains,
+    overlays: Option<Overlays>,
     options: Options,
     nodes: RwLock<Nodes>,
     /// Held alone while names change on the host and in the nodes, so that nobody who looks for a file
@@ -158,6 +164,11 @@ impl Catalog {
             root,
             source: source.to_owned(),
             chains: Chains::new(source, &options.allow)?,
+            overlays: options
+                .overlay
+                .as_ref()
+                .map(|overlay| Overlays::new(source, overlay))
+                .transpose()?,
             options,
             nodes: RwLock::new(nodes),
             names: RwLock::default(),
@@ -184,6 +195,7 @@ impl Catalog {
         let (path, place, metadata) = self.find(&parent, name)?;
         let node = self.remember(&metadata, path);
         drop(names);
+        let (place, metadata) = self.with_overlay(&node, (place, metadata))?;
         self.shown(&node, &place, metadata)
     }
 
@@ -224,9 +236,12 @@ impl Catalog {
 
     /// Fails where names and what they stand for stay as they are.
     fn names_may_change(&self) -> Result<()> {
-        match self.options.only {
-            Some(_) => Err(errno("changing names in the mount of a single image", libc::EPERM)),
-            None => Ok(()),
+        match (&self.options.only, &self.overlays) {
+            (Some(_), _) => {
+                Err(errno("changing names in the mount of a single image", libc::EPERM))
+            }
+            (None, Some(_)) => Err(errno("changing names above overlays", libc::EROFS)),
+            (None, None) => Ok(()),
         }
     }
 
@@ -271,8 +286,13 @@ impl Catalog {
         }
     }
 
-    /// The node's file by any of its names, as long as it still is the same file.
+    /// What is opened and shown of a node: its overlay, where there is one, else its file.
     fn place_of(&self, node: &Node) -> Result<(File, Metadata)> {
+        self.with_overlay(node, self.own_place(node)?)
+    }
+
+    /// The node's file by any of its names, as long as it still is the same file.
+    fn own_place(&self, node: &Node) -> Result<(File, Metadata)> {
         let _names = self.names.read();
         self.place_among_names(node)
     }
@@ -292,15 +312,56 @@ impl Catalog {
         Err(stale())
     }
 
+    /// The overlay of a node whose own file is `own`, or that where there is none.
+    fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
+        match &self.overlays {
+            Some(overlays) if !node.is_directory() => {
+                Ok(overlays.find(node.id(), &node.path())?.unwrap_or(own))
+            }
+            _ => Ok(own),
+        }
+    }
+
+    /// Before anything of a node is changed: where images stay as they are, it gets its overlay.
+    ///
+    /// # Errors
+    /// `EROFS` for a directory where images stay as they are; those of the host.
+    fn make_changeable(&self, node: &Node) -> Result<()> {
+        match &self.overlays {
+            None => Ok(()),
+            Some(_) if node.is_directory() => {
+                Err(errno("changing a directory above overlays", libc::EROFS))
+            }
+            Some(overlays) => overlays.make(node.id(), &node.path(), &self.own_place(node)?.0),
+        }
+    }
+
+    /// What is to be opened of a node, and whether that may be written to.
+    fn to_open(&self, node: &Node) -> Result<Found> {
+        let own = self.own_place(node)?;
+        let Some(overlays) = &self.overlays else {
+            return Ok(Found { place: own.0, may_write: !self.options.read_only });
+        };
+        match overlays.find(node.id(), &node.path())? {
+            None => Ok(Found { place: own.0, may_write: false }),
+            Some((place, _)) => {
+                overlays.check(&place, &node.path())?;
+                Ok(Found { place, may_write: !self.options.read_only })
+            }
+        }
+    }
+
     /// What is shown of a node. One that is open is shown even when its name is gone.
     ///
     /// # Errors
     /// `ESTALE` when the name is another file's by now, and those of the host.
     pub fn attributes(&self, node: &Node) -> Result<Attributes> {
-        let open = node.peek(|image, file, _| {
+        let look = |image: &Image, file: &File, _writable: bool| {
             let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
             Ok((image_header(image), host))
-        });
+        };
+        // Names above overlays do not go.
+        let open = if self.overlays.is_none() { node.peek(look) } else { None };
         if let Some(open) = open {
             let (header, host) = open?;
             return Ok(self.attributes_of(node, header, host, true));
@@ -379,7 +440,7 @@ impl Catalog {
         let (place, _) = self.place_of(node)?;
         let names = host::list(&place)
             .map_err(|e| Error::io(format!("listing {}", node.path().display()), e))?;
-        if !self.options.read_only && self.options.only.is_none() {
+        if !self.options.read_only && self.names_may_change().is_ok() {
             remove_abandoned(&place, &names);
         }
         let shown = |(name, directory): (OsString, bool)| match directory {
@@ -426,9 +487,11 @@ impl Catalog {
         if how.write && self.options.read_only {
             return Err(read_only());
         }
-        let options =
-            image::Options { writable: !self.options.read_only, ..self.options.image.clone() };
-        let opened = node.open(how, &options, &self.chains, || self.place_of(node));
+        let layered = self.overlays.is_some();
+        let ready = if how.write { self.make_changeable(node) } else { Ok(()) };
+        let opened = ready.and_then(|()| {
+            node.open(how, &self.options.image, &self.chains, layered, || self.to_open(node))
+        });
         match &opened {
             Ok(_) => node.is_well(),
             Err(e) if e.errno() == libc::ESTALE => {}
@@ -482,8 +545,11 @@ impl Catalog {
     /// # Errors
     /// Those of the host.
     pub fn space(&self) -> Result<HostSpace> {
-        host::space(self.root.directory())
-            .map_err(|e| Error::io("asking the host for its space", e))
+        let space = match &self.overlays {
+            Some(overlays) => overlays.space(),
+            None => host::space(self.root.directory()),
+        };
+        space.map_err(|e| Error::io("asking the host for its space", e))
     }
 }
 

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
 use super::{logging, signals, size};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::fs::Filesys;
 use crate::image;
 
@@ -57,6 +58,12 @@ pub(super) struct Args {
     allow: Vec<PathBuf>,
     #[command(flatten)]
     create: CreateArgs,
+    /// Write to qcow2 overlays in this directory, and leave the images as they are
+    #[arg(long, value_name = "DIR")]
+    overlay: Option<PathBuf>,
+    /// Throw the overlays away at the end; those that lie in the directory are not used
+    #[arg(long)]
+    ephemeral: bool,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -68,8 +75,8 @@ pub(super) struct Args {
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
-    /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, log_file=FILE,
-    /// noatime, noexec, sync, and what mount(8) and fstab pass
+    /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
+    /// ephemeral, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -179,6 +186,11 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
+        let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if let Some(overlay) = &overlay {
+            refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
+        }
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -194,6 +206,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                overlay,
                 image,
                 create,
             },
@@ -208,8 +221,10 @@ impl Plan {
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
             Ok((session, catalog)) => {
-                if let Some(Err(e)) = parent.map(Parent::ready) {
-                    log::error!("letting go of the terminal: {e}");
+                match parent.map(Parent::ready) {
+                    Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
+                    Some(Ok(())) => {}
+                    None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(session, &catalog))
@@ -246,6 +261,7 @@ impl Plan {
 
     fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
         let ended = serve_to_the_end(session);
+        tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -292,6 +308,13 @@ impl Plan {
             0 => name,
             _ => name.replace('\\', "\\\\").replace(',', "\\,"),
         }
+    }
+}
+
+/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("telling the service manager: {e}");
     }
 }
 
@@ -362,6 +385,32 @@ fn plain(error: &io::Error) -> String {
 pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+fn overlay_options(
+    path: Option<PathBuf>,
+    ephemeral: bool,
+) -> Result<Option<OverlayOptions>, String> {
+    match path {
+        Some(path) => {
+            let directory = directory(&path, "the overlay directory")?;
+            Ok(Some(OverlayOptions { directory, ephemeral }))
+        }
+        None if ephemeral => {
+            Err("--ephemeral needs --overlay DIR, for the room that it takes".into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// Overlays among images would be shown as such.
+fn refuse_mixing(overlays: &Path, others: &[&Path]) -> Result<(), String> {
+    let other =
+        others.iter().find(|other| is_within(overlays, other) || is_within(other, overlays));
+    other.map_or(Ok(()), |other| {
+        let (overlays, other) = (overlays.display(), other.display());
+        Err(format!("the overlay directory {overlays} and {other} must lie apart"))
+    })
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a

@@ -15,6 +15,7 @@
 mod lab;
 mod attach;
 mod bitmaps;
+mod boot;
 mod chains;
 mod combinations;
 mod compact;
@@ -30,6 +31,7 @@ mod layers;
 mod locks;
 mod map;
 mod options;
+mod overlays;
 mod plain_files;
 mod refusals;
 mod resize;
