@@ -336,6 +336,10 @@ impl Filesystem for Filesys {
                     Err(e) => reply.error(fail(None, &e)),
                 };
             }
+            if ino == control::METRICS {
+                let handle = verbs.open_metrics();
+                return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+            }
             let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
             if snap::is_ours(ino) {
                 return match verbs.snap_open(ino, write) {
@@ -451,9 +455,7 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.slowly(self.image_node(handle), reply, |_, node| {
-            node.with_image(crate::image::Image::flush)
-        });
+        self.slowly(self.image_node(handle), reply, Verbs::sync);
     }
 
     fn fallocate(

@@ -15,7 +15,7 @@ use parking_lot::{Mutex, RwLock};
 use super::control::{self, Order};
 use super::snap::Snaps;
 use crate::catalog::{
-    AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening,
+    AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
 };
 use crate::error::{Error, Result};
 use crate::image::{Image, SnapshotView};
@@ -173,13 +173,24 @@ impl Verbs {
         Ok((made?, true))
     }
 
-    /// Opens the text that tells the state of the mount.
+    /// Opens the text that tells the state of the mount as JSON.
     pub(super) fn open_status(&self) -> Result<u64> {
         let status = self.catalog.status(&self.mountpoint);
         let mut text = serde_json::to_vec_pretty(&status)
             .map_err(|e| Error::io("writing the status", io::Error::other(e)))?;
         text.push(b'\n');
         Ok(self.add_handle(Handle::Text(text)))
+    }
+
+    /// Opens the same as metrics.
+    pub(super) fn open_metrics(&self) -> u64 {
+        let status = self.catalog.status(&self.mountpoint);
+        self.add_handle(Handle::Text(metrics(&status).into_bytes()))
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn sync(&self, node: &Node) -> Result<()> {
+        node.with_image(|image| node.io().flush.count(0, || image.flush()))
     }
 
     /// Ends a handle.
@@ -239,7 +250,8 @@ impl Verbs {
         READ_BUFFER.with_borrow_mut(|buffer| {
             let read = node.with_image(|image| {
                 let count = fit(buffer, image.virtual_size(), offset, size);
-                image.read(offset, &mut buffer[..count])?;
+                let read = || image.read(offset, &mut buffer[..count]);
+                node.io().read.count(count as u64, read)?;
                 Ok(count)
             });
             deliver(read.map(|count| &buffer[..count]));
@@ -271,7 +283,7 @@ impl Verbs {
         let end = end_of(offset, data.len() as u64)?;
         node.with_image(|image| {
             grow_to(node, image, end)?;
-            image.write(offset, data)
+            node.io().write.count(data.len() as u64, || image.write(offset, data))
         })
     }
 
@@ -296,12 +308,12 @@ impl Verbs {
             if matches!(mode, 0 | ZERO) {
                 grow_to(node, image, end)?;
             }
-            match mode {
+            node.io().discard.count(length, || match mode {
                 0 | KEEP => image.preallocate(range),
                 PUNCH_KEEP => image.discard(range),
                 ZERO | ZERO_KEEP => image.write_zeroes(range),
                 _ => Err(errno("a way to allocate that is not known", libc::EOPNOTSUPP)),
-            }
+            })
         })
     }
 
