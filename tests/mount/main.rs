@@ -34,6 +34,7 @@ mod map;
 mod messages;
 mod options;
 mod overlays;
+mod plain_files;
 mod refusals;
 mod resize;
 mod snapshots;
