@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Catalog;
 use super::node::Look;
+use super::{Catalog, IoCounts};
 use crate::image;
 
 /// A whole mount.
@@ -39,6 +39,8 @@ pub struct ImageStatus {
     pub writable: bool,
     /// How many times it is open.
     pub handles: u32,
+    /// The requests for it since the kernel first asked for it.
+    pub io: IoCounts,
     /// What the image says of itself.
     #[serde(flatten)]
     pub image: Option<image::Status>,
@@ -65,20 +67,18 @@ impl Catalog {
         let image = |node: &super::Node| {
             let name = name(node);
             let found = node.look(|image, writable, handles| (image.status(), writable, handles));
-            match found {
-                Look::Closed => None,
-                Look::Busy => {
-                    let error = Some("it is being opened or closed".into());
-                    Some(ImageStatus { name, writable: false, handles: 0, image: None, error })
+            let (status, writable, handles) = match found {
+                Look::Closed => return None,
+                Look::Busy => (Err("it is being opened or closed".into()), false, 0),
+                Look::Open((status, writable, handles)) => {
+                    (status.map_err(|e| e.to_string()), writable, handles)
                 }
-                Look::Open((Ok(image), writable, handles)) => {
-                    Some(ImageStatus { name, writable, handles, image: Some(image), error: None })
-                }
-                Look::Open((Err(e), writable, handles)) => {
-                    let error = Some(e.to_string());
-                    Some(ImageStatus { name, writable, handles, image: None, error })
-                }
-            }
+            };
+            let (image, error) = match status {
+                Ok(status) => (Some(status), None),
+                Err(error) => (None, Some(error)),
+            };
+            Some(ImageStatus { name, writable, handles, io: node.io_counts(), image, error })
         };
         let refusal = |node: &super::Node| {
             let error = node.last_logged()?;
