@@ -17,6 +17,7 @@
 //! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
+//! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
 //! | [`mod@format`] | bytes to values and back, pure |
 //!
@@ -49,6 +50,7 @@ pub mod fs;
 pub mod image;
 pub mod locks;
 pub mod recycler;
+pub mod rules;
 pub mod storage;
 mod sync;
 pub mod tables;

@@ -21,6 +21,7 @@ use crate::format::{
 };
 use crate::locks::GuestLocks;
 use crate::recycler::{Recycler, thread};
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, Tables};
 
@@ -200,6 +201,7 @@ impl Image {
                 opened_with_leaks: AtomicBool::new(false),
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
+                agenda: Mutex::default(),
                 leak_search: Mutex::new(None),
             });
         }
@@ -232,6 +234,9 @@ impl Image {
         if options.return_leaks {
             *writer.leak_search.lock() = self.search_leaks(header)?;
         }
+        if !options.threads {
+            return self.finish_search(writer);
+        }
         let thread = thread::spawn(self, options.flush_after, options.recycle_rate)
             .map_err(|e| Error::io("starting the recycler", e))?;
         *writer.thread.lock() = Some(thread);
@@ -255,7 +260,10 @@ impl Image {
             let patch = cleared.patch();
             self.storage
                 .write_at(&patch.bytes, patch.offset.0)
-                .and_then(|()| self.storage.sync())
+                .and_then(|()| match Rule::AutoclearFirst.is_kept() {
+                    true => self.storage.sync(),
+                    false => Ok(()),
+                })
                 .map_err(|e| Error::io("clearing autoclear feature bits in the header", e))?;
             *features = cleared;
         }

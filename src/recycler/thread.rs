@@ -2,9 +2,10 @@
 //!
 //! In this order: a flush is made when it is due; what is released is freed; the pool is filled; a
 //! flush is made when the pool waits for it; a pool that nobody uses is given up; the end of the
-//! file is cut when allocation has paused; clusters are moved. Otherwise it sleeps. It does not keep the image alive, and an error does not end it: the image is
-//! told (which may latch it), and the step is tried again later. What is due comes first, so that
-//! what cannot be freed or allocated keeps nothing from being flushed.
+//! file is cut when allocation has paused; clusters are moved. Otherwise it sleeps. It does not keep
+//! the image alive, and an error does not end it: the image is told (which may latch it), and the
+//! step is tried again later. What is due comes first, so that what cannot be freed or allocated
+//! keeps nothing from being flushed.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -40,7 +41,7 @@ pub trait Recycled: Send + Sync + 'static {
 
 /// What the thread remembers between two steps.
 #[derive(Debug, Default)]
-struct Agenda {
+pub struct Agenda {
     flush_due: Option<Instant>,
     last_pool_flush: Option<Instant>,
     not_before: Option<Instant>,
@@ -107,6 +108,16 @@ fn work<T: Recycled>(
 }
 
 impl Agenda {
+    /// Does the next step that is due at `now`, which need not be the time that it is: without a
+    /// thread, the caller has the recycler work. Changes are due for a flush at once. Whether there
+    /// was anything to do.
+    ///
+    /// # Errors
+    /// Those of the step; it is due again.
+    pub fn work(&mut self, image: &impl Recycled, now: Instant) -> Result<bool> {
+        self.step(image, now, Duration::ZERO).map(|next| matches!(next, Next::Again))
+    }
+
     fn step(&mut self, image: &impl Recycled, now: Instant, flush_after: Duration) -> Result<Next> {
         let recycler = image.recycler();
         if self.flush_due.is_none() {

@@ -1,0 +1,143 @@
+//! The crash search: a history is recorded ([`history`]), then the files are judged that a crash at
+//! any point of it may leave ([`search`]).
+//!
+//! Of the changes that no sync covers any subset may be on disk, each whole or torn at 512 bytes.
+//! Where there are few, every subset is looked at, else none, all, all but one, one alone, those
+//! before a point in time, and random ones. Each file must have no corruption, open, show the
+//! snapshots of before or after what was under way, and in every sector what the oracle allows. Some
+//! are judged by QEMU, which reads all of them. Some are opened for writing, worked on and closed,
+//! and must be clean then; that work is recorded and crashed in turn, three deep.
+
+pub mod history;
+pub mod saved;
+pub mod search;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use history::{Files, Plan, Recorded, record};
+use search::{Finding, Search, Tally};
+
+use crate::support::made::Made;
+use crate::support::qemu::Shape;
+use crate::support::rng::{Rng, fresh_seed};
+use crate::support::{Watchdog, scratch, setting};
+
+/// Files that are looked at in one history.
+const STATES_OF_HISTORY: u64 = 900;
+/// However slow the machine is, the search ends after so many times the seconds it is given.
+const PATIENCE: u32 = 3;
+
+/// One test that searches.
+pub struct Campaign {
+    /// Its name.
+    pub test: &'static str,
+    pub plan: Plan,
+    /// One image in so many, or so, has a backing file.
+    pub backed: u64,
+    /// It goes on for so many seconds, or `QCOW2FS_MODEL_SECONDS`,
+    pub seconds: u64,
+    /// and until so many files were looked at, where that variable is not set.
+    pub states: u64,
+}
+
+impl Campaign {
+    /// Searches with new seeds, or once with `QCOW2FS_SEED`, or once in the recording that
+    /// `QCOW2FS_CRASH_RECORDING` names.
+    pub fn run(&self, shape: impl Fn(&mut Rng) -> Shape) {
+        let (seed, limit) = (setting("QCOW2FS_SEED"), setting("QCOW2FS_MODEL_SECONDS"));
+        let seconds = Duration::from_secs(limit.unwrap_or(self.seconds));
+        let first = seed.unwrap_or_else(fresh_seed);
+        let (started, mut tally) = (Instant::now(), Tally::default());
+        loop {
+            let seed = first.wrapping_add(tally.histories);
+            self.search(seed, &shape, &mut tally);
+            tally.histories += 1;
+            let is_enough = limit.is_some() || tally.states >= self.states;
+            let elapsed = started.elapsed();
+            if setting("QCOW2FS_SEED").is_some()
+                || elapsed >= seconds && (is_enough || elapsed >= seconds * PATIENCE)
+            {
+                break;
+            }
+        }
+        println!("{}: {tally:?} from seed {first} in {:.1?}", self.test, started.elapsed());
+        let is_full = seed.is_none() && limit.is_none();
+        assert!(
+            !is_full || tally.states >= self.states / 2,
+            "{} files were looked at, far fewer than {}",
+            tally.states,
+            self.states
+        );
+    }
+
+    fn search(&self, seed: u64, shape: &impl Fn(&mut Rng) -> Shape, tally: &mut Tally) {
+        let directory = scratch();
+        let _watchdog = Watchdog::new(format!("{} with QCOW2FS_SEED={seed}", self.test), 300);
+        let mut rng = Rng::new(seed);
+        let shape = shape(&mut rng);
+        let backed = rng.one_in(self.backed);
+        let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
+        let recorded = match std::env::var("QCOW2FS_CRASH_RECORDING") {
+            Ok(path) => saved::load(&path),
+            Err(_) => {
+                let files = Files { image: made.file(), data: made.data() };
+                let snapshots = made.snapshots().to_vec();
+                record(&made, files, &snapshots, self.plan, &mut rng)
+                    .unwrap_or_else(|e| panic!("{}: {e}\n{}", made.shape, self.command(seed, None)))
+            }
+        };
+        let search = Search::new(
+            &made,
+            &recorded,
+            &made.contents,
+            &made.snapshots().to_vec(),
+            self.plan.mix,
+            Rng::new(seed.wrapping_mul(3)),
+            directory.path(),
+            tally,
+        );
+        if let Err(finding) = search.run(STATES_OF_HISTORY) {
+            self.report(seed, &made, &recorded, &finding);
+        }
+    }
+
+    fn report(&self, seed: u64, made: &Made, recorded: &Recorded, finding: &Finding) -> ! {
+        let directory = kept_files();
+        let image = directory.join(format!("crash-{seed}.qcow2"));
+        std::fs::write(&image, finding.files.image.contents()).unwrap();
+        if let Some(data) = &finding.files.data {
+            std::fs::write(directory.join(format!("crash-{seed}.data")), data.contents()).unwrap();
+        }
+        let recording = self.plan.threads.then(|| saved::save(recorded, &directory, seed));
+        panic!(
+            "{} {} bytes, a crash at entry {}:\n{}\nof the changes since the last sync:\n{}\n\
+             the file is {}\n{}",
+            made.shape,
+            made.shape.size,
+            finding.position,
+            finding.complaint,
+            finding.fates,
+            image.display(),
+            self.command(seed, recording)
+        );
+    }
+
+    /// The command that makes it happen again.
+    fn command(&self, seed: u64, recording: Option<PathBuf>) -> String {
+        let recording =
+            recording.map(|path| format!("QCOW2FS_CRASH_RECORDING={} ", path.display()));
+        format!(
+            "again: {}QCOW2FS_SEED={seed} cargo test --release --test crash {}",
+            recording.unwrap_or_default(),
+            self.test
+        )
+    }
+}
+
+/// Where files are kept that show a failure.
+fn kept_files() -> PathBuf {
+    std::env::var_os("QCOW2FS_TEST_KEEP")
+        .or_else(|| std::env::var_os("QCOW2FS_TEST_DIR"))
+        .map_or_else(std::env::temp_dir, PathBuf::from)
+}
