@@ -159,6 +159,10 @@ impl Made {
         }
     }
 
+    pub fn has_bitmap(&self) -> bool {
+        self.has_bitmap
+    }
+
     pub fn has_snapshots(&self) -> bool {
         !self.snapshots.taken.is_empty()
     }

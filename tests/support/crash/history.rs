@@ -104,6 +104,7 @@ pub struct Plan {
 }
 
 /// What a history left: its logs, and what each marked step was.
+#[derive(Clone)]
 pub struct Recorded {
     pub image: Arc<RecordingStorage>,
     /// The external data file.

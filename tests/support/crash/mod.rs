@@ -28,6 +28,14 @@ const STATES_OF_HISTORY: u64 = 900;
 /// However slow the machine is, the search ends after so many times the seconds it is given.
 const PATIENCE: u32 = 3;
 
+/// What a search has found to be wrong.
+pub struct Trouble {
+    pub shape: Shape,
+    pub complaint: String,
+    /// The files that are wrong, and how they came to be, where a crash left them.
+    at: Option<(Finding, Recorded)>,
+}
+
 /// One test that searches.
 pub struct Campaign {
     /// Its name.
@@ -51,7 +59,10 @@ impl Campaign {
         let (started, mut tally) = (Instant::now(), Tally::default());
         loop {
             let seed = first.wrapping_add(tally.histories);
-            self.search(seed, &shape, &mut tally);
+            let _watchdog = Watchdog::new(format!("{} with QCOW2FS_SEED={seed}", self.test), 300);
+            if let Err(trouble) = self.examine(seed, &shape, &mut tally) {
+                self.report(seed, trouble);
+            }
             tally.histories += 1;
             let is_enough = limit.is_some() || tally.states >= self.states;
             let elapsed = started.elapsed();
@@ -71,56 +82,68 @@ impl Campaign {
         );
     }
 
-    fn search(&self, seed: u64, shape: &impl Fn(&mut Rng) -> Shape, tally: &mut Tally) {
+    /// Looks at the history of one seed.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn examine(
+        &self,
+        seed: u64,
+        shape: &impl Fn(&mut Rng) -> Shape,
+        tally: &mut Tally,
+    ) -> Result<(), Trouble> {
         let directory = scratch();
-        let _watchdog = Watchdog::new(format!("{} with QCOW2FS_SEED={seed}", self.test), 300);
         let mut rng = Rng::new(seed);
         let shape = shape(&mut rng);
         let backed = rng.one_in(self.backed);
         let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
+        let trouble = |complaint| Trouble { shape: made.shape.clone(), complaint, at: None };
+        let snapshots = made.snapshots().to_vec();
         let recorded = match std::env::var("QCOW2FS_CRASH_RECORDING") {
             Ok(path) => saved::load(&path),
             Err(_) => {
                 let files = Files { image: made.file(), data: made.data() };
-                let snapshots = made.snapshots().to_vec();
-                record(&made, files, &snapshots, self.plan, &mut rng)
-                    .unwrap_or_else(|e| panic!("{}: {e}\n{}", made.shape, self.command(seed, None)))
+                record(&made, files, &snapshots, self.plan, &mut rng).map_err(trouble)?
             }
         };
         let search = Search::new(
             &made,
             &recorded,
             &made.contents,
-            &made.snapshots().to_vec(),
+            &snapshots,
             self.plan.mix,
             Rng::new(seed.wrapping_mul(3)),
             directory.path(),
             tally,
         );
-        if let Err(finding) = search.run(STATES_OF_HISTORY) {
-            self.report(seed, &made, &recorded, &finding);
-        }
+        search.run(STATES_OF_HISTORY).map_err(|finding| Trouble {
+            shape: made.shape.clone(),
+            complaint: format!("a crash at entry {}:\n{}", finding.position, finding.complaint),
+            at: Some((*finding, recorded.clone())),
+        })
     }
 
-    fn report(&self, seed: u64, made: &Made, recorded: &Recorded, finding: &Finding) -> ! {
+    /// Keeps what shows the trouble, and says how to see it again.
+    fn report(&self, seed: u64, trouble: Trouble) -> ! {
+        let Trouble { shape, complaint, at } = trouble;
         let directory = kept_files();
-        let image = directory.join(format!("crash-{seed}.qcow2"));
-        std::fs::write(&image, finding.files.image.contents()).unwrap();
-        if let Some(data) = &finding.files.data {
-            std::fs::write(directory.join(format!("crash-{seed}.data")), data.contents()).unwrap();
+        let mut recording = None;
+        let mut fates = String::new();
+        if let Some((finding, recorded)) = at {
+            let path = directory.join(format!("crash-{seed}.qcow2"));
+            std::fs::write(&path, finding.files.image.contents()).unwrap();
+            if let Some(data) = &finding.files.data {
+                std::fs::write(path.with_extension("data"), data.contents()).unwrap();
+            }
+            recording = self.plan.threads.then(|| saved::save(&recorded, &directory, seed));
+            fates = format!(
+                "of the changes since the last sync:\n{}\nthe file is {}\n",
+                finding.fates,
+                path.display()
+            );
         }
-        let recording = self.plan.threads.then(|| saved::save(recorded, &directory, seed));
-        panic!(
-            "{} {} bytes, a crash at entry {}:\n{}\nof the changes since the last sync:\n{}\n\
-             the file is {}\n{}",
-            made.shape,
-            made.shape.size,
-            finding.position,
-            finding.complaint,
-            finding.fates,
-            image.display(),
-            self.command(seed, recording)
-        );
+        let again = self.command(seed, recording);
+        panic!("{shape} {} bytes: {complaint}\n{fates}{again}", shape.size);
     }
 
     /// The command that makes it happen again.

@@ -12,6 +12,7 @@ use qcow2fs::storage::testing::{Change, Entry, Fate, MemoryStorage, Replay};
 use super::history::{
     Files, Mix, Plan, Recorded, Snapshots, Step, most_sectors, record, whole_disk,
 };
+use crate::support::bitmaps::bitmaps;
 use crate::support::made::Made;
 use crate::support::oracle::{After, Oracle};
 use crate::support::qemu::{self, DataFile};
@@ -304,6 +305,7 @@ impl<'a> Search<'a> {
         let disk = whole_disk(&image).map_err(|e| format!("reading it: {e}"))?;
         self.expected.check_disk(&disk, After::Crash)?;
         self.check_raw_data(crashed, disk.len())?;
+        self.check_bitmaps(&*crashed.image, &disk)?;
         let snapshots = self.expected.check_snapshots(&image)?;
         drop(image);
         if self.tally.states.is_multiple_of(PER_QEMU) {
@@ -334,6 +336,28 @@ impl<'a> Search<'a> {
             .disk
             .check(&raw, 0, After::Crash)
             .map_err(|e| format!("in the raw data file by itself, {e}"))
+    }
+
+    /// A bitmap that is not marked as in use has every granule that differs from what it was made
+    /// for.
+    fn check_bitmaps(&self, file: &dyn Storage, disk: &[u8]) -> Result<(), String> {
+        if !self.made.has_bitmap() {
+            return Ok(());
+        }
+        let before = &self.made.contents;
+        let sector_before = |n: usize| before.get(n * 512..(n + 1) * 512).unwrap_or(&[0; 512]);
+        for found in bitmaps(file).iter().filter(|b| b.entry.auto && !b.entry.in_use) {
+            let changed =
+                disk.chunks_exact(512).enumerate().filter(|(n, s)| *s != sector_before(*n));
+            for (sector, _) in changed {
+                let granule = sector as u64 * SECTOR >> found.entry.granularity_bits;
+                if !found.granules.contains(&granule) {
+                    let bitmap = &found.entry;
+                    return Err(format!("sector {sector} has changed, {bitmap} does not say so"));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn judge_by_qemu(
