@@ -57,6 +57,9 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         test: "every_crash_leaves_a_sound_image_with_old_or_new_data",
         plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
         backed: 3,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
         seconds: 40,
         states: 18_000,
     }
@@ -69,6 +72,9 @@ fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
         test: "every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new",
         plan: Plan { mix: SNAPSHOTS, actions: (20, 120), threads: false },
         backed: 4,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
         seconds: 40,
         states: 18_000,
     }
@@ -81,6 +87,9 @@ fn every_crash_leaves_subclusters_with_old_or_new_data() {
         test: "every_crash_leaves_subclusters_with_old_or_new_data",
         plan: Plan { mix: WRITES, actions: (20, 120), threads: false },
         backed: 2,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
         seconds: 20,
         states: 7_000,
     }
@@ -93,6 +102,9 @@ fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
         test: "every_crash_in_the_midst_of_several_threads_leaves_a_sound_image",
         plan: Plan { mix: WRITES, actions: (10, 80), threads: true },
         backed: 3,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
         seconds: 30,
         states: 8_000,
     }

@@ -183,8 +183,8 @@ impl Image {
 
 impl Image {
     /// Has the recycler of an image that was opened without threads ([`super::Options::threads`])
-    /// do its next step, as it would at `now`; whether there was one to do. Changes are due for a
-    /// flush at once; what waits for a pause is due when `now` says so.
+    /// do its next step, as it would at `now`, which may lie in the future; whether there was one to
+    /// do.
     ///
     /// # Errors
     /// `ReadOnly`; host errors, `Corrupt`. The step is due again.

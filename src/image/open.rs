@@ -20,6 +20,7 @@ use crate::format::{
     Header, HostCluster, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, INCOMPATIBLE_KNOWN,
 };
 use crate::locks::GuestLocks;
+use crate::recycler::thread::Agenda;
 use crate::recycler::{Recycler, thread};
 use crate::rules::Rule;
 use crate::storage::Storage;
@@ -201,7 +202,7 @@ impl Image {
                 opened_with_leaks: AtomicBool::new(false),
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
-                agenda: Mutex::default(),
+                agenda: Mutex::new(Agenda::new(options.flush_after, options.recycle_rate)),
                 leak_search: Mutex::new(None),
             });
         }
@@ -237,7 +238,7 @@ impl Image {
         if !options.threads {
             return self.finish_search(writer);
         }
-        let thread = thread::spawn(self, options.flush_after, options.recycle_rate)
+        let thread = thread::spawn(self, Agenda::new(options.flush_after, options.recycle_rate))
             .map_err(|e| Error::io("starting the recycler", e))?;
         *writer.thread.lock() = Some(thread);
         Ok(())

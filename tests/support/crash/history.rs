@@ -93,6 +93,36 @@ pub const SNAPSHOTS: Mix = &[
     (6, Action::Apply),
 ];
 
+/// What makes clusters and tables move.
+pub const MOVES: Mix = &[
+    (30, Action::Write),
+    (3, Action::Fill),
+    (30, Action::Discard),
+    (6, Action::Flush),
+    (12, Action::Compact),
+    (19, Action::Recycle),
+];
+
+/// The same with snapshots.
+pub const MOVES_OF_SNAPSHOTS: Mix = &[
+    (30, Action::Write),
+    (25, Action::Discard),
+    (5, Action::Flush),
+    (14, Action::Compact),
+    (10, Action::Recycle),
+    (10, Action::Take),
+    (6, Action::Delete),
+];
+
+/// What changes the size of the disk.
+pub const SIZES: Mix = &[
+    (40, Action::Write),
+    (20, Action::Discard),
+    (10, Action::Flush),
+    (20, Action::Resize),
+    (10, Action::Recycle),
+];
+
 /// What is to happen in a history.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -130,6 +160,8 @@ struct Clients<'a> {
     clients: u64,
     /// Nothing that waits for a pause is due at this moment.
     began: Instant,
+    /// The recycler was told to work so many hours later.
+    hours: AtomicU64,
 }
 
 /// Records a history on `files`, a state of the image that was `made`, which has `snapshots`.
@@ -172,6 +204,7 @@ pub fn record(
         piece,
         clients,
         began,
+        hours: AtomicU64::new(1),
     };
     clients.run_all(rng).map_err(|e| format!("{e}"))?;
     let steps = clients.steps.into_inner();
@@ -321,10 +354,10 @@ impl Clients<'_> {
             thread::sleep(Duration::from_millis(rng.within(0..most)));
             return Ok(());
         }
-        // All that waits for a pause is due, or nothing.
-        let late = rng.one_in(2);
-        let now = self.began + Duration::from_secs(if late { 3600 } else { 0 });
-        for _ in 0..rng.within(1..20) {
+        // All that waits for a flush or a pause is due, or nothing.
+        let hours = if rng.one_in(2) { self.hours.fetch_add(1, Ordering::Relaxed) } else { 0 };
+        let now = self.began + Duration::from_secs(3600 * hours);
+        for _ in 0..*rng.pick(&[1, 2, 3, 20]) {
             if !self.image.recycle(now)? {
                 break;
             }

@@ -8,12 +8,17 @@
 //! are judged by QEMU, which reads all of them. Some are opened for writing, worked on and closed,
 //! and must be clean then; that work is recorded and crashed in turn, three deep.
 
+// Every test program that searches compiles this for itself and uses its own part of it.
+#![allow(dead_code)]
+
 pub mod history;
 pub mod saved;
 pub mod search;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+
+use qcow2fs::storage::testing::MemoryStorage;
 
 use history::{Files, Plan, Recorded, record};
 use search::{Finding, Search, Tally};
@@ -23,8 +28,6 @@ use crate::support::qemu::Shape;
 use crate::support::rng::{Rng, fresh_seed};
 use crate::support::{Watchdog, scratch, setting};
 
-/// Files that are looked at in one history.
-const STATES_OF_HISTORY: u64 = 900;
 /// However slow the machine is, the search ends after so many times the seconds it is given.
 const PATIENCE: u32 = 3;
 
@@ -43,6 +46,12 @@ pub struct Campaign {
     pub plan: Plan,
     /// One image in so many, or so, has a backing file.
     pub backed: u64,
+    /// Whether each image that can has a bitmap, not only some.
+    pub bitmaps: bool,
+    /// What is done to the file that QEMU made.
+    pub prepare: fn(&MemoryStorage),
+    /// About so many files are looked at in one history.
+    pub states_of_history: u64,
     /// It goes on for so many seconds, or `QCOW2FS_MODEL_SECONDS`,
     pub seconds: u64,
     /// and until so many files were looked at, where that variable is not set.
@@ -96,13 +105,17 @@ impl Campaign {
         let mut rng = Rng::new(seed);
         let shape = shape(&mut rng);
         let backed = rng.one_in(self.backed);
-        let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
+        let mut made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
+        if self.bitmaps {
+            made.add_bitmap();
+        }
         let trouble = |complaint| Trouble { shape: made.shape.clone(), complaint, at: None };
         let snapshots = made.snapshots().to_vec();
         let recorded = match std::env::var("QCOW2FS_CRASH_RECORDING") {
             Ok(path) => saved::load(&path),
             Err(_) => {
                 let files = Files { image: made.file(), data: made.data() };
+                (self.prepare)(&files.image);
                 record(&made, files, &snapshots, self.plan, &mut rng).map_err(trouble)?
             }
         };
@@ -116,7 +129,7 @@ impl Campaign {
             directory.path(),
             tally,
         );
-        search.run(STATES_OF_HISTORY).map_err(|finding| Trouble {
+        search.run(self.states_of_history).map_err(|finding| Trouble {
             shape: made.shape.clone(),
             complaint: format!("a crash at entry {}:\n{}", finding.position, finding.complaint),
             at: Some((*finding, recorded.clone())),
