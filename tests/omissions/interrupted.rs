@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
@@ -18,7 +19,7 @@ use crate::crash_search::history::{MOVES, Recorded, Step};
 use crate::crash_search::search::{Search, Tally};
 use crate::support::made::Made;
 use crate::support::oracle::{Kind, Operation, data};
-use crate::support::qemu::Shape;
+use crate::support::qemu::{self, Shape};
 use crate::support::rng::Rng;
 use crate::support::{SECTOR, open_read_only, scratch};
 
@@ -187,12 +188,26 @@ impl Client {
         self.act(Kind::Flush, 0..0, |image, _, _| image.flush());
     }
 
+    /// Has the recycler free all that it may.
+    fn free(&self) {
+        while self.image.status().unwrap().clusters.released > 0 {
+            self.image.recycle(Instant::now()).unwrap();
+        }
+    }
+
     /// Has the recycler do all there is to do at `now`.
     fn recycle(&self, now: Instant) {
         while self.image.recycle(now).unwrap() {}
     }
 
-    fn search(&self, made: &Made, tally: &mut Tally, states: u64) -> Result<(), String> {
+    /// Looks at about `states` files along the recording, from entry `first` on.
+    fn search(
+        &self,
+        made: &Made,
+        tally: &mut Tally,
+        first: usize,
+        states: u64,
+    ) -> Result<(), String> {
         let recorded = Recorded {
             image: self.file.inner.clone(),
             data: None,
@@ -210,47 +225,129 @@ impl Client {
             directory.path(),
             tally,
         );
-        search.run(states).map_err(|finding| format!("{}\n{}", finding.complaint, finding.fates))
+        search
+            .starting_at(first)
+            .without_recovery()
+            .run(states)
+            .map_err(|finding| format!("{}\n{}", finding.complaint, finding.fates))
     }
 }
 
-/// At one moment of compaction somebody writes, or the recycler works. QEMU has put the refcount
-/// blocks of this image in the midst of what they count, where they take their own counts along when
-/// they are let go of.
-pub fn compaction(seed: u64, tally: &mut Tally) -> Result<(), String> {
+/// An image whose refcount blocks QEMU has put in the midst of what they count, where they take their
+/// own counts along when they are let go of, and which count nothing but data.
+fn made_by_qemu(directory: &Path) -> Made {
+    let mut made = Made::empty(Shape::new(9, 64, 300 * SECTOR), directory);
+    let tables = (0..5).map(|n| format!("write -P 7 {} 512", n * 64 * SECTOR));
+    qemu::io(&made.path, &tables.collect::<Vec<_>>());
+    qemu::io(&made.path, &[format!("write -P 8 0 {}", 300 * SECTOR)]);
+    made.contents = qemu::contents(&made.path, None);
+    made
+}
+
+/// Where the tables of an image lie that is compacted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Before all data: what describes the end of the file describes nothing but data.
+    TablesFirst,
+    /// Among the data.
+    TablesAmongData,
+    /// The refcount table has become longer, so that it lies at the end.
+    RefcountTableLast,
+}
+
+/// What somebody else does in the midst of compaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Other {
+    Writes,
+    Flushes,
+    /// Has the recycler free what it may, and writes there.
+    Reuses,
+    /// Has the recycler cut the end of the file as well.
+    Cuts,
+}
+
+/// At one moment of compaction, each in turn, somebody else acts.
+pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(), String> {
     let directory = scratch();
-    let shape = Shape { preallocation: "full", ..Shape::new(9, 64, 300 * SECTOR) };
-    let made = Made::empty(shape, directory.path());
-    let mut number = 0;
-    loop {
+    let size = if layout == Layout::RefcountTableLast { 4400 } else { 300 };
+    let made = match layout {
+        Layout::RefcountTableLast => {
+            Made::empty(Shape::new(9, 64, size * SECTOR), directory.path())
+        }
+        Layout::TablesFirst => made_by_qemu(directory.path()),
+        Layout::TablesAmongData => {
+            let shape = Shape::new(9, 64, 300 * SECTOR);
+            Made::empty(Shape { preallocation: "full", ..shape }, directory.path())
+        }
+    };
+    for number in 0.. {
         let client = Client::open(&made, made.file(), 0);
         let now = Instant::now();
-        client.write(0..300);
-        client.flush();
-        client.discard(30..300);
+        if layout == Layout::RefcountTableLast {
+            client.write(0..size);
+            client.flush();
+        }
+        if layout == Layout::TablesAmongData && other == Other::Flushes {
+            // So that the last table is not empty when it moves.
+            client.write(280..290);
+            client.discard(30..280);
+        } else {
+            client.discard(30..size);
+        }
         client.flush();
         client.recycle(now);
-        let other = client.clone();
-        client.file.interrupt(&[At::Write, At::Sync], number, move || match seed % 3 {
-            0 => other.write(30..230),
-            1 => other.recycle(now),
-            _ => other.recycle(now + Duration::from_secs(500)),
+        let first = client.file.inner.log().len();
+        let by = client.clone();
+        client.file.interrupt(&[At::Write, At::Sync], number, move || match other {
+            Other::Writes => by.write(30..280),
+            Other::Flushes => by.flush(),
+            Other::Reuses => {
+                by.free();
+                by.write(30..280);
+            }
+            Other::Cuts => by.recycle(now + Duration::from_secs(500)),
         });
         client.image.compact(|_| true).unwrap();
         let happened = client.file.is_over();
         client.flush();
         client.image.close().unwrap();
-        client.search(&made, tally, 150)?;
+        client.search(&made, tally, first, 300)?;
         if !happened {
-            return Ok(());
+            break;
         }
-        number += 1;
     }
+    Ok(())
+}
+
+/// What the pool hands out before a flush is not counted yet.
+pub fn pool(tally: &mut Tally) -> Result<(), String> {
+    let directory = scratch();
+    let made = Made::empty(Shape::new(9, 16, 300 * SECTOR), directory.path());
+    let client = Client::open(&made, made.file(), 16 * 512);
+    client.write(200..201);
+    client.flush();
+    client.recycle(Instant::now());
+    client.write(210..216);
+    client.flush();
+    client.image.close().unwrap();
+    client.search(&made, tally, 0, 400)
+}
+
+/// A bitmap that records nothing yet, of a disk that can be written in place.
+pub fn bitmap(tally: &mut Tally) -> Result<(), String> {
+    let directory = scratch();
+    let mut made = made_by_qemu(directory.path());
+    made.add_bitmap();
+    let client = Client::open(&made, made.file(), 0);
+    client.write(10..13);
+    client.flush();
+    client.image.close().unwrap();
+    client.search(&made, tally, 0, 400)
 }
 
 /// Free clusters hold old data, as QEMU leaves it. Between the count of those that are to be in the
 /// pool and their erasure a flush makes the count durable.
-pub fn pool(tally: &mut Tally) -> Result<(), String> {
+pub fn pool_of_old_data(tally: &mut Tally) -> Result<(), String> {
     let directory = scratch();
     let made = Made::empty(Shape::new(9, 16, 300 * SECTOR), directory.path());
     let file = made.file();
@@ -285,7 +382,7 @@ pub fn pool(tally: &mut Tally) -> Result<(), String> {
     client.write(210..216);
     client.flush();
     client.image.close().unwrap();
-    client.search(&made, tally, 400)
+    client.search(&made, tally, 0, 400)
 }
 
 /// Autoclear bits that this program does not know say that something else in the file is in step with

@@ -70,7 +70,7 @@ impl Campaign {
             let seed = first.wrapping_add(tally.histories);
             let _watchdog = Watchdog::new(format!("{} with QCOW2FS_SEED={seed}", self.test), 300);
             if let Err(trouble) = self.examine(seed, &shape, &mut tally) {
-                self.report(seed, trouble);
+                self.report(seed, *trouble);
             }
             tally.histories += 1;
             let is_enough = limit.is_some() || tally.states >= self.states;
@@ -100,7 +100,7 @@ impl Campaign {
         seed: u64,
         shape: &impl Fn(&mut Rng) -> Shape,
         tally: &mut Tally,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), Box<Trouble>> {
         let directory = scratch();
         let mut rng = Rng::new(seed);
         let shape = shape(&mut rng);
@@ -109,7 +109,8 @@ impl Campaign {
         if self.bitmaps {
             made.add_bitmap();
         }
-        let trouble = |complaint| Trouble { shape: made.shape.clone(), complaint, at: None };
+        let trouble =
+            |complaint| Box::new(Trouble { shape: made.shape.clone(), complaint, at: None });
         let snapshots = made.snapshots().to_vec();
         let recorded = match std::env::var("QCOW2FS_CRASH_RECORDING") {
             Ok(path) => saved::load(&path),
@@ -129,10 +130,12 @@ impl Campaign {
             directory.path(),
             tally,
         );
-        search.run(self.states_of_history).map_err(|finding| Trouble {
-            shape: made.shape.clone(),
-            complaint: format!("a crash at entry {}:\n{}", finding.position, finding.complaint),
-            at: Some((*finding, recorded.clone())),
+        search.run(self.states_of_history).map_err(|finding| {
+            Box::new(Trouble {
+                shape: made.shape.clone(),
+                complaint: format!("a crash at entry {}:\n{}", finding.position, finding.complaint),
+                at: Some((*finding, recorded.clone())),
+            })
         })
     }
 

@@ -159,6 +159,8 @@ pub struct Search<'a> {
     depth: usize,
     /// What recovery does, so that it can be crashed.
     mix: Mix,
+    /// The first entry of the log that is looked at.
+    first: usize,
 }
 
 impl<'a> Search<'a> {
@@ -193,12 +195,23 @@ impl<'a> Search<'a> {
             tally,
             depth: 0,
             mix,
+            first: 0,
         }
+    }
+
+    /// The same, but recovering nothing.
+    pub fn without_recovery(self) -> Self {
+        Search { depth: DEEPEST, ..self }
+    }
+
+    /// The same, but looking at nothing before entry `first` of the recording.
+    pub fn starting_at(self, first: usize) -> Self {
+        Search { first, ..self }
     }
 
     /// Looks at about `states` files along the whole recording.
     pub fn run(mut self, states: u64) -> Result<(), Box<Finding>> {
-        let log = self.recorded.image.log();
+        let log = self.recorded.image.log().split_off(self.first);
         let is_sync = |(_, entry): &&(usize, Entry)| matches!(entry, Entry::Sync { .. });
         let syncs = log.iter().filter(is_sync).count() as u64;
         // A look takes some thirty files.
@@ -210,9 +223,9 @@ impl<'a> Search<'a> {
             self.rng = Rng::new(mix(seed ^ position));
             // A sync makes much durable at once: the file just before has the most ways to be.
             let is_sync = matches!(self.image.peek(), Some(Entry::Sync { .. }));
-            if self.rng.within(0..stride * 2) == 0
-                || is_sync && self.rng.within(0..syncs.max(1)) < looks / 2 + 1
-            {
+            let is_due = self.rng.within(0..stride * 2) == 0
+                || is_sync && self.rng.within(0..syncs.max(1)) < looks / 2 + 1;
+            if is_due && position >= self.first as u64 {
                 self.look()?;
             }
             if let Some(data) = &mut self.data {
@@ -350,7 +363,7 @@ impl<'a> Search<'a> {
             let changed =
                 disk.chunks_exact(512).enumerate().filter(|(n, s)| *s != sector_before(*n));
             for (sector, _) in changed {
-                let granule = sector as u64 * SECTOR >> found.entry.granularity_bits;
+                let granule = (sector as u64 * SECTOR) >> found.entry.granularity_bits;
                 if !found.granules.contains(&granule) {
                     let bitmap = &found.entry;
                     return Err(format!("sector {sector} has changed, {bitmap} does not say so"));
