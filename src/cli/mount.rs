@@ -1,18 +1,20 @@
 //! `qcow2fs mount`: from arguments to a mount that is served until it is unmounted.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::options::MountOptions;
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
 use super::{logging, signals, size};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::fs::Filesys;
 use crate::image;
 
@@ -21,9 +23,17 @@ use crate::image;
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
 /// otherwise. `qcow2fs umount` ends it.
+///
+/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
+/// sense.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs mount images/ /mnt/raw
+  qcow2fs mount --read-only -o allow_other images/ /mnt/raw
+  qcow2fs mount --foreground -v --allow /srv/bases images/ /mnt/raw
+  qcow2fs mount --compact-after 5% --recycle-rate 20M images/ /mnt/raw")]
 pub(super) struct Args {
-    /// The directory with the images
+    /// The directory with the images, or one image, to show nothing else
     source: PathBuf,
     /// The directory where to show them
     mountpoint: PathBuf,
@@ -43,9 +53,19 @@ pub(super) struct Args {
     /// Move at most this much a second in each image [default: whatever nobody notices]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
     recycle_rate: Option<u64>,
+    /// Check at every step of the recycler that each cluster has one state and that none is lost:
+    /// slow, for tests
+    #[arg(long)]
+    runtime_asserts: bool,
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    /// Write to qcow2 overlays in this directory, and leave the images as they are
+    #[arg(long, value_name = "DIR")]
+    overlay: Option<PathBuf>,
+    /// Throw the overlays away at the end; those that lie in the directory are not used
+    #[arg(long)]
+    ephemeral: bool,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -56,15 +76,23 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, log_file=FILE, noatime,
-    /// noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, overlay=DIR, ephemeral,
+    /// log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
 
+/// What the kernel may read ahead, in bytes. Its own 128 KiB are two clusters, so that somebody who
+/// copies a compressed image waits for the inflating and it for him: measured with
+/// `scripts/bench --jobs compressed-copy`.
+const READ_AHEAD: u64 = 1 << 20;
+
 /// A mount that is asked for: everything checked that can be before anything is done.
 struct Plan {
+    /// As the mount table shows it: a directory, or the only image that is shown.
     source: PathBuf,
+    /// The image directory.
+    directory: PathBuf,
     mountpoint: PathBuf,
     log_file: Option<PathBuf>,
     level: log::LevelFilter,
@@ -110,9 +138,9 @@ impl Plan {
         let mut options = MountOptions::default();
         args.options.iter().try_for_each(|list| options.add(list))?;
         options.read_only |= args.read_only;
-        let source = directory(&args.source, "the image directory")?;
+        let Source { shown: source, directory: images, only } = Source::find(&args.source)?;
         let mountpoint = directory(&args.mountpoint, "the mount point")?;
-        refuse_nesting(&source, &mountpoint)?;
+        refuse_nesting(&images, &mountpoint)?;
         let mut image = image::Options::default();
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
@@ -120,22 +148,31 @@ impl Plan {
         if let Some(after) = args.compact_after.or(options.compact_after) {
             image.compact_after = after;
         }
+        image.runtime_asserts = args.runtime_asserts;
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
+        let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if let Some(overlay) = &overlay {
+            refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
+        }
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
             source,
+            directory: images,
             mountpoint,
             log_file: log_file.map_err(|e| format!("the log file's path: {e}"))?,
             level: logging::level(args.verbose, args.quiet),
             catalog: catalog::Options {
                 read_only: options.read_only,
+                only,
                 uid: options.uid,
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                overlay,
                 image,
             },
             options,
@@ -149,8 +186,10 @@ impl Plan {
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
             Ok((session, catalog)) => {
-                if let Some(Err(e)) = parent.map(Parent::ready) {
-                    log::error!("letting go of the terminal: {e}");
+                match parent.map(Parent::ready) {
+                    Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
+                    Some(Ok(())) => {}
+                    None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(session, &catalog))
@@ -163,7 +202,7 @@ impl Plan {
         daemon::set_up();
         let signals = signals::block();
         // The images are opened beneath the directory as it is now, whatever is mounted later.
-        let catalog = Catalog::new(&self.source, self.catalog.clone());
+        let catalog = Catalog::new(&self.directory, self.catalog.clone());
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
         let thread = |e| format!("starting a thread: {e}");
         let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
@@ -171,6 +210,9 @@ impl Plan {
             .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
         let mount = Served::new(self.mountpoint.clone(), session.as_fd())
             .map_err(|e| format!("looking for the mount at {}: {e}", self.mountpoint.display()))?;
+        if let Err(e) = mount.read_ahead(READ_AHEAD) {
+            log::debug!("the kernel's own limit of what it reads ahead stays: {e}");
+        }
         signals.serve(mount, Arc::clone(&catalog)).map_err(thread)?;
         Ok((session, catalog))
     }
@@ -187,6 +229,7 @@ impl Plan {
 
     fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
         let ended = serve_to_the_end(session);
+        tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -236,6 +279,13 @@ impl Plan {
     }
 }
 
+/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("telling the service manager: {e}");
+    }
+}
+
 /// Serves until the connection to the kernel ends.
 ///
 /// A session that is dropped unmounts what is at its mount point, whether or not that is its own
@@ -246,6 +296,36 @@ fn serve_to_the_end(session: Session<Filesys>) -> io::Result<()> {
     let session = Box::leak(Box::new(session.spawn()?));
     let served = std::mem::replace(&mut session.guard, nothing).join();
     served.unwrap_or_else(|_| Err(io::Error::other("a defect in this program")))
+}
+
+/// What is to be mounted.
+struct Source {
+    /// As the mount table shows it.
+    shown: PathBuf,
+    /// The image directory.
+    directory: PathBuf,
+    /// The only image that is shown.
+    only: Option<OsString>,
+}
+
+impl Source {
+    /// A directory, or an image that stands for its directory with nothing else in it.
+    fn find(path: &Path) -> Result<Source, String> {
+        if !path.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let images = directory(path, "the image directory")?;
+            return Ok(Source { shown: images.clone(), directory: images, only: None });
+        }
+        let given = path.display();
+        let image = path.canonicalize().map_err(|e| format!("the image {given}: {e}"))?;
+        match (image.parent(), image.file_name(), image.extension()) {
+            (Some(images), Some(name), Some(ending)) if ending == "qcow2" => Ok(Source {
+                directory: images.to_owned(),
+                only: Some(name.to_owned()),
+                shown: image,
+            }),
+            _ => Err(format!("the image {given} has no name that ends in .qcow2: rename it")),
+        }
+    }
 }
 
 /// The directory's path without links in it.
@@ -273,6 +353,32 @@ fn plain(error: &io::Error) -> String {
 pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+fn overlay_options(
+    path: Option<PathBuf>,
+    ephemeral: bool,
+) -> Result<Option<OverlayOptions>, String> {
+    match path {
+        Some(path) => {
+            let directory = directory(&path, "the overlay directory")?;
+            Ok(Some(OverlayOptions { directory, ephemeral }))
+        }
+        None if ephemeral => {
+            Err("--ephemeral needs --overlay DIR, for the room that it takes".into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// Overlays among images would be shown as such.
+fn refuse_mixing(overlays: &Path, others: &[&Path]) -> Result<(), String> {
+    let other =
+        others.iter().find(|other| is_within(overlays, other) || is_within(other, overlays));
+    other.map_or(Ok(()), |other| {
+        let (overlays, other) = (overlays.display(), other.display());
+        Err(format!("the overlay directory {overlays} and {other} must lie apart"))
+    })
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a
@@ -319,8 +425,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.qcow2");
         std::fs::write(&file, "").unwrap();
-        let line = directory(&file, "the image directory").unwrap_err();
+        let line = directory(&file, "the mount point").unwrap_err();
         assert!(line.ends_with("a.qcow2 is no directory"), "{line}");
+        let other = dir.path().join("a.img");
+        std::fs::write(&other, "").unwrap();
+        let line = Source::find(&other).err().unwrap();
+        assert!(line.ends_with("a.img has no name that ends in .qcow2: rename it"), "{line}");
+        let source = Source::find(&file).ok().unwrap();
+        assert_eq!(source.directory.join(source.only.unwrap()), source.shown);
         let line = directory(&dir.path().join("no"), "the mount point").unwrap_err();
         assert!(line.ends_with("there is no such directory"), "{line}");
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::Subcommand;
 
-use super::{size, unmounting};
+use super::{shown, size};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, Image, Options, SnapshotInfo};
 use crate::storage::HostFile;
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> i32 {
 fn create(path: &Path, name: &OsStr) -> Result<()> {
     match offline(path, |image| image.take_snapshot(name.as_bytes()).map(drop)) {
         Err(e) if e.kind() == ErrorKind::InUse => {
-            let shown = in_mount(path).ok_or(e)?;
+            let shown = shown::raw_file_of(path).ok_or(e)?;
             let place = file_in(&shown, name)?;
             let created = OpenOptions::new().write(true).create_new(true).open(&place);
             created.map(drop).map_err(|e| Error::io(format!("creating {}", place.display()), e))
@@ -106,7 +106,7 @@ fn create(path: &Path, name: &OsStr) -> Result<()> {
 fn delete(path: &Path, which: &OsStr) -> Result<()> {
     match offline(path, |image| image.delete_snapshot(which.as_bytes())) {
         Err(e) if e.kind() == ErrorKind::InUse => {
-            let shown = in_mount(path).ok_or(e)?;
+            let shown = shown::raw_file_of(path).ok_or(e)?;
             let all = list(path)?;
             let (name, bytes) = (which.to_string_lossy(), which.as_bytes());
             let found = all.iter().find(|info| info.name == name);
@@ -125,7 +125,7 @@ fn delete(path: &Path, which: &OsStr) -> Result<()> {
 
 fn apply(path: &Path, which: &OsStr) -> Result<()> {
     match offline(path, |image| image.apply_snapshot(which.as_bytes())) {
-        Err(e) if e.kind() == ErrorKind::InUse => Err(match in_mount(path) {
+        Err(e) if e.kind() == ErrorKind::InUse => Err(match shown::raw_file_of(path) {
             Some(shown) => e.context(format!(
                 "its file {} is open: close it and detach its loop devices first",
                 shown.display()
@@ -170,7 +170,7 @@ impl Backing for Unread {
 }
 
 /// The snapshots of an image that others may change meanwhile.
-fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
+pub(super) fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
     let file = super::check::open(path, false)?;
     let failed = |e| Error::io("reading the header", e);
     let header = || {
@@ -187,19 +187,6 @@ fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
             return listed;
         }
     }
-}
-
-/// Where a running mount shows an image.
-fn in_mount(image: &Path) -> Option<PathBuf> {
-    let image = fs::canonicalize(image).ok()?;
-    let mut mounts = unmounting::mounts_of("fuse.qcow2fs");
-    // The latest one covers those before.
-    mounts.reverse();
-    mounts.into_iter().find_map(|(source, place)| {
-        let beneath = image.strip_prefix(fs::canonicalize(source).ok()?).ok()?;
-        let shown = place.join(beneath).with_extension("raw");
-        (image.extension()? == "qcow2").then_some(shown)
-    })
 }
 
 /// The file that stands for a snapshot of the image that is shown as `shown`.
@@ -239,7 +226,8 @@ fn print(all: &[SnapshotInfo], json: bool) -> Result<()> {
     Ok(())
 }
 
-fn as_json(info: &SnapshotInfo) -> serde_json::Value {
+/// A snapshot with the names that qemu-img gives.
+pub(super) fn as_json(info: &SnapshotInfo) -> serde_json::Value {
     let taken = since_epoch(info.taken);
     serde_json::json!({
         "id": info.id,

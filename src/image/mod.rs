@@ -9,6 +9,7 @@ mod backing;
 mod bitmaps;
 mod clear;
 mod compact;
+mod create;
 mod data_file;
 mod flush;
 mod flush_lock;
@@ -44,6 +45,7 @@ use crate::tables::{Mapping, Run, Tables};
 
 pub use backing::{Backing, RawBacking};
 pub use compact::{CompactAfter, CompactionStatus, Prospect};
+pub use create::{CompressionType, CreateOptions, NewDataFile};
 pub use open::{BackingFile, Beside, Summary};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
@@ -152,6 +154,8 @@ struct Writer {
     flush: flush_lock::FlushLock,
     /// Lock order: before the flush lock.
     compaction: Mutex<compact::Compaction>,
+    /// Bytes of compressed data that tables refer to no more, since the image was opened.
+    compressed_dropped: AtomicU64,
     /// A leaf.
     compaction_status: Mutex<CompactionStatus>,
     features: Mutex<open::Features>,

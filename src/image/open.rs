@@ -85,6 +85,14 @@ impl Image {
         })
     }
 
+    /// The header, checked by itself only.
+    ///
+    /// # Errors
+    /// As [`Image::summarize`].
+    pub fn header(storage: &dyn Storage) -> Result<Header> {
+        read_header(storage)
+    }
+
     /// Opens an image. A writable image gets its recycler thread; one that is marked dirty gets its
     /// refcounts rebuilt first. One that is corrupt is opened read-only ([`Image::is_writable`]).
     ///
@@ -148,7 +156,8 @@ impl Image {
             log::info!("the image was not closed cleanly: rebuilding its refcounts");
             header = crate::alloc::rebuild::rebuild_dirty(&*storage, &header)?;
         }
-        let metadata = Arc::new(MetadataMap::default());
+        let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
         let tables = Tables::open(
             storage.clone(),
@@ -191,6 +200,7 @@ impl Image {
                     options.settle_after,
                 )),
                 compaction_status: Mutex::default(),
+                compressed_dropped: AtomicU64::new(0),
                 features: Mutex::new(Features {
                     incompatible: header.incompatible_features,
                     compatible: header.compatible_features,

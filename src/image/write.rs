@@ -300,6 +300,17 @@ impl Image {
         offset: HostOffset,
         length: u64,
     ) -> Result<()> {
+        writer.compressed_dropped.fetch_add(length, Ordering::Relaxed);
+        self.release_compressed(writer, offset, length)
+    }
+
+    /// The same where it has only moved.
+    pub(super) fn release_compressed(
+        &self,
+        writer: &Writer,
+        offset: HostOffset,
+        length: u64,
+    ) -> Result<()> {
         self.inflated.forget(offset);
         self.geometry
             .host_clusters(offset, length)
@@ -393,6 +404,7 @@ impl Image {
             // A data file does not become longer than the disk.
             end = end.min(self.virtual_size());
         }
+        self.check_place(start..end)?;
         match self.data.storage.allocate(start..end) {
             Ok(()) => {
                 self.mark_data_unsynced();

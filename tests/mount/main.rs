@@ -13,7 +13,9 @@
 
 #[macro_use]
 mod lab;
+mod attach;
 mod bitmaps;
+mod boot;
 mod chains;
 mod combinations;
 mod compact;
@@ -24,8 +26,12 @@ mod discards;
 mod files;
 mod filesystems;
 mod hosts;
+mod info;
 mod layers;
 mod locks;
+mod map;
 mod options;
+mod overlays;
 mod refusals;
+mod resize;
 mod snapshots;
