@@ -32,8 +32,6 @@ pub enum Rule {
     /// A cluster is handed out as ready only after the flush that makes its count and its zeros
     /// durable.
     ErasedWaits,
-    /// The place that a refcount block or table has left waits like any other junk.
-    LeftPlacesWait,
     /// The place of a refcount block that was let go of is given to nobody before the flush.
     UnlinkedPlacesWait,
     /// Nor is the file cut before it.
@@ -103,7 +101,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 42] = [
+    pub const ALL: [Rule; 41] = [
         Rule::DataFileBeforeTables,
         Rule::BlocksBeforeLinks,
         Rule::BarrierBeforeEntries,
@@ -114,7 +112,6 @@ impl Rule {
         Rule::JunkWaits,
         Rule::SharedJunkWaits,
         Rule::ErasedWaits,
-        Rule::LeftPlacesWait,
         Rule::UnlinkedPlacesWait,
         Rule::UnlinkedPlacesInFile,
         Rule::AllocatedReadsZeros,

@@ -118,9 +118,6 @@ fn ground(rule: Rule) -> Ground {
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
-        Rule::LeftPlacesWait => {
-            return Ground::Compaction(Layout::RefcountTableLast, Other::Reuses);
-        }
         Rule::TableMoveBeforeEntry => {
             return Ground::Compaction(Layout::TablesAmongData, Other::Flushes);
         }
@@ -256,7 +253,6 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
     let directed = [
         Ground::Compaction(Layout::TablesFirst, Other::Writes),
         Ground::Compaction(Layout::TablesFirst, Other::Cuts),
-        Ground::Compaction(Layout::RefcountTableLast, Other::Reuses),
         Ground::Compaction(Layout::TablesAmongData, Other::Flushes),
         Ground::Pool,
         Ground::PoolOfOldData,

@@ -188,13 +188,6 @@ impl Client {
         self.act(Kind::Flush, 0..0, |image, _, _| image.flush());
     }
 
-    /// Has the recycler free all that it may.
-    fn free(&self) {
-        while self.image.status().unwrap().clusters.released > 0 {
-            self.image.recycle(Instant::now()).unwrap();
-        }
-    }
-
     /// Has the recycler do all there is to do at `now`.
     fn recycle(&self, now: Instant) {
         while self.image.recycle(now).unwrap() {}
@@ -251,8 +244,6 @@ pub enum Layout {
     TablesFirst,
     /// Among the data.
     TablesAmongData,
-    /// The refcount table has become longer, so that it lies at the end.
-    RefcountTableLast,
 }
 
 /// What somebody else does in the midst of compaction.
@@ -260,8 +251,6 @@ pub enum Layout {
 pub enum Other {
     Writes,
     Flushes,
-    /// Has the recycler free what it may, and writes there.
-    Reuses,
     /// Has the recycler cut the end of the file as well.
     Cuts,
 }
@@ -269,11 +258,7 @@ pub enum Other {
 /// At one moment of compaction, each in turn, somebody else acts.
 pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(), String> {
     let directory = scratch();
-    let size = if layout == Layout::RefcountTableLast { 4400 } else { 300 };
     let made = match layout {
-        Layout::RefcountTableLast => {
-            Made::empty(Shape::new(9, 64, size * SECTOR), directory.path())
-        }
         Layout::TablesFirst => made_by_qemu(directory.path()),
         Layout::TablesAmongData => {
             let shape = Shape::new(9, 64, 300 * SECTOR);
@@ -283,16 +268,12 @@ pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(),
     for number in 0.. {
         let client = Client::open(&made, made.file(), 0);
         let now = Instant::now();
-        if layout == Layout::RefcountTableLast {
-            client.write(0..size);
-            client.flush();
-        }
         if layout == Layout::TablesAmongData && other == Other::Flushes {
             // So that the last table is not empty when it moves.
             client.write(280..290);
             client.discard(30..280);
         } else {
-            client.discard(30..size);
+            client.discard(30..300);
         }
         client.flush();
         client.recycle(now);
@@ -301,10 +282,6 @@ pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(),
         client.file.interrupt(&[At::Write, At::Sync], number, move || match other {
             Other::Writes => by.write(30..280),
             Other::Flushes => by.flush(),
-            Other::Reuses => {
-                by.free();
-                by.write(30..280);
-            }
             Other::Cuts => by.recycle(now + Duration::from_secs(500)),
         });
         client.image.compact(|_| true).unwrap();
