@@ -190,7 +190,7 @@ pub fn record(
     let sectors = image.virtual_size() / SECTOR;
     let piece = piece(made, rng);
     let alone = !plan.threads || sectors < piece * 3 || rng.one_in(3);
-    let clients = if alone { 1 } else { rng.within(2..5) };
+    let clients = if alone { 1 } else { rng.within(2..4) };
     let clients = Clients {
         plan,
         made,

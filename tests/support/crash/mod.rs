@@ -69,6 +69,7 @@ impl Campaign {
         loop {
             let seed = first.wrapping_add(tally.histories);
             let _watchdog = Watchdog::new(format!("{} with QCOW2FS_SEED={seed}", self.test), 300);
+            let _again = Again(self.command(seed, None));
             if let Err(trouble) = self.examine(seed, &shape, &mut tally) {
                 self.report(seed, *trouble);
             }
@@ -158,8 +159,10 @@ impl Campaign {
                 path.display()
             );
         }
-        let again = self.command(seed, recording);
-        panic!("{shape} {} bytes: {complaint}\n{fates}{again}", shape.size);
+        if recording.is_some() {
+            eprintln!("{}", self.command(seed, recording));
+        }
+        panic!("{shape} {} bytes: {complaint}\n{fates}", shape.size);
     }
 
     /// The command that makes it happen again.
@@ -171,6 +174,17 @@ impl Campaign {
             recording.unwrap_or_default(),
             self.test
         )
+    }
+}
+
+/// Says how to see a panic of the program itself again.
+struct Again(String);
+
+impl Drop for Again {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.0);
+        }
     }
 }
 
