@@ -61,6 +61,12 @@ enum Command {
     Detach(detach::Args),
 }
 
+/// The definition of the command line, from which its documents are made.
+pub fn command() -> clap::Command {
+    use clap::CommandFactory;
+    Cli::command()
+}
+
 /// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
 /// arguments that make no sense.
 pub fn run() -> i32 {
