@@ -183,7 +183,7 @@ impl Agenda {
                 }
                 Err(e) => {
                     image.compaction_failed(e);
-                    return Ok(Next::Again);
+                    move_due = Some(now + PAUSE_AFTER_ERROR);
                 }
             }
         }
