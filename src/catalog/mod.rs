@@ -28,6 +28,7 @@ mod alone;
 mod chain;
 mod change;
 mod host;
+mod keys;
 mod names;
 mod node;
 mod snapshots;
@@ -38,6 +39,7 @@ mod tests;
 pub use alone::Alone;
 pub use change::AttributeChange;
 pub use host::{HostSpace, SetTime};
+pub use keys::{Keys, Prompt};
 pub use node::{HandleMode, Node, Opening};
 pub use status::{ImageStatus, MountStatus, Refusal};
 
@@ -66,6 +68,8 @@ pub struct Options {
     pub umask: u32,
     /// Directories beside the image directory that backing and data files may lie in.
     pub allow: Vec<PathBuf>,
+    /// Where the keys of encrypted images come from.
+    pub keys: Keys,
     /// How images are opened; `writable` is decided here.
     pub image: image::Options,
 }
@@ -145,7 +149,7 @@ impl Catalog {
         Ok(Catalog {
             root,
             source: source.to_owned(),
-            chains: Chains::new(source, &options.allow)?,
+            chains: Chains::new(source, &options.allow, options.keys.clone())?,
             options,
             nodes: RwLock::new(nodes),
             close_errors: AtomicU64::new(0),

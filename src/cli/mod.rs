@@ -9,6 +9,7 @@ mod busy;
 pub mod check;
 mod compact;
 mod daemon;
+mod keys;
 mod logging;
 mod mount;
 mod options;

@@ -11,7 +11,7 @@ use super::daemon::{self, Parent};
 use super::options::MountOptions;
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
-use super::{logging, signals, size};
+use super::{keys, logging, signals, size};
 use crate::catalog::{self, Catalog};
 use crate::fs::Filesys;
 use crate::image;
@@ -46,6 +46,8 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Args,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -56,8 +58,8 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, log_file=FILE, noatime,
-    /// noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, keys=DIR,
+    /// key_file=NAME=FILE, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -123,6 +125,9 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let mut keys = args.keys;
+        keys.key_file.append(&mut options.key_files);
+        keys.keys = keys.keys.or(options.keys.take());
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -136,6 +141,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                keys: keys.keys()?,
                 image,
             },
             options,

@@ -1,8 +1,10 @@
 //! The options after `-o`, as mount(8) and fstab pass them. Pure.
 
+use std::path::PathBuf;
+
 use fuser::MountOption;
 
-use super::size;
+use super::{keys, size};
 use crate::image::CompactAfter;
 
 /// What the options say.
@@ -17,6 +19,8 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
+    pub(super) key_files: Vec<(PathBuf, PathBuf)>,
+    pub(super) keys: Option<PathBuf>,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -82,6 +86,8 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
+            ("key_file", Some(value)) => self.key_files.push(keys::named(value)?),
+            ("keys", Some(value)) => self.keys = Some(value.into()),
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
@@ -131,7 +137,7 @@ mod tests {
     fn our_options_are_taken() {
         let options = parse(
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
-                   compact_after=5%,recycle_rate=2M",
+                   compact_after=5%,recycle_rate=2M,keys=/k,key_file=a=/f",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -143,6 +149,8 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
+            key_files: vec![("a".into(), "/f".into())],
+            keys: Some("/k".into()),
             log_file: Some("/l".into()),
             kernel: vec![],
         };

@@ -313,7 +313,8 @@ mod tests {
     #[test]
     fn each_cipher_takes_back_what_it_did_by_sector() {
         for (name, key) in [("aes", 16), ("serpent", 32), ("twofish", 24), ("cast5", 16)] {
-            for mode in ["cbc-plain", "cbc-plain64", "ctr-plain64", "ecb-plain64", "cbc-essiv:md5"] {
+            for mode in ["cbc-plain", "cbc-plain64", "ctr-plain64", "ecb-plain64", "cbc-essiv:md5"]
+            {
                 let cipher = new(name, mode, &vec![3; key]).unwrap();
                 let mut data = content();
                 cipher.encrypt(7, &mut data);

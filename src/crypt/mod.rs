@@ -38,18 +38,18 @@ pub struct DataCipher {
 
 /// Where data is, in bytes. Both lie equally far from the start of a sector.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct Location {
     /// In the file that holds it.
     pub host: u64,
     /// On the disk.
     pub guest: u64,
 }
 
-impl Place {
+impl Location {
     /// `by` bytes further on.
     #[must_use]
-    pub fn after(self, by: usize) -> Place {
-        Place { host: self.host + by as u64, guest: self.guest + by as u64 }
+    pub fn after(self, by: usize) -> Location {
+        Location { host: self.host + by as u64, guest: self.guest + by as u64 }
     }
 }
 
@@ -96,21 +96,21 @@ impl DataCipher {
         self.bound_to_place
     }
 
-    /// Encrypts `data`, whole sectors that belong at `place`.
+    /// Encrypts `data`, whole sectors that belong at `at`.
     ///
     /// # Errors
     /// `NoKey`.
-    pub fn encrypt(&self, data: &mut [u8], place: Place) -> Result<()> {
-        self.sectors()?.encrypt(self.number(place), data);
+    pub fn encrypt(&self, data: &mut [u8], at: Location) -> Result<()> {
+        self.sectors()?.encrypt(self.number(at), data);
         Ok(())
     }
 
-    /// Decrypts `data`, whole sectors that were read from `place`.
+    /// Decrypts `data`, whole sectors that were read from `at`.
     ///
     /// # Errors
     /// `NoKey`.
-    pub fn decrypt(&self, data: &mut [u8], place: Place) -> Result<()> {
-        self.sectors()?.decrypt(self.number(place), data);
+    pub fn decrypt(&self, data: &mut [u8], at: Location) -> Result<()> {
+        self.sectors()?.decrypt(self.number(at), data);
         Ok(())
     }
 
@@ -120,8 +120,8 @@ impl DataCipher {
             .ok_or_else(|| Error::new(ErrorKind::NoKey, "the image was opened without its key"))
     }
 
-    fn number(&self, place: Place) -> u64 {
-        let offset = if self.bound_to_place { place.host } else { place.guest };
+    fn number(&self, at: Location) -> u64 {
+        let offset = if self.bound_to_place { at.host } else { at.guest };
         offset / SECTOR as u64
     }
 }

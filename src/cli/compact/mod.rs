@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{logging, signals, size};
-use crate::catalog::Alone;
+use super::{keys, logging, signals, size};
+use crate::catalog::{Alone, Keys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{CompactAfter, Image, Options};
 use mounted::Mounted;
@@ -49,6 +49,8 @@ pub(super) struct Args {
     /// Trust this directory too: backing files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Args,
     /// Print a JSON object for each image
     #[arg(long)]
     json: bool,
@@ -136,6 +138,7 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     let line = |e: Error| e.to_string();
     let allowed = args.allow.iter().map(|path| super::mount::allowed(path));
     let allowed = allowed.collect::<Result<Vec<_>, _>>()?;
+    let keys = Keys { prompt: Some(keys::ask), ..args.keys.clone().keys()? };
     let options = Options {
         writable: !args.dry_run,
         keep_erased: 0,
@@ -143,7 +146,7 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
         compact_after: CompactAfter::Off,
         ..Options::default()
     };
-    let opened = match Alone::open(path, &allowed, &options) {
+    let opened = match Alone::open(path, &allowed, keys, &options) {
         Err(e) if e.kind() == ErrorKind::InUse && !args.dry_run => {
             let Some(mount) = Mounted::find(path) else { return Err(line(e)) };
             if args.detect_zeroes {
