@@ -423,8 +423,8 @@ fn search(test: &'static str, seconds: u64, backed: u64, shape: impl Fn(&mut Rng
     for_seeds(test, seconds, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
-        let shape = shape(&mut rng);
-        println!("{seed}: {shape} {} bytes", shape.size);
+        let shape = shape(&mut rng).encrypted_one_in(5, &mut rng);
+        println!("{seed}: {shape} {} bytes, {}", shape.size, shape.encryption);
         let backed = rng.one_in(backed);
         let made = Made::furnished_over(backed, shape, directory.path(), &mut rng);
         let recorded = record(&made, &mut rng);

@@ -181,7 +181,7 @@ impl Header {
         let text = match (self.slots.len(), complaint) {
             (0, _) => "its LUKS header has no key slot in use: nothing can open it".into(),
             (_, Some(complaint)) => format!("the key opens no key slot, and {complaint}"),
-            (count, None) => format!("the key opens none of its {count} key slots"),
+            (_, None) => "the key opens none of its key slots".into(),
         };
         Error::new(ErrorKind::WrongKey, text)
     }

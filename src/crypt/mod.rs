@@ -70,6 +70,14 @@ impl DataCipher {
         Ok(DataCipher { sectors: Some(sectors?), bound_to_place: true })
     }
 
+    /// The cipher that LUKS calls `name` and `mode` (as `aes` and `xts-plain64`) with a master key.
+    ///
+    /// # Errors
+    /// `Unsupported`: there is no such cipher, or none with a key of that length.
+    pub fn with_key(name: &str, mode: &str, key: &Secret) -> Result<DataCipher> {
+        Ok(DataCipher { sectors: Some(cipher::new(name, mode, key)?), bound_to_place: true })
+    }
+
     /// The older AES method: AES-128 in CBC mode, whose key is the first 16 bytes of the passphrase,
     /// with zeros behind a shorter one. Nothing in an image tells whether it is the right one.
     ///

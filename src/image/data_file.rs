@@ -205,8 +205,9 @@ impl Image {
         }
         let start = written.start - self.geometry.within(written.start);
         let end = start + (place.count() << self.geometry.cluster_bits());
-        self.zero_data(self.location(place.first(), start), written.start - start)?;
-        self.zero_data(self.location(place.first(), written.end), end - written.end)
+        let first = self.location(place.first(), start);
+        self.zero_data(first, written.start - start)?;
+        self.zero_data(first.after((written.end - start) as usize), end - written.end)
     }
 
     /// Makes a range of the file that data is in zeros, in place.

@@ -4,6 +4,7 @@
 // Every test program compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod luks;
 pub mod made;
 pub mod oracle;
 pub mod qemu;
