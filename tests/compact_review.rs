@@ -327,7 +327,7 @@ fn the_place_of_a_block_is_nobodys_until_nothing_on_disk_leads_there() {
 /// Tables of an image of 512-byte clusters with one L2 table at cluster 1, and an L1 table at 0.
 fn tables_over(file: Arc<dyn Storage>) -> Tables {
     let geometry = Header::parse(&made("cluster_size=512", 0)).unwrap().geometry;
-    Tables::open(file, geometry, Arc::new(MetadataMap::default()), HostOffset(0), 1, 0).unwrap()
+    Tables::open(file, geometry, Arc::new(MetadataMap::new(u64::MAX)), HostOffset(0), 1, 0).unwrap()
 }
 
 fn word(index: u64) -> u64 {

@@ -173,9 +173,8 @@ fn writers_of_parts_of_a_sector_do_not_undo_each_other() {
         });
         let mut expected = vec![0; MIB as usize];
         expected[..4096].fill(0xff);
-        for at in 0..2048 {
-            expected[at] = (at / 128 % 4 * 50 + 49) as u8;
-        }
+        let last = |at| (at / 128 % 4 * 50 + 49) as u8;
+        (0..2048).zip(&mut expected).for_each(|(at, byte)| *byte = last(at));
         assert_reads(&image, &expected);
         image.close().unwrap();
         qemu::assert_same(&path, &expected);
@@ -316,7 +315,10 @@ fn without_the_right_key_nothing_is_shown() {
     qemu::assert_clean(&path);
 }
 
-/// The header of an image, and a change of it.
+/// What to change in a LUKS header (where, and the bytes), and what comes of it.
+type Case<'a> = (&'a [(usize, &'a [u8])], ErrorKind, &'a str);
+
+/// An image, and the place of its LUKS header.
 struct Damaged {
     bytes: Vec<u8>,
     luks: usize,
@@ -344,7 +346,7 @@ fn hostile_and_damaged_headers_are_refused_in_time() {
     let luks = bytes.windows(6).position(|w| w == b"LUKS\xba\xbe").unwrap();
     let damaged = Damaged { bytes, luks, path };
     let max = &u32::MAX.to_be_bytes();
-    let cases: &[(&[(usize, &[u8])], ErrorKind, &str)] = &[
+    let cases: &[Case] = &[
         (&[(0, b"NOPE")], ErrorKind::Corrupt, "no LUKS header"),
         (&[(6, &[0, 2])], ErrorKind::Unsupported, "LUKS version 2"),
         (&[(8, b"rot13\0")], ErrorKind::Unsupported, "rot13-xts-plain64"),

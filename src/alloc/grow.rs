@@ -35,7 +35,7 @@ impl Refcounts {
         state.unlinked.remove(&place);
         self.enter_block(state, index as usize, place);
         self.write(state, place, 1)?;
-        state.end = state.end.max(place + 1);
+        self.reach(state, place + 1);
         Ok(true)
     }
 
@@ -141,7 +141,7 @@ impl Refcounts {
         for cluster in uncounted {
             self.write(state, cluster, 1)?;
         }
-        state.end = state.end.max(plan.end());
+        self.reach(state, plan.end());
         Ok(plan.start + plan.blocks..plan.end())
     }
 

@@ -36,9 +36,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::check::pieces::for_each_word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, be64, refcount,
+    Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, refcount,
 };
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, SliceCache, Write};
@@ -127,12 +128,14 @@ impl Refcounts {
         let geometry = header.geometry;
         let at = header.refcount_table_offset;
         let clusters = u64::from(header.refcount_table_clusters);
-        let mut bytes = vec![0; (clusters << geometry.cluster_bits()) as usize];
-        storage
-            .read_at(&mut bytes, at.0)
-            .map_err(|e| Error::io(format!("reading the refcount table at {at}"), e))?;
+        let size = clusters << geometry.cluster_bits();
+        let mut table = vec![0; (size / 8) as usize];
+        let doing = || format!("reading the refcount table at {at}");
+        for_each_word(&*storage, at.0..at.0.saturating_add(size), doing, |place, word| {
+            table[((place - at.0) / 8) as usize] = word;
+            Ok(())
+        })?;
         let len = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
-        let table = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
         let state = State {
             table,
             table_offset: at,
@@ -152,12 +155,16 @@ impl Refcounts {
     /// Enters the refcount table and its blocks into the map of metadata.
     ///
     /// # Errors
-    /// `Corrupt`: a malformed entry, or a block that is also something else.
+    /// `Corrupt`: a malformed entry, or a block that is also something else or lies past the end
+    /// of the file. `TooBig` where the map of metadata is full.
     pub fn register_metadata(&self) -> Result<()> {
         let state = self.state.lock();
         let first = self.geometry.host_cluster(state.table_offset).0;
-        let clusters = self.geometry.clusters_for(state.table.len() as u64 * 8).0;
-        for cluster in first..first + clusters {
+        let place = first..first + self.geometry.clusters_for(state.table.len() as u64 * 8).0;
+        if !self.metadata.is_in_file(&place) {
+            return Err(Error::corrupt("the refcount table ends past the end of the file"));
+        }
+        for cluster in place {
             if !self.metadata.insert(HostCluster(cluster)) {
                 return Err(Error::corrupt("the refcount table overlaps other metadata"));
             }
@@ -168,7 +175,15 @@ impl Refcounts {
                     "refcount table entry {index} ({entry:#x}) is malformed"
                 )));
             }
-            if !self.metadata.insert(self.geometry.host_cluster(HostOffset(entry))) {
+            let block = self.geometry.host_cluster(HostOffset(entry));
+            if !self.metadata.is_in_file(&(block.0..block.0 + 1)) {
+                return Err(Error::corrupt(format!(
+                    "refcount table entry {index} points to {entry:#x}, which is past the end of \
+                     the file"
+                )));
+            }
+            self.metadata.check_room()?;
+            if !self.metadata.insert(block) {
                 return Err(Error::corrupt(format!(
                     "refcount table entry {index} points to {entry:#x}, which is other metadata"
                 )));
@@ -222,8 +237,14 @@ impl Refcounts {
             }
         }
         state.first_free = last;
-        state.end = state.end.max(last);
+        self.reach(&mut state, last);
         Ok(Some(Allocated { clusters: first..last, is_new }))
+    }
+
+    /// Clusters before `end` may be in use from now on.
+    fn reach(&self, state: &mut State, end: u64) {
+        state.end = state.end.max(end);
+        self.metadata.grow_to(end);
     }
 
     /// Counts a cluster that has a block, if it is free; whether it was.

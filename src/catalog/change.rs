@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::{Catalog, Node, SetTime, errno, host, names};
 use crate::error::{Error, Result};
+use crate::storage;
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
 /// image's matter.
@@ -71,6 +72,7 @@ impl Catalog {
         mode: u32,
         owner: (u32, u32),
     ) -> Result<()> {
+        self.names_may_change()?;
         let (place, _) = self.place_of(parent)?;
         let path = host::path_of(&place).join(name);
         let failed = |e| Error::io(format!("making the directory {}", shown(name)), e);
@@ -88,6 +90,7 @@ impl Catalog {
     /// `ENOENT`, `EISDIR`, `ENOTDIR`, and those of the host: a directory is empty only when
     /// everything in it is gone, shown here or not.
     pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
+        self.names_may_change()?;
         let (path, _, metadata) = self.find(parent, name)?;
         let failed = |e| Error::io(format!("removing {}", shown(name)), e);
         let (place, _) = self.place_of(parent)?;
@@ -108,6 +111,7 @@ impl Catalog {
     /// `EPERM` for an image that would not be called `.raw`, `EINVAL` for an exchange of an image with
     /// a directory, and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
+        self.names_may_change()?;
         let (path, _, metadata) = self.find(from.0, from.1)?;
         let new_name = match (metadata.is_dir(), names::image_name(to.1)) {
             (true, _) => to.1.to_owned(),
@@ -127,7 +131,7 @@ impl Catalog {
         let (old_parent, _) = self.place_of(from.0)?;
         let (new_parent, _) = self.place_of(to.0)?;
         let old_name = path.file_name().unwrap_or(from.1);
-        host::rename(&old_parent, old_name, &new_parent, &new_name, flags)
+        storage::rename(&old_parent, old_name, &new_parent, &new_name, flags)
             .map_err(|e| Error::io(format!("renaming {} to {}", shown(from.1), shown(to.1)), e))?;
         let new_path = to.0.path().join(new_name);
         self.names_moved(&path, &new_path, flags);

@@ -4,7 +4,7 @@
 //! symbolic link anywhere. What is opened first is only a place (`O_PATH`): nothing happens to a
 //! device or a FIFO by looking at it. Nothing here knows qcow2.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -182,24 +182,6 @@ pub(super) fn list(place: &File) -> io::Result<Vec<(OsString, bool)>> {
         }
     }
     Ok(names)
-}
-
-/// Renames `name` in the directory `from` to `new_name` in `to`, with the flags of renameat2(2).
-pub(super) fn rename(
-    from: &File,
-    name: &OsStr,
-    to: &File,
-    new_name: &OsStr,
-    flags: u32,
-) -> io::Result<()> {
-    let name = CString::new(name.as_bytes())?;
-    let new_name = CString::new(new_name.as_bytes())?;
-    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
-    // SAFETY: both names end in NUL, both descriptors are open.
-    match unsafe { libc::renameat2(from, name.as_ptr(), to, new_name.as_ptr(), flags) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Figures of the host's file system, in blocks of `block` bytes and in files.

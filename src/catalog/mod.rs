@@ -27,6 +27,7 @@ use parking_lot::RwLock;
 mod alone;
 mod chain;
 mod change;
+mod create;
 mod host;
 mod keys;
 mod names;
@@ -38,6 +39,7 @@ mod tests;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
+pub use create::create_image;
 pub use host::{HostSpace, SetTime};
 pub use keys::{Keys, Prompt};
 pub use node::{HandleMode, Node, Opening};
@@ -60,6 +62,8 @@ const FIRST_INO: u64 = 16;
 pub struct Options {
     /// Nothing is ever written.
     pub read_only: bool,
+    /// The only image that is shown, by its name in the image directory; `None` shows all of them.
+    pub only: Option<OsString>,
     /// The owner that is shown instead of the image file's.
     pub uid: Option<u32>,
     /// The group that is shown instead of the image file's.
@@ -182,7 +186,9 @@ impl Catalog {
             return Err(errno("looking up a name", libc::ENOTDIR));
         }
         let directory = parent.path();
-        if let Some(image) = names::image_name(name) {
+        if let Some(image) = names::image_name(name)
+            && self.shows(parent, &image)
+        {
             let path = directory.join(image);
             match self.place(&path) {
                 Ok((place, metadata)) if metadata.is_file() => return Ok((path, place, metadata)),
@@ -192,12 +198,28 @@ impl Catalog {
                 Err(e) => return Err(e),
             }
         }
+        if !self.shows(parent, name) {
+            return Err(errno("looking up a name", libc::ENOENT));
+        }
         let path = directory.join(name);
         match self.place(&path) {
             Ok((place, metadata)) if metadata.is_dir() => Ok((path, place, metadata)),
             Ok(_) => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) if e.errno() == libc::ELOOP => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the host's `name` in `directory` may be seen at all.
+    fn shows(&self, directory: &Node, name: &OsStr) -> bool {
+        directory.ino() != ROOT || self.options.only.as_deref().is_none_or(|only| only == name)
+    }
+
+    /// Fails where names and what they stand for stay as they are.
+    fn names_may_change(&self) -> Result<()> {
+        match self.options.only {
+            Some(_) => Err(errno("changing names in the mount of a single image", libc::EPERM)),
+            None => Ok(()),
         }
     }
 
@@ -347,7 +369,8 @@ impl Catalog {
             true => Some(Entry { name, directory }),
             false => Some(Entry { name: names::raw_name(&name)?, directory }),
         };
-        let mut entries: Vec<Entry> = names.into_iter().filter_map(shown).collect();
+        let seen = names.into_iter().filter(|(name, _)| self.shows(node, name));
+        let mut entries: Vec<Entry> = seen.filter_map(shown).collect();
         entries.sort();
         // An image hides a directory that has the name of its raw file.
         entries.dedup_by(|later, earlier| later.name == earlier.name);

@@ -11,7 +11,7 @@
 
 pub(crate) mod copied;
 mod counts;
-mod pieces;
+pub(crate) mod pieces;
 mod refcounts;
 pub mod references;
 mod repair;

@@ -45,7 +45,7 @@ pub(super) fn for_each_data(
 
 /// The same for a table of big-endian words: calls `visit` with the offset of each word that is
 /// not 0 and its value.
-pub(super) fn for_each_word(
+pub(crate) fn for_each_word(
     storage: &dyn Storage,
     range: Range<u64>,
     doing: impl Fn() -> String,

@@ -5,14 +5,17 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 
+mod attach;
 mod busy;
 pub mod check;
 mod compact;
 mod daemon;
+mod detach;
 mod keys;
 mod logging;
 mod mount;
 mod options;
+mod shown;
 mod signals;
 mod size;
 mod snapshot;
@@ -37,6 +40,8 @@ enum Command {
     Check(check::Args),
     Snapshot(snapshot::Args),
     Compact(compact::Args),
+    Attach(attach::Args),
+    Detach(detach::Args),
 }
 
 /// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
@@ -62,6 +67,8 @@ pub fn run() -> i32 {
         Command::Check(args) => check::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Compact(args) => compact::run(&args),
+        Command::Attach(args) => attach::run(&args),
+        Command::Detach(args) => detach::run(&args),
     }
 }
 

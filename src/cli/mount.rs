@@ -1,5 +1,6 @@
 //! `qcow2fs mount`: from arguments to a mount that is served until it is unmounted.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use crate::image;
 /// otherwise. `qcow2fs umount` ends it.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The directory with the images
+    /// The directory with the images, or one image, to show nothing else
     source: PathBuf,
     /// The directory where to show them
     mountpoint: PathBuf,
@@ -66,7 +67,10 @@ pub(super) struct Args {
 
 /// A mount that is asked for: everything checked that can be before anything is done.
 struct Plan {
+    /// As the mount table shows it: a directory, or the only image that is shown.
     source: PathBuf,
+    /// The image directory.
+    directory: PathBuf,
     mountpoint: PathBuf,
     log_file: Option<PathBuf>,
     level: log::LevelFilter,
@@ -112,9 +116,9 @@ impl Plan {
         let mut options = MountOptions::default();
         args.options.iter().try_for_each(|list| options.add(list))?;
         options.read_only |= args.read_only;
-        let source = directory(&args.source, "the image directory")?;
+        let Source { shown: source, directory: images, only } = Source::find(&args.source)?;
         let mountpoint = directory(&args.mountpoint, "the mount point")?;
-        refuse_nesting(&source, &mountpoint)?;
+        refuse_nesting(&images, &mountpoint)?;
         let mut image = image::Options::default();
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
@@ -132,11 +136,13 @@ impl Plan {
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
             source,
+            directory: images,
             mountpoint,
             log_file: log_file.map_err(|e| format!("the log file's path: {e}"))?,
             level: logging::level(args.verbose, args.quiet),
             catalog: catalog::Options {
                 read_only: options.read_only,
+                only,
                 uid: options.uid,
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
@@ -169,7 +175,7 @@ impl Plan {
         daemon::set_up();
         let signals = signals::block();
         // The images are opened beneath the directory as it is now, whatever is mounted later.
-        let catalog = Catalog::new(&self.source, self.catalog.clone());
+        let catalog = Catalog::new(&self.directory, self.catalog.clone());
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
         let thread = |e| format!("starting a thread: {e}");
         let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
@@ -254,6 +260,36 @@ fn serve_to_the_end(session: Session<Filesys>) -> io::Result<()> {
     served.unwrap_or_else(|_| Err(io::Error::other("a defect in this program")))
 }
 
+/// What is to be mounted.
+struct Source {
+    /// As the mount table shows it.
+    shown: PathBuf,
+    /// The image directory.
+    directory: PathBuf,
+    /// The only image that is shown.
+    only: Option<OsString>,
+}
+
+impl Source {
+    /// A directory, or an image that stands for its directory with nothing else in it.
+    fn find(path: &Path) -> Result<Source, String> {
+        if !path.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let images = directory(path, "the image directory")?;
+            return Ok(Source { shown: images.clone(), directory: images, only: None });
+        }
+        let given = path.display();
+        let image = path.canonicalize().map_err(|e| format!("the image {given}: {e}"))?;
+        match (image.parent(), image.file_name(), image.extension()) {
+            (Some(images), Some(name), Some(ending)) if ending == "qcow2" => Ok(Source {
+                directory: images.to_owned(),
+                only: Some(name.to_owned()),
+                shown: image,
+            }),
+            _ => Err(format!("the image {given} has no name that ends in .qcow2: rename it")),
+        }
+    }
+}
+
 /// The directory's path without links in it.
 fn directory(path: &Path, what: &str) -> Result<PathBuf, String> {
     let shown = path.display();
@@ -325,8 +361,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.qcow2");
         std::fs::write(&file, "").unwrap();
-        let line = directory(&file, "the image directory").unwrap_err();
+        let line = directory(&file, "the mount point").unwrap_err();
         assert!(line.ends_with("a.qcow2 is no directory"), "{line}");
+        let other = dir.path().join("a.img");
+        std::fs::write(&other, "").unwrap();
+        let line = Source::find(&other).err().unwrap();
+        assert!(line.ends_with("a.img has no name that ends in .qcow2: rename it"), "{line}");
+        let source = Source::find(&file).ok().unwrap();
+        assert_eq!(source.directory.join(source.only.unwrap()), source.shown);
         let line = directory(&dir.path().join("no"), "the mount point").unwrap_err();
         assert!(line.ends_with("there is no such directory"), "{line}");
     }

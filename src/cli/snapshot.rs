@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::Subcommand;
 
-use super::{size, unmounting};
+use super::{shown, size};
 use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, Beside, CompactAfter, Image, Options, SnapshotInfo};
@@ -95,7 +95,7 @@ pub(super) fn run(args: &Args) -> i32 {
 fn create(path: &Path, name: &OsStr) -> Result<()> {
     match offline(path, |image| image.take_snapshot(name.as_bytes()).map(drop)) {
         Err(e) if e.kind() == ErrorKind::InUse => {
-            let shown = in_mount(path).ok_or(e)?;
+            let shown = shown::raw_file_of(path).ok_or(e)?;
             let place = file_in(&shown, name)?;
             let created = OpenOptions::new().write(true).create_new(true).open(&place);
             created.map(drop).map_err(|e| Error::io(format!("creating {}", place.display()), e))
@@ -107,7 +107,7 @@ fn create(path: &Path, name: &OsStr) -> Result<()> {
 fn delete(path: &Path, which: &OsStr) -> Result<()> {
     match offline(path, |image| image.delete_snapshot(which.as_bytes())) {
         Err(e) if e.kind() == ErrorKind::InUse => {
-            let shown = in_mount(path).ok_or(e)?;
+            let shown = shown::raw_file_of(path).ok_or(e)?;
             let all = list(path)?;
             let (name, bytes) = (which.to_string_lossy(), which.as_bytes());
             let found = all.iter().find(|info| info.name == name);
@@ -126,7 +126,7 @@ fn delete(path: &Path, which: &OsStr) -> Result<()> {
 
 fn apply(path: &Path, which: &OsStr) -> Result<()> {
     match offline(path, |image| image.apply_snapshot(which.as_bytes())) {
-        Err(e) if e.kind() == ErrorKind::InUse => Err(match in_mount(path) {
+        Err(e) if e.kind() == ErrorKind::InUse => Err(match shown::raw_file_of(path) {
             Some(shown) => e.context(format!(
                 "its file {} is open: close it and detach its loop devices first",
                 shown.display()
@@ -195,19 +195,6 @@ fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
             return listed;
         }
     }
-}
-
-/// Where a running mount shows an image.
-fn in_mount(image: &Path) -> Option<PathBuf> {
-    let image = fs::canonicalize(image).ok()?;
-    let mut mounts = unmounting::mounts_of("fuse.qcow2fs");
-    // The latest one covers those before.
-    mounts.reverse();
-    mounts.into_iter().find_map(|(source, place)| {
-        let beneath = image.strip_prefix(fs::canonicalize(source).ok()?).ok()?;
-        let shown = place.join(beneath).with_extension("raw");
-        (image.extension()? == "qcow2").then_some(shown)
-    })
 }
 
 /// The file that stands for a snapshot of the image that is shown as `shown`.

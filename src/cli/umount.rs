@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{busy, status, unmounting};
 
@@ -22,7 +22,7 @@ pub(super) struct Args {
 
 /// Runs the command; returns the exit code.
 pub(super) fn run(args: &Args) -> i32 {
-    match unmount(&args.mountpoint) {
+    match unmount(&args.mountpoint, Duration::ZERO) {
         Ok(()) => 0,
         Err(line) => {
             eprintln!("qcow2fs: {line}");
@@ -31,7 +31,11 @@ pub(super) fn run(args: &Args) -> i32 {
     }
 }
 
-fn unmount(given: &Path) -> Result<(), String> {
+/// Unmounts, and waits for the process. A mount that is busy may cease to be within `patience`.
+///
+/// # Errors
+/// A line for a person.
+pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
     let shown = given.display();
     if is_dead(given) {
         // Nothing is left to wait for.
@@ -44,7 +48,7 @@ fn unmount(given: &Path) -> Result<(), String> {
     // Opened while the process surely lives: afterwards its number may be another's.
     let process = Process::open(pid)
         .map_err(|e| format!("finding the process {pid} that serves {shown}: {e}"))?;
-    unmounting::unmount(&mountpoint, false).map_err(|e| match e.raw_os_error() {
+    once_idle(&mountpoint, patience).map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY) => match busy::users(&mountpoint) {
             users if users.is_empty() => format!("{shown} is busy"),
             users => format!("{shown} is busy: in use by {users}"),
@@ -59,6 +63,18 @@ fn unmount(given: &Path) -> Result<(), String> {
         Ended::Code(0) | Ended::Unknown => Ok(()),
         Ended::Code(_) => {
             Err(format!("{shown} is unmounted, but an image was not closed in order: see the log"))
+        }
+    }
+}
+
+fn once_idle(mountpoint: &Path, patience: Duration) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match unmounting::unmount(mountpoint, false) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
         }
     }
 }

@@ -4,6 +4,12 @@ use std::fmt;
 use std::ops::{Add, Range};
 
 use super::Subclusters;
+use crate::error::{Error, Result};
+
+/// Bytes in a cluster, least and most.
+const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
+/// Bytes in the smallest cluster that extended L2 entries can divide.
+const EXTENDED_L2_CLUSTER_SIZE: u64 = 16 << 10;
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
@@ -81,9 +87,48 @@ impl Geometry {
         Geometry { version, cluster_bits, refcount_order, extended_l2, data_file: false }
     }
 
+    /// The geometry of a new image.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a combination that the format does not have.
+    pub fn of_new_image(
+        version: u32,
+        cluster_size: u64,
+        refcount_bits: u32,
+        extended_l2: bool,
+    ) -> Result<Self> {
+        if !(2..=3).contains(&version) {
+            return Err(Error::invalid(format!(
+                "there is no qcow2 version {version}; 2 and 3 are"
+            )));
+        }
+        if !cluster_size.is_power_of_two() || !CLUSTER_SIZES.contains(&cluster_size) {
+            return Err(Error::invalid(format!(
+                "a cluster size of {cluster_size} bytes; allowed are powers of 2 from 512 to 2M"
+            )));
+        }
+        if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
+            return Err(Error::invalid(format!(
+                "refcounts of {refcount_bits} bits; allowed are 1, 2, 4, 8, 16, 32 and 64"
+            )));
+        }
+        if version < 3 && (refcount_bits != 16 || extended_l2) {
+            return Err(Error::invalid(
+                "version 2 has refcounts of 16 bits and no extended L2 entries; version 3 does",
+            ));
+        }
+        if extended_l2 && cluster_size < EXTENDED_L2_CLUSTER_SIZE {
+            return Err(Error::invalid(format!(
+                "extended L2 entries with clusters of {cluster_size} bytes; they need 16K at least"
+            )));
+        }
+        let (cluster_bits, order) = (cluster_size.trailing_zeros(), refcount_bits.trailing_zeros());
+        Ok(Geometry::new(version, cluster_bits, order, extended_l2))
+    }
+
     /// The same for an image whose data is in an external data file.
     #[must_use]
-    pub(super) fn with_data_file(self, data_file: bool) -> Self {
+    pub fn with_data_file(self, data_file: bool) -> Self {
         Geometry { data_file, ..self }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A header is parsed once and never written back whole: every change is a [`Patch`] of the few
 //! bytes concerned, inside one 512-byte sector, so unknown fields and extensions stay as they are
-//! and a change is old or new, never half.
+//! and a change is old or new, never half. Only a new image gets one written whole.
 
 use super::{Geometry, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
@@ -10,8 +10,10 @@ use crate::error::{Error, ErrorKind, Result};
 const MAGIC: u32 = 0x5146_49fb;
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
+/// Bytes of the header of a new image of version 3: with the compression type, padded.
+const NEW_V3_LENGTH: usize = 112;
 /// The name of a backing file is at most this long.
-const MAX_BACKING_NAME: u32 = 1023;
+pub const MAX_BACKING_NAME: u32 = 1023;
 
 /// An L1 table is at most this many bytes (QEMU's limit).
 pub const MAX_L1_BYTES: u64 = 32 << 20;
@@ -313,6 +315,61 @@ impl Header {
         Ok(())
     }
 
+    /// The first bytes of a new image: the header with its extensions (their offsets are found
+    /// here) and the backing file's name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] where all that does not fit into the first cluster.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut bytes = self.encode_fixed();
+        for extension in &self.extensions {
+            encode_extension(&mut bytes, extension.kind, &extension.data);
+        }
+        encode_extension(&mut bytes, 0, &[]);
+        if let Some(name) = &self.backing_file {
+            let offset = bytes.len() as u64;
+            bytes[8..16].copy_from_slice(&offset.to_be_bytes());
+            bytes[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+            bytes.extend(name);
+        }
+        if bytes.len() as u64 > self.geometry.cluster_size() {
+            return Err(Error::invalid(format!(
+                "the names of other files do not fit into the first cluster of {} bytes: choose a \
+                 larger cluster size",
+                self.geometry.cluster_size()
+            )));
+        }
+        Ok(bytes)
+    }
+
+    /// The fields at fixed places, those of the backing file's name left out.
+    fn encode_fixed(&self) -> Vec<u8> {
+        let version = self.geometry.version();
+        let mut bytes = Vec::new();
+        bytes.extend(MAGIC.to_be_bytes());
+        bytes.extend(version.to_be_bytes());
+        bytes.extend([0; 12]);
+        bytes.extend(self.geometry.cluster_bits().to_be_bytes());
+        bytes.extend(self.size.to_be_bytes());
+        bytes.extend(self.crypt_method.to_be_bytes());
+        bytes.extend(self.l1_size.to_be_bytes());
+        bytes.extend(self.l1_table_offset.0.to_be_bytes());
+        bytes.extend(self.refcount_table_offset.0.to_be_bytes());
+        bytes.extend(self.refcount_table_clusters.to_be_bytes());
+        bytes.extend(self.snapshot_count.to_be_bytes());
+        bytes.extend(self.snapshots_offset.0.to_be_bytes());
+        if version >= 3 {
+            bytes.extend(self.incompatible_features.to_be_bytes());
+            bytes.extend(self.compatible_features.to_be_bytes());
+            bytes.extend(self.autoclear_features.to_be_bytes());
+            bytes.extend(self.geometry.refcount_order().to_be_bytes());
+            bytes.extend((NEW_V3_LENGTH as u32).to_be_bytes());
+            bytes.push(self.compression_type);
+            bytes.resize(NEW_V3_LENGTH, 0);
+        }
+        bytes
+    }
+
     /// The data of the first extension of `kind`.
     pub fn extension(&self, kind: u32) -> Option<&[u8]> {
         self.extensions.iter().find(|e| e.kind == kind).map(|e| e.data.as_slice())
@@ -397,6 +454,36 @@ impl Header {
     }
 }
 
+/// The data of the extension that names the features which this program knows, so that another one
+/// can say what it does not know: 48 bytes each, in the words that QEMU uses.
+pub fn feature_names() -> Vec<u8> {
+    let features: [(u8, u64, &str); 8] = [
+        (0, INCOMPATIBLE_DIRTY, "dirty bit"),
+        (0, INCOMPATIBLE_CORRUPT, "corrupt bit"),
+        (0, INCOMPATIBLE_DATA_FILE, "external data file"),
+        (0, INCOMPATIBLE_COMPRESSION, "compression type"),
+        (0, INCOMPATIBLE_EXTENDED_L2, "extended L2 entries"),
+        (1, COMPATIBLE_LAZY_REFCOUNTS, "lazy refcounts"),
+        (2, AUTOCLEAR_BITMAPS, "bitmaps"),
+        (2, AUTOCLEAR_DATA_FILE_RAW, "raw external data"),
+    ];
+    let mut bytes = Vec::new();
+    for (kind, flag, name) in features {
+        let end = bytes.len() + 48;
+        bytes.extend([kind, flag.trailing_zeros() as u8]);
+        bytes.extend(name.as_bytes());
+        bytes.resize(end, 0);
+    }
+    bytes
+}
+
+fn encode_extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
 fn not_qcow2(why: &str) -> Error {
     Error::new(ErrorKind::NotQcow2, format!("not a qcow2 image: {why}"))
 }
@@ -438,6 +525,39 @@ mod tests {
         assert_eq!(header.geometry.cluster_size(), 65536);
         assert_eq!(header.l1_size, 2);
         assert!(header.extensions.is_empty());
+    }
+
+    #[test]
+    fn an_encoded_header_parses_to_itself() {
+        let mut header = Header::parse(&sample()).unwrap();
+        header.incompatible_features = INCOMPATIBLE_COMPRESSION;
+        header.compression_type = 1;
+        header.backing_file = Some(b"base.raw".to_vec());
+        for (kind, data) in [
+            (EXTENSION_BACKING_FORMAT, b"raw".to_vec()),
+            (EXTENSION_FEATURE_NAMES, feature_names()),
+        ] {
+            header.extensions.push(Extension { kind, offset: HostOffset(0), data });
+        }
+        let bytes = header.encode().unwrap();
+        let mut parsed = Header::parse(&bytes).unwrap();
+        assert_eq!(parsed.extensions[0].offset, HostOffset(120));
+        for extension in &mut parsed.extensions {
+            extension.offset = HostOffset(0);
+        }
+        assert_eq!(format!("{parsed:?}"), format!("{header:?}"));
+        let lazy = parsed.extension(EXTENSION_FEATURE_NAMES).map(|names| &names[48 * 4..][..11]);
+        assert_eq!(lazy, Some(&b"\0\x04extended "[..]));
+    }
+
+    #[test]
+    fn what_does_not_fit_into_the_first_cluster_is_refused() {
+        let mut header = Header::parse(&sample()).unwrap();
+        header.backing_file = Some(vec![b'x'; 1023]);
+        header.geometry = Geometry::new(3, 9, 4, false);
+        assert_eq!(header.encode().unwrap_err().kind(), ErrorKind::Invalid);
+        header.geometry = Geometry::new(3, 11, 4, false);
+        assert!(header.encode().is_ok());
     }
 
     #[test]

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use super::{Image, Writer};
 use crate::crypt::{DataCipher, Location};
 use crate::error::{Error, Result};
-use crate::format::{GuestCluster, GuestOffset, HostCluster, L2Entry, MixedCluster};
+use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry, MixedCluster};
 use crate::recycler::Rooted;
 use crate::storage::{self, Storage};
 use crate::tables::{LinkOrder, Mapping, Run};
@@ -231,6 +231,7 @@ impl Image {
 
     /// Writes bytes as they stand in the file that data is in.
     pub(super) fn write_plain(&self, data: &[u8], offset: u64) -> Result<()> {
+        self.check_place(offset..offset + data.len() as u64)?;
         let written = self
             .data
             .storage
@@ -238,6 +239,33 @@ impl Image {
             .map_err(|e| Error::io(format!("writing data at {offset:#x}"), e));
         self.mark_data_unsynced();
         written
+    }
+
+    /// What comes before every write of data: no metadata is there, and what lies past the end that
+    /// the file has had so far is counted, so that it is a part of the image.
+    pub(super) fn check_place(&self, range: Range<u64>) -> Result<()> {
+        let Some(writer) = self.writer.as_ref().filter(|_| !self.data.is_external) else {
+            return Ok(());
+        };
+        let metadata = self.tables.metadata();
+        let clusters =
+            self.geometry.host_clusters(HostOffset(range.start), range.end - range.start);
+        let count = clusters.end - clusters.start;
+        if let Some(cluster) = metadata.first_in(HostCluster(clusters.start), count) {
+            return Err(Error::corrupt(format!(
+                "data would be written to {}, which is metadata",
+                self.geometry.host_offset(cluster)
+            )));
+        }
+        if !metadata.is_in_file(&clusters) {
+            for cluster in clusters.clone().map(HostCluster) {
+                if writer.refcounts.get(cluster)? == 0 {
+                    return Err(self.uncounted(cluster));
+                }
+            }
+            metadata.grow_to(clusters.end);
+        }
+        Ok(())
     }
 
     /// Reads the data at `at`.

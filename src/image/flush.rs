@@ -18,6 +18,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Image, Writer};
 use crate::error::{Error, Result};
+use crate::format::HostOffset;
 use crate::locks;
 use crate::storage::Storage;
 use crate::sync::MutexGuard;
@@ -116,10 +117,22 @@ impl Image {
 
     fn write_all(&self, writes: &[Write], what: &str) -> Result<()> {
         writes.iter().try_for_each(|(offset, bytes)| {
+            self.check_table_place(*offset, what)?;
             self.storage
                 .write_at(bytes, *offset)
                 .map_err(|e| Error::io(format!("{what} at {offset:#x}"), e))
         })
+    }
+
+    /// What comes before every write of a table: nothing else is there. (No table's write crosses a
+    /// cluster.)
+    fn check_table_place(&self, offset: u64, what: &str) -> Result<()> {
+        if self.tables.is_metadata(self.geometry.host_cluster(HostOffset(offset))) {
+            return Ok(());
+        }
+        let error = Error::corrupt(format!("{what} at {offset:#x}, where no table is"));
+        self.found_corrupt(&error);
+        Err(error)
     }
 
     /// Syncs the host file. A failure latches the image: what reached the disk is not known.

@@ -9,6 +9,7 @@ mod backing;
 mod bitmaps;
 mod clear;
 mod compact;
+mod create;
 mod data_file;
 mod encryption;
 mod flush;
@@ -45,6 +46,7 @@ use crate::tables::{Mapping, Run, Tables};
 
 pub use backing::{Backing, RawBacking};
 pub use compact::{CompactAfter, CompactionStatus, Prospect};
+pub use create::{CompressionType, CreateOptions, NewDataFile};
 pub use encryption::Encryption;
 pub use open::{BackingFile, Beside, Summary};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};

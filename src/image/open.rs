@@ -156,7 +156,8 @@ impl Image {
             log::info!("the image was not closed cleanly: rebuilding its refcounts");
             header = crate::alloc::rebuild::rebuild_dirty(&*storage, &header)?;
         }
-        let metadata = Arc::new(MetadataMap::default());
+        let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
         if let Some((offset, length)) = header.luks()? {
             let clusters = header.geometry.host_clusters(offset, length);

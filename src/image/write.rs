@@ -392,6 +392,7 @@ impl Image {
             // A data file does not become longer than the disk.
             end = end.min(self.virtual_size());
         }
+        self.check_place(start..end)?;
         match self.data.storage.allocate(start..end) {
             Ok(()) => {
                 self.mark_data_unsynced();

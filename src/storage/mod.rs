@@ -1,5 +1,5 @@
-//! Where an image's bytes are: the [`Storage`] trait, the host file behind it in production, and
-//! the doubles behind it in tests.
+//! Where an image's bytes are: the [`Storage`] trait, the host file behind it in production and how
+//! a new one comes to be, and the doubles behind it in tests.
 //!
 //! All host I/O of the engine goes through this trait. It knows offsets and bytes, nothing of
 //! qcow2. Callers coordinate: two writes to overlapping ranges at the same time have no order.
@@ -9,9 +9,11 @@ use std::ops::Range;
 
 mod host_file;
 pub mod image_lock;
+mod new_file;
 pub mod testing;
 
 pub use host_file::HostFile;
+pub use new_file::{IfTaken, NewFile, is_temporary, remove_abandoned, rename};
 
 /// A file that can be read, written, synced, cut and punched, from several threads at once.
 ///

@@ -1,27 +1,68 @@
-//! Which host clusters hold metadata: header, tables, refcount blocks.
+//! Which host clusters hold metadata - header, tables, refcount blocks, bitmaps - and where the
+//! file ends.
 //!
-//! Data is never written to, read from or punched out of such a cluster, and none is ever handed
-//! out (invariant 5). The map is built from the L1 and refcount tables at open and kept up to date;
-//! a look-up is one hash and one bit. Its lock is a leaf.
+//! Data is never written to, read from or punched out of a cluster that holds metadata, and none is
+//! ever handed out (invariant 5). The map is built from the L1 and refcount tables at open and kept
+//! up to date; a look-up is one hash and one bit. Its lock is a leaf.
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::HostCluster;
 
 /// Clusters in one word.
 const WORD: u64 = u64::BITS as u64;
+/// An image that is opened may fill so many words, which takes up to 27 MiB: as many L2 tables as
+/// 1.7 TiB of data need in clusters of 4 KiB, or 400 TiB in those of 64 KiB.
+const MAX_WORDS: usize = 7 << 17;
 
 /// A set of host clusters, as words of a sparse bitmap: memory follows the number of metadata
 /// clusters, wherever an image says that they are.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct MetadataMap {
     words: RwLock<HashMap<u64, u64>>,
+    /// The first cluster past all that were ever in the file since it was opened.
+    end: AtomicU64,
 }
 
 impl MetadataMap {
+    /// The map of a file of `end` clusters, the last of which need not be whole, with nothing in it.
+    pub fn new(end: u64) -> Self {
+        MetadataMap { words: RwLock::default(), end: AtomicU64::new(end) }
+    }
+
+    /// The file has `end` clusters at least.
+    pub fn grow_to(&self, end: u64) {
+        self.end.fetch_max(end, Ordering::Release);
+    }
+
+    /// Whether all of `clusters` lie within the file.
+    pub fn is_in_file(&self, clusters: &Range<u64>) -> bool {
+        clusters.end <= self.end.load(Ordering::Acquire)
+    }
+
+    /// Whether an image that is being opened may enter more.
+    ///
+    /// # Errors
+    /// `TooBig`: its tables are so many, and so far from each other, that no sound image has the
+    /// like.
+    pub fn check_room(&self) -> Result<()> {
+        if self.words.read().len() < MAX_WORDS {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::TooBig,
+            format!(
+                "the tables of the image are in more than {MAX_WORDS} places: copy it to one \
+                 with larger clusters, with `qemu-img convert`"
+            ),
+        ))
+    }
+
     /// Marks a cluster; whether it was not marked before.
     pub fn insert(&self, cluster: HostCluster) -> bool {
         let (at, bit) = locate(cluster);
@@ -88,7 +129,7 @@ mod tests {
 
     #[test]
     fn tables_that_an_image_scatters_take_no_more_memory_than_those_in_a_row() {
-        let map = MetadataMap::default();
+        let map = MetadataMap::new(u64::MAX);
         for i in 0..100_000 {
             map.insert(HostCluster(i << 20));
         }
@@ -98,7 +139,7 @@ mod tests {
 
     #[test]
     fn clusters_are_found_across_pages_and_forgotten_when_removed() {
-        let map = MetadataMap::default();
+        let map = MetadataMap::new(FAR + 10);
         for cluster in [0, 63, 64, FAR - 1, FAR, 1 << 54] {
             assert!(map.insert(HostCluster(cluster)));
             assert!(!map.insert(HostCluster(cluster)), "already there");
@@ -109,6 +150,9 @@ mod tests {
         assert_eq!(map.first_in(HostCluster(65), FAR), Some(HostCluster(FAR - 1)));
         assert!(!map.any_in(&(65..FAR - 1)));
         assert!(map.any_in(&(65..FAR)) && map.any_in(&(FAR + 1..u64::MAX)));
+        assert!(map.is_in_file(&(0..FAR + 10)) && !map.is_in_file(&(0..FAR + 11)));
+        map.grow_to(FAR + 11);
+        assert!(map.is_in_file(&(0..FAR + 11)));
         map.remove(HostCluster(FAR));
         assert!(!map.contains(HostCluster(FAR)));
         assert!(map.contains(HostCluster(1 << 54)));

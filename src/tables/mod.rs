@@ -21,6 +21,7 @@ pub use cache::{SliceCache, Write};
 pub use metadata_map::MetadataMap;
 pub use moves::Edit;
 
+use crate::check::pieces::for_each_word;
 use crate::error::{Error, Result};
 use crate::format::{
     COPIED, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, MixedCluster, be64,
@@ -158,14 +159,20 @@ impl Tables {
     /// Enters the L1 table and the L2 tables into the map of metadata.
     ///
     /// # Errors
-    /// `Corrupt`: an L1 entry that is malformed, or whose table is also something else. Everything
-    /// is entered all the same, so that the image can be served read-only.
+    /// `Corrupt`: an L1 entry that is malformed, or a table that is also something else or lies
+    /// past the end of the file. Everything that is in the file is entered all the same, so that
+    /// the image can be served read-only. `TooBig` where the map of metadata is full.
     pub fn register_metadata(&self) -> Result<()> {
         let state = self.state.read();
         let mut result = Ok(());
-        let l1_bytes = state.l1.len() as u64 * 8;
-        for i in 0..self.geometry.clusters_for(l1_bytes).0 {
-            let cluster = HostCluster(self.geometry.host_cluster(state.l1_offset).0 + i);
+        let place = self.place_of_l1(&state);
+        if !self.metadata.is_in_file(&place) {
+            return Err(Error::corrupt(format!(
+                "the L1 table at {} ends past the end of the file",
+                state.l1_offset
+            )));
+        }
+        for cluster in place.map(HostCluster) {
             if !self.metadata.insert(cluster) && result.is_ok() {
                 result = Err(Error::corrupt(format!(
                     "the L1 table at {} overlaps other metadata",
@@ -173,20 +180,31 @@ impl Tables {
                 )));
             }
         }
-        for (index, &raw) in state.l1.iter().enumerate() {
-            let registered =
-                self.decode_l1(index as u64, raw).and_then(|entry| match entry.table {
-                    Some(table) if !self.metadata.insert(table) => Err(Error::corrupt(format!(
-                        "L1 entry {index} points to {}, which is other metadata",
-                        self.geometry.host_offset(table)
-                    ))),
-                    _ => Ok(()),
-                });
-            if result.is_ok() {
-                result = registered;
+        for (index, &raw) in state.l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+            let bad = match L1Entry::decode(raw, &self.geometry) {
+                Ok(L1Entry { table: Some(table), .. }) => self.register_table(table)?,
+                Ok(_) => None,
+                Err(bad) => Some(bad.to_string()),
+            };
+            if result.is_ok()
+                && let Some(bad) = bad
+            {
+                result = Err(Error::corrupt(format!("L1 entry {index} ({raw:#x}) {bad}")));
             }
         }
         result
+    }
+
+    /// Enters an L2 table into the map of metadata; what is wrong with it.
+    fn register_table(&self, table: HostCluster) -> Result<Option<String>> {
+        self.metadata.check_room()?;
+        Ok(if !self.metadata.is_in_file(&(table.0..table.0 + 1)) {
+            Some("points past the end of the file".into())
+        } else if !self.metadata.insert(table) {
+            Some("points to other metadata".into())
+        } else {
+            None
+        })
     }
 
     /// What the first of `clusters` is, and how many from there on are the same; at least 1, at
@@ -699,11 +717,17 @@ impl Tables {
 }
 
 fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; entries as usize * 8];
-    storage
-        .read_at(&mut bytes, offset.0)
-        .map_err(|e| Error::io(format!("reading the L1 table at {offset}"), e))?;
-    Ok(bytes.chunks_exact(8).map(|word| be64(word, 0)).collect())
+    let mut l1 = vec![0; entries as usize];
+    let place = offset.0..offset.0.saturating_add(u64::from(entries) * 8);
+    let doing = || format!("reading the L1 table at {offset}");
+    for_each_word(storage, place, doing, |at, word| {
+        // The last piece is read in whole sectors.
+        if let Some(entry) = l1.get_mut(((at - offset.0) / 8) as usize) {
+            *entry = word;
+        }
+        Ok(())
+    })?;
+    Ok(l1)
 }
 
 #[cfg(test)]

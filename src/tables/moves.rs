@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::{L1_ENTRIES_PER_SECTOR, SliceCache, Tables, Write};
+use super::{L1_ENTRIES_PER_SECTOR, SliceCache, State, Tables, Write};
 use crate::error::Result;
 use crate::format::{HostCluster, L1Entry, OFFSET_MASK, be64};
 
@@ -36,7 +36,10 @@ impl Tables {
 
     /// Where the L1 table is, in clusters.
     pub fn l1_place(&self) -> Range<u64> {
-        let state = self.state.read();
+        self.place_of_l1(&self.state.read())
+    }
+
+    pub(super) fn place_of_l1(&self, state: &State) -> Range<u64> {
         let first = self.geometry.host_cluster(state.l1_offset).0;
         first..first + self.geometry.clusters_for(state.l1.len() as u64 * 8).0
     }

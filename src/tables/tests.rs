@@ -34,7 +34,7 @@ fn tables(entries: &[[u64; 2]], own: bool) -> Tables {
     storage.write_at(&l1.to_be_bytes(), L1).unwrap();
     let words = entries.iter().flatten().flat_map(|word| word.to_be_bytes());
     storage.write_at(&words.collect::<Vec<_>>(), L2).unwrap();
-    let metadata = Arc::new(MetadataMap::default());
+    let metadata = Arc::new(MetadataMap::new(u64::MAX));
     let storage = Arc::new(storage);
     let tables = Tables::open(storage, geometry, metadata, HostOffset(L1), 1, 0).unwrap();
     tables.register_metadata().unwrap();

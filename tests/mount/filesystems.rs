@@ -119,12 +119,14 @@ fn btrfs_with_direct_io_keeps_data_and_returns_space() {
     keeps_data_and_returns_space(&BTRFS, true);
 }
 
-/// A master boot record with one Linux partition.
-fn boot_record(start_sector: u32, sectors: u32) -> Vec<u8> {
+/// A master boot record with Linux partitions: first sector and number of sectors of each.
+pub fn boot_record(partitions: &[(u32, u32)]) -> Vec<u8> {
     let mut record = vec![0; 512];
-    record[450] = 0x83;
-    record[454..458].copy_from_slice(&start_sector.to_le_bytes());
-    record[458..462].copy_from_slice(&sectors.to_le_bytes());
+    for (entry, (start, sectors)) in record[446..].chunks_exact_mut(16).zip(partitions) {
+        entry[4] = 0x83;
+        entry[8..12].copy_from_slice(&start.to_le_bytes());
+        entry[12..].copy_from_slice(&sectors.to_le_bytes());
+    }
     record[510..].copy_from_slice(&[0x55, 0xaa]);
     record
 }
@@ -138,7 +140,7 @@ fn partitions_are_found_and_hold_a_file_system() {
     {
         use std::os::unix::fs::FileExt;
         let file = fs::OpenOptions::new().write(true).open(&raw).unwrap();
-        file.write_all_at(&boot_record(2048, 900_000), 0).unwrap();
+        file.write_all_at(&boot_record(&[(2048, 900_000)]), 0).unwrap();
     }
     let device = LoopDevice::attach(&raw, "-P");
     let partition = device

@@ -13,6 +13,7 @@
 
 #[macro_use]
 mod lab;
+mod attach;
 mod bitmaps;
 mod chains;
 mod combinations;
@@ -21,6 +22,7 @@ mod data_files;
 mod devices;
 mod directory;
 mod discards;
+mod encryption;
 mod files;
 mod filesystems;
 mod hosts;

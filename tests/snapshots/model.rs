@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use crate::support::luks::Encryption;
 use crate::support::made::Made;
 use crate::support::qemu::{self, DataFile, Shape};
 use crate::support::rng::Rng;
@@ -275,6 +276,7 @@ fn refcounts_of_one_bit_and_data_files_refuse_a_snapshot_before_anything_changes
             preallocation: "off",
             lazy_refcounts: false,
             extended_l2: false,
+            encryption: Encryption::None,
             data_file,
         });
     }

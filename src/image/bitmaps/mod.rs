@@ -43,8 +43,10 @@ const MAX_RECORDED_BYTES: u64 = 64 << 20;
 /// At most so many bitmaps record.
 const MAX_RECORDING: usize = 1024;
 /// The tables of all bitmaps have at most so many bytes, which is what a sound image needs for
-/// 16 TiB in granules of 64 KiB, a hundred times over.
-const MAX_TABLES_BYTES: u64 = 16 << 20;
+/// 16 TiB in granules of 64 KiB, ten times over.
+const MAX_TABLES_BYTES: u64 = 2 << 20;
+/// The directory has at most so many bytes: thousands of bitmaps with the longest names.
+const MAX_DIRECTORY_BYTES: u64 = 4 << 20;
 
 /// Nothing in the file says that bitmaps are in use.
 const UNTOUCHED: u8 = 0;
@@ -118,7 +120,7 @@ impl Bitmaps {
         for Entry { bitmap, .. } in &directory.entries {
             let bytes = u64::from(bitmap.table_entries) * 8;
             budget = budget.checked_sub(bytes).ok_or_else(|| {
-                Error::new(ErrorKind::TooBig, "the bitmap tables have more than 16 MiB")
+                Error::new(ErrorKind::TooBig, "the bitmap tables have more than 2 MiB")
             })?;
             let needed = bitmap.table_entries_for(header.size, g);
             if !bitmap.in_use && needed != u64::from(bitmap.table_entries) {
@@ -163,6 +165,10 @@ impl Bitmaps {
                 return Ok(None);
             }
         };
+        if bitmaps.clusters.iter().any(|clusters| !metadata.is_in_file(clusters)) {
+            log::warn!("the first change makes the image's bitmaps void: one ends past the file");
+            return Ok(None);
+        }
         for cluster in bitmaps.clusters.iter().cloned().flatten() {
             if !metadata.insert(HostCluster(cluster)) {
                 return Err(Error::corrupt(format!(
@@ -191,6 +197,9 @@ impl Directory {
         let length = storage.len().map_err(failed)?;
         if offset.0.saturating_add(fields.directory_size) > length {
             return Err(Error::corrupt("the bitmap directory ends past the end of the file"));
+        }
+        if fields.directory_size > MAX_DIRECTORY_BYTES {
+            return Err(Error::new(ErrorKind::TooBig, "the bitmap directory has more than 4 MiB"));
         }
         let mut bytes = vec![0; fields.directory_size as usize];
         storage.read_at(&mut bytes, offset.0).map_err(failed)?;

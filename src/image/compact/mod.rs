@@ -35,6 +35,7 @@ use super::{Image, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
+use crate::tables::MetadataMap;
 
 /// Somebody who never stops allocating does not keep the file long for ever: after so many times
 /// what it takes discards to settle, clusters are moved all the same.
@@ -233,7 +234,7 @@ impl Image {
         let usage = match &self.writer {
             Some(writer) => writer.refcounts.usage()?,
             None => {
-                let metadata = Arc::default();
+                let metadata = Arc::new(MetadataMap::new(u64::MAX));
                 let header = super::open::read_header(&*self.storage)?;
                 Refcounts::open(self.storage.clone(), &header, metadata)?.usage()?
             }

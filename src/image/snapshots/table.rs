@@ -3,14 +3,17 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+use crate::check::pieces::for_each_word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Geometry, Header, HostCluster, HostOffset, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES,
-    MAX_SNAPSHOTS, Snapshot, be64,
+    Geometry, Header, HostCluster, HostOffset, L1Entry, MAX_L1_BYTES, MAX_SNAPSHOTS, Snapshot, be64,
 };
 use crate::storage::Storage;
 use crate::tables::MetadataMap;
 
+/// The snapshot table is at most so many bytes, since it is kept in memory. As QEMU makes entries,
+/// the most that there can be, with the longest names, have less. (It reads up to 64 MiB.)
+const MAX_TABLE_BYTES: u64 = 24 << 20;
 /// The L1 tables of all snapshots together are at most this many bytes: two of the largest.
 pub(super) const MAX_ALL_L1_BYTES: u64 = 2 * MAX_L1_BYTES;
 
@@ -47,7 +50,7 @@ impl Table {
             storage.read_at(&mut bytes, at).map_err(failed)?;
             entries.push(Snapshot::parse(&bytes));
             at = at.saturating_add((bytes.len() as u64).next_multiple_of(8));
-            if at - start > MAX_SNAPSHOT_TABLE_BYTES {
+            if at - start > MAX_TABLE_BYTES {
                 return Err(too_long());
             }
         }
@@ -62,7 +65,7 @@ impl Table {
     pub(super) fn encode(entries: &[Snapshot]) -> Result<Vec<u8>> {
         let bytes: Vec<u8> = entries.iter().flat_map(Snapshot::encode).collect();
         let l1_bytes: u64 = entries.iter().map(|entry| u64::from(entry.l1_size) * 8).sum();
-        if bytes.len() as u64 > MAX_SNAPSHOT_TABLE_BYTES || entries.len() > MAX_SNAPSHOTS as usize {
+        if bytes.len() as u64 > MAX_TABLE_BYTES || entries.len() > MAX_SNAPSHOTS as usize {
             return Err(too_long());
         }
         if l1_bytes > MAX_ALL_L1_BYTES {
@@ -87,6 +90,9 @@ impl Table {
         let active = geometry.host_clusters(header.l1_table_offset, u64::from(header.l1_size) * 8);
         let mut structures: BTreeSet<u64> = active.chain([0]).collect();
         let mut own = |clusters: Range<u64>, what: &str| {
+            if !metadata.is_in_file(&clusters) {
+                return Err(Error::corrupt(format!("{what} ends past the end of the file")));
+            }
             for cluster in clusters {
                 structures.insert(cluster);
                 if !metadata.insert(HostCluster(cluster)) {
@@ -105,7 +111,8 @@ impl Table {
             own(clusters, &format!("the L1 table of snapshot {}", snapshot.label()))?;
         }
         for snapshot in &self.entries {
-            for table in l2_tables(&read_l1(storage, geometry, snapshot)?, geometry, snapshot)? {
+            for_each_table(storage, geometry, snapshot, |table| {
+                metadata.check_room()?;
                 if structures.contains(&table.0) {
                     return Err(Error::corrupt(format!(
                         "an L1 entry of snapshot {} points to {}, which is other metadata",
@@ -113,8 +120,16 @@ impl Table {
                         geometry.host_offset(table)
                     )));
                 }
+                if !metadata.is_in_file(&(table.0..table.0 + 1)) {
+                    return Err(Error::corrupt(format!(
+                        "an L1 entry of snapshot {} points to {}, which is past the end of the file",
+                        snapshot.label(),
+                        geometry.host_offset(table)
+                    )));
+                }
                 metadata.insert(table);
-            }
+                Ok(())
+            })?;
         }
         Ok(())
     }
@@ -162,6 +177,26 @@ pub(super) fn read_l1(
     Ok(l1.chunks_exact(8).map(|word| be64(word, 0)).collect())
 }
 
+/// Calls `visit` with each L2 table that the L1 table of a snapshot refers to, perhaps repeatedly.
+fn for_each_table(
+    storage: &dyn Storage,
+    geometry: &Geometry,
+    snapshot: &Snapshot,
+    mut visit: impl FnMut(HostCluster) -> Result<()>,
+) -> Result<()> {
+    let start = check_l1(geometry, snapshot)?.0;
+    let end = start.saturating_add(u64::from(snapshot.l1_size) * 8);
+    let doing = || format!("reading the L1 table of snapshot {}", snapshot.label());
+    for_each_word(storage, start..end, doing, |at, raw| {
+        // The last piece is read in whole sectors.
+        let entry = if at < end { raw } else { 0 };
+        let entry = L1Entry::decode(entry, geometry).map_err(|bad| {
+            Error::corrupt(format!("an L1 entry of snapshot {} {bad}", snapshot.label()))
+        })?;
+        entry.table.map_or(Ok(()), &mut visit)
+    })
+}
+
 /// Where the L1 table of a snapshot is.
 pub(super) fn check_l1(geometry: &Geometry, snapshot: &Snapshot) -> Result<HostOffset> {
     let offset = snapshot.l1_table_offset;
@@ -192,7 +227,7 @@ pub(super) fn l2_tables(
 }
 
 fn too_long() -> Error {
-    Error::new(ErrorKind::TooBig, "the snapshot table has more than 65536 entries or 64 MiB")
+    Error::new(ErrorKind::TooBig, "the snapshot table has more than 65536 entries or 24 MiB")
 }
 
 fn too_many_tables() -> Error {

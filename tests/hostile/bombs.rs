@@ -1,0 +1,265 @@
+//! Images that claim much: what opening and reading them takes follows what is really in the file.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use qcow2fs::format::{EXTENSION_BITMAPS, Header};
+use qcow2fs::image::{Image, Options};
+use qcow2fs::storage::{HostFile, Storage};
+
+use crate::meter::{self, Alone, LIMIT};
+use crate::support::{Watchdog, qemu, scratch};
+
+/// Opening takes a second at most, and longer on a machine that has much else to do.
+const PATIENCE: Duration = Duration::from_secs(20);
+const MIB: u64 = 1 << 20;
+const PLAIN: &str = "cluster_size=64k";
+/// Where in the sparse file the structures are that a bomb is made of.
+const FAR: u64 = 1 << 30;
+const COPIED: u64 = 1 << 63;
+
+struct Bomb {
+    name: &'static str,
+    file: File,
+    header: Header,
+    alone: Alone,
+}
+
+impl Bomb {
+    /// A sound image of 1 GiB with a little data in it.
+    fn new(name: &'static str, options: &str) -> Bomb {
+        let alone = meter::alone();
+        let directory = scratch();
+        let path = directory.path().join("image");
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-o", options]).arg(&path).arg("1G");
+        qemu::run(&mut create);
+        qemu::io(&path, &["write -P 1 0 2M".to_owned()]);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut bytes = vec![0; Header::READ_LENGTH];
+        let length = file.read_at(&mut bytes, 0).unwrap();
+        let header = Header::parse(&bytes[..length]).unwrap();
+        Bomb { name, file, header, alone }
+    }
+
+    fn put(self, at: u64, bytes: &[u8]) -> Bomb {
+        self.file.write_all_at(bytes, at).unwrap();
+        self
+    }
+
+    /// `count` words in a row; `word` makes each.
+    fn words(self, at: u64, count: u64, word: impl Fn(u64) -> u64) -> Bomb {
+        let bytes: Vec<u8> = (0..count).flat_map(|i| word(i).to_be_bytes()).collect();
+        self.put(at, &bytes)
+    }
+
+    fn length(self, length: u64) -> Bomb {
+        self.file.set_len(length).unwrap();
+        self
+    }
+
+    /// The header says that the L1 table of `entries` entries is at `at`.
+    fn l1(self, entries: u32, at: u64) -> Bomb {
+        self.put(36, &entries.to_be_bytes()).put(40, &at.to_be_bytes())
+    }
+
+    fn refcount_table(self, at: u64, clusters: u32) -> Bomb {
+        self.put(48, &at.to_be_bytes()).put(56, &clusters.to_be_bytes())
+    }
+
+    fn snapshots(self, count: u32, at: u64) -> Bomb {
+        self.put(60, &count.to_be_bytes()).put(64, &at.to_be_bytes())
+    }
+
+    /// Opens it for reading and for writing, and reads.
+    fn goes_off(self) {
+        for writable in [false, true] {
+            let what = format!("{}, {}", self.name, if writable { "written" } else { "read" });
+            let _watchdog = Watchdog::new(what.clone(), 60);
+            let storage: Arc<dyn Storage> = Arc::new(HostFile::new(self.file.try_clone().unwrap()));
+            let meter = self.alone.start();
+            let started = Instant::now();
+            let image = Image::open(storage, &Options { writable, ..Options::default() });
+            let (took, opening) = (started.elapsed(), meter.peak());
+            let verdict = match image {
+                Ok(image) => {
+                    let _damage = image.read(0, &mut vec![0; 1 << 20]);
+                    // What it does in the background is bounded too.
+                    std::thread::sleep(Duration::from_millis(200));
+                    let health = image.status().unwrap().health;
+                    let _refused = image.close();
+                    health
+                }
+                Err(e) => e.to_string(),
+            };
+            let peak = meter.peak();
+            println!(
+                "{what}: opened in {took:.1?} with {:.1} MiB, used with {:.1} MiB: {verdict}",
+                opening as f64 / MIB as f64,
+                peak as f64 / MIB as f64,
+            );
+            assert!(took < PATIENCE, "{what}: opening took {took:?}");
+            assert!(peak < LIMIT, "{what}: {peak} bytes of memory");
+        }
+    }
+}
+
+const L1_ENTRIES: u32 = 4 << 20;
+
+#[test]
+fn an_l1_table_that_is_a_hole() {
+    Bomb::new("L1 of 32 MiB, a hole", PLAIN).l1(L1_ENTRIES, FAR).length(2 * FAR).goes_off();
+}
+
+#[test]
+fn one_l2_table_for_all_l1_entries() {
+    let l2 = FAR + 64 * MIB;
+    Bomb::new("one L2 table for all", PLAIN)
+        .l1(L1_ENTRIES, FAR)
+        .words(FAR, u64::from(L1_ENTRIES), |_| l2 | COPIED)
+        .length(2 * FAR)
+        .goes_off();
+}
+
+#[test]
+fn l2_tables_all_over_a_huge_hole() {
+    Bomb::new("4 million L2 tables all over", PLAIN)
+        .l1(L1_ENTRIES, FAR)
+        .words(FAR, u64::from(L1_ENTRIES), |i| (2 * FAR + (i << 23)) | COPIED)
+        .length(1 << 46)
+        .goes_off();
+}
+
+#[test]
+fn an_l1_table_past_the_end() {
+    Bomb::new("L1 past the end", PLAIN).l1(L1_ENTRIES, 1 << 60).goes_off();
+}
+
+#[test]
+fn refcount_blocks_all_over_a_huge_hole() {
+    Bomb::new("a million refcount blocks", PLAIN)
+        .refcount_table(FAR, 128)
+        .words(FAR, 1 << 20, |i| 2 * FAR + (i << 24))
+        .length(1 << 46)
+        .goes_off();
+}
+
+#[test]
+fn a_refcount_table_that_is_a_hole() {
+    Bomb::new("refcount table, a hole", PLAIN).refcount_table(FAR, 128).length(1 << 46).goes_off();
+}
+
+#[test]
+fn snapshots_by_the_million() {
+    Bomb::new("a million snapshots", PLAIN).snapshots(1 << 20, FAR).length(1 << 40).goes_off();
+    Bomb::new("65536 snapshots in a hole", PLAIN)
+        .snapshots(1 << 16, FAR)
+        .length(1 << 40)
+        .goes_off();
+}
+
+/// An entry of the snapshot table.
+fn snapshot(l1: u64, entries: u32, name: &[u8]) -> Vec<u8> {
+    let mut entry = vec![0; 40];
+    entry[..8].copy_from_slice(&l1.to_be_bytes());
+    entry[8..12].copy_from_slice(&entries.to_be_bytes());
+    entry[14..16].copy_from_slice(&(name.len() as u16).to_be_bytes());
+    entry[39] = 24;
+    entry.extend([0; 24]);
+    entry.extend(name);
+    entry.resize(entry.len().next_multiple_of(8), 0);
+    entry
+}
+
+#[test]
+fn snapshots_with_long_names() {
+    let bomb = Bomb::new("65536 snapshots with long names", PLAIN);
+    let table: Vec<u8> = (0..65536).flat_map(|_| snapshot(0, 0, &[b'n'; 900])).collect();
+    bomb.snapshots(1 << 16, FAR).put(FAR, &table).length(1 << 40).goes_off();
+}
+
+#[test]
+fn snapshots_with_l2_tables_all_over() {
+    let l1 = |i: u64| 2 * FAR + i * 64 * MIB;
+    let table = [snapshot(l1(0), L1_ENTRIES, b"a"), snapshot(l1(1), L1_ENTRIES, b"b")].concat();
+    let mut bomb = Bomb::new("8 million L2 tables of snapshots", PLAIN);
+    for one in 0..2 {
+        let tables = |i: u64| 4 * FAR + ((i << 1 | one) << 23);
+        bomb = bomb.words(l1(one), u64::from(L1_ENTRIES), tables);
+    }
+    bomb.snapshots(2, FAR).put(FAR, &table).length(1 << 47).goes_off();
+}
+
+#[test]
+fn bitmaps_that_claim_much() {
+    for (name, count, size) in [
+        ("4 billion bitmaps", u32::MAX, 64 * MIB),
+        ("65535 bitmaps in a hole", 65535, 64 * MIB),
+        ("a directory of 2^63 bytes", 1, 1 << 63),
+    ] {
+        let bomb = Bomb::new(name, PLAIN);
+        let at = u64::from(bomb.header.header_length);
+        let mut extension = EXTENSION_BITMAPS.to_be_bytes().to_vec();
+        extension.extend(24u32.to_be_bytes());
+        extension.extend(count.to_be_bytes());
+        extension.extend([0; 4]);
+        extension.extend(size.to_be_bytes());
+        extension.extend(FAR.to_be_bytes());
+        extension.extend([0; 8]);
+        bomb.put(at, &extension).put(95, &[1]).length(1 << 40).goes_off();
+    }
+}
+
+#[test]
+fn headers_that_claim_much() {
+    for (name, at, bytes) in [
+        ("a virtual size near 2^64", 24, &[0xff; 8][..]),
+        ("a backing name of 4 GiB", 8, &[0, 0, 0, 0, 0, 0, 2, 0, 0xff, 0xff, 0xff, 0xff]),
+        ("an extension of 4 GiB", 112, &[1, 2, 3, 4, 0xff, 0xff, 0xff, 0xff]),
+        ("clusters of 2^63 bytes", 20, &[0, 0, 0, 63]),
+        ("refcounts of 2^63 bits", 96, &[0, 0, 0, 63]),
+        ("a header of 4 GiB", 100, &[0xff; 4]),
+    ] {
+        Bomb::new(name, PLAIN).put(at, bytes).goes_off();
+    }
+}
+
+/// An image whose first cluster is `compressed`.
+fn compressed(name: &'static str, options: &str, compressed: &[u8]) -> Bomb {
+    let bomb = Bomb::new(name, options);
+    let mut l1 = [0; 8];
+    bomb.file.read_exact_at(&mut l1, bomb.header.l1_table_offset.0).unwrap();
+    let l2 = u64::from_be_bytes(l1) & !COPIED;
+    // 64 KiB clusters: 8 bits for the sectors past the first.
+    let sectors = (compressed.len() as u64).div_ceil(512) - 1;
+    let entry = 1 << 62 | sectors << 54 | FAR;
+    bomb.put(l2, &entry.to_be_bytes()).put(FAR, compressed).length(FAR + MIB)
+}
+
+/// A frame without its size: all of it zeros, in one block after the other.
+fn zstd_zeros(window: u8, blocks: usize) -> Vec<u8> {
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, window];
+    for i in 0..blocks {
+        // 128 KiB of one byte: a block of type 1.
+        let header = (128 << 10 << 3) | 1 << 1 | u32::from(i + 1 == blocks);
+        frame.extend(&header.to_le_bytes()[..3]);
+        frame.push(0);
+    }
+    frame
+}
+
+#[test]
+fn compressed_clusters_that_inflate_to_gigabytes() {
+    use std::io::Write;
+    let mut deflate = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
+    (0..32).for_each(|_| deflate.write_all(&[0; 1 << 20]).unwrap());
+    compressed("deflate, 32 MiB", PLAIN, &deflate.finish().unwrap()).goes_off();
+    let zstd = "compression_type=zstd";
+    compressed("zstd, 1 GiB", zstd, &zstd_zeros(0x58, 8192)).goes_off();
+    // The window is 2^(10 + 31) bytes.
+    compressed("zstd, a window of 2 TiB", zstd, &zstd_zeros(0xf8, 4)).goes_off();
+    compressed("zstd, a window of 2 GiB", zstd, &zstd_zeros(0xa8, 4)).goes_off();
+}
