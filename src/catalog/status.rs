@@ -16,6 +16,11 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
+    /// The directory of the overlays that are written instead of the images; nothing where the
+    /// images are written.
+    pub overlay: Option<String>,
+    /// The overlays are thrown away at the end.
+    pub ephemeral: bool,
     /// How many times closing an image has failed.
     pub close_errors: u64,
     /// The images that are open.
@@ -70,11 +75,14 @@ impl Catalog {
             let error = node.last_logged()?;
             Some(Refusal { name: name(node), error })
         };
+        let overlay = self.options.overlay.as_ref();
         MountStatus {
             pid: std::process::id(),
             source: self.source.display().to_string(),
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
+            overlay: overlay.map(|overlay| overlay.directory.display().to_string()),
+            ephemeral: overlay.is_some_and(|overlay| overlay.ephemeral),
             close_errors: self.close_errors.load(std::sync::atomic::Ordering::Relaxed),
             images: nodes.iter().filter_map(|node| image(node)).collect(),
             errors: nodes.iter().filter_map(|node| refusal(node)).collect(),

@@ -44,6 +44,11 @@ impl Args {
     }
 }
 
+/// [`Args::keys`], and who sits at the terminal.
+pub(super) fn or_ask(args: &Args) -> Result<Keys, String> {
+    Ok(Keys { prompt: Some(ask), ..args.clone().keys()? })
+}
+
 /// `NAME=FILE`.
 pub(super) fn named(value: &str) -> Result<(PathBuf, PathBuf), String> {
     match value.split_once('=') {
@@ -55,7 +60,7 @@ pub(super) fn named(value: &str) -> Result<(PathBuf, PathBuf), String> {
 }
 
 /// Asks for a key at the terminal, if there is one.
-pub(super) fn ask(image: &Path) -> Option<Secret> {
+fn ask(image: &Path) -> Option<Secret> {
     if !std::io::stdin().is_terminal() {
         return None;
     }

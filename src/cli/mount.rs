@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::options::MountOptions;
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
 use super::{keys, logging, signals, size};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::fs::Filesys;
 use crate::image;
 
@@ -22,7 +23,15 @@ use crate::image;
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
 /// otherwise. `qcow2fs umount` ends it.
+///
+/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
+/// sense.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs mount images/ /mnt/raw
+  qcow2fs mount --read-only -o allow_other images/ /mnt/raw
+  qcow2fs mount --foreground -v --allow /srv/bases images/ /mnt/raw
+  qcow2fs mount --compact-after 5% --recycle-rate 20M images/ /mnt/raw")]
 pub(super) struct Args {
     /// The directory with the images, or one image, to show nothing else
     source: PathBuf,
@@ -49,6 +58,12 @@ pub(super) struct Args {
     allow: Vec<PathBuf>,
     #[command(flatten)]
     keys: keys::Args,
+    /// Write to qcow2 overlays in this directory, and leave the images as they are
+    #[arg(long, value_name = "DIR")]
+    overlay: Option<PathBuf>,
+    /// Throw the overlays away at the end; those that lie in the directory are not used
+    #[arg(long)]
+    ephemeral: bool,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -60,7 +75,8 @@ pub(super) struct Args {
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, keys=DIR,
-    /// key_file=NAME=FILE, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
+    /// key_file=NAME=FILE, overlay=DIR, ephemeral, log_file=FILE, noatime, noexec, sync, and what
+    /// mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -132,6 +148,11 @@ impl Plan {
         let mut keys = args.keys;
         keys.key_file.append(&mut options.key_files);
         keys.keys = keys.keys.or(options.keys.take());
+        let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
+        let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if let Some(overlay) = &overlay {
+            refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
+        }
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -148,6 +169,7 @@ impl Plan {
                 umask: options.umask.unwrap_or(0),
                 allow,
                 keys: keys.keys()?,
+                overlay,
                 image,
             },
             options,
@@ -161,8 +183,10 @@ impl Plan {
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
             Ok((session, catalog)) => {
-                if let Some(Err(e)) = parent.map(Parent::ready) {
-                    log::error!("letting go of the terminal: {e}");
+                match parent.map(Parent::ready) {
+                    Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
+                    Some(Ok(())) => {}
+                    None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(session, &catalog))
@@ -199,6 +223,7 @@ impl Plan {
 
     fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
         let ended = serve_to_the_end(session);
+        tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -245,6 +270,13 @@ impl Plan {
             0 => name,
             _ => name.replace('\\', "\\\\").replace(',', "\\,"),
         }
+    }
+}
+
+/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("telling the service manager: {e}");
     }
 }
 
@@ -315,6 +347,32 @@ fn plain(error: &io::Error) -> String {
 pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+fn overlay_options(
+    path: Option<PathBuf>,
+    ephemeral: bool,
+) -> Result<Option<OverlayOptions>, String> {
+    match path {
+        Some(path) => {
+            let directory = directory(&path, "the overlay directory")?;
+            Ok(Some(OverlayOptions { directory, ephemeral }))
+        }
+        None if ephemeral => {
+            Err("--ephemeral needs --overlay DIR, for the room that it takes".into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// Overlays among images would be shown as such.
+fn refuse_mixing(overlays: &Path, others: &[&Path]) -> Result<(), String> {
+    let other =
+        others.iter().find(|other| is_within(overlays, other) || is_within(other, overlays));
+    other.map_or(Ok(()), |other| {
+        let (overlays, other) = (overlays.display(), other.display());
+        Err(format!("the overlay directory {overlays} and {other} must lie apart"))
+    })
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a

@@ -210,7 +210,7 @@ impl<'a> History<'a> {
         let path = directory.join("judged.qcow2");
         std::fs::write(&path, self.storage.contents()).unwrap();
         qemu::assert_clean(&path);
-        let list = qemu::run(Command::new("qemu-img").args(["snapshot", "-l"]).arg(&path));
+        let list = qemu::run(qemu::on(Command::new("qemu-img").args(["snapshot", "-l"]), &path));
         for (name, _) in &self.model.snapshots {
             assert!(list.split_whitespace().any(|word| word == name), "no {name} in {list}");
         }
@@ -224,9 +224,8 @@ impl<'a> History<'a> {
         }
         if let Some(index) = self.some_snapshot() {
             let (name, content) = &self.model.snapshots[index];
-            let applied =
-                Command::new("qemu-img").args(["snapshot", "-a", name]).arg(&path).output();
-            let applied = applied.unwrap();
+            let mut apply = Command::new("qemu-img");
+            let applied = qemu::on(apply.args(["snapshot", "-a", name]), &path).output().unwrap();
             if applied.status.success() {
                 assert_same("what QEMU applied", &qemu::contents(&path, None), content);
                 qemu::assert_clean(&path);
@@ -249,7 +248,7 @@ pub fn small_shape(rng: &mut Rng) -> Shape {
     }
     shape.extended_l2 &= shape.cluster_bits >= 14;
     shape.data_file = DataFile::None;
-    shape
+    shape.encrypted_one_in(6, rng)
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! `qcow2fs compact`: makes image files as short as their content, in place.
 
 mod mounted;
-mod progress;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,12 +10,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::mounted::Mounted;
+use super::progress::Progress;
 use super::{keys, logging, signals, size};
-use crate::catalog::{Alone, Keys};
+use crate::catalog::Alone;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{CompactAfter, Image, Options};
-use mounted::Mounted;
-use progress::Progress;
 
 /// How often a search for leaked clusters is looked at.
 const LOOK: Duration = Duration::from_millis(10);
@@ -138,7 +137,7 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     let line = |e: Error| e.to_string();
     let allowed = args.allow.iter().map(|path| super::mount::allowed(path));
     let allowed = allowed.collect::<Result<Vec<_>, _>>()?;
-    let keys = Keys { prompt: Some(keys::ask), ..args.keys.clone().keys()? };
+    let keys = keys::or_ask(&args.keys)?;
     let options = Options {
         writable: !args.dry_run,
         keep_erased: 0,
@@ -148,14 +147,14 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     };
     let opened = match Alone::open(path, &allowed, keys, &options) {
         Err(e) if e.kind() == ErrorKind::InUse && !args.dry_run => {
-            let Some(mount) = Mounted::find(path) else { return Err(line(e)) };
+            let Some(mount) = Mounted::open_in(path) else { return Err(line(e)) };
             if args.detect_zeroes {
                 let place = mount.mountpoint().display();
                 return Err(format!(
                     "--detect-zeroes needs the image closed, and {place} has it open"
                 ));
             }
-            return mount.compact(stop, &mut progress);
+            return mounted::compact(&mount, stop, &mut progress);
         }
         opened => opened.map_err(line)?,
     };
