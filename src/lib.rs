@@ -16,6 +16,7 @@
 //! | [`alloc`] | refcounts: allocate, free, grow, shrink, rebuild |
 //! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
 //! | [`locks`] | which guest clusters are in use by whom |
+//! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
 //! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`storage`] | the host file, and its doubles in tests |
@@ -44,6 +45,7 @@ pub mod alloc;
 pub mod catalog;
 pub mod check;
 pub mod cli;
+pub mod counters;
 pub mod crypt;
 mod error;
 pub mod format;

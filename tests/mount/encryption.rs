@@ -66,9 +66,9 @@ fn a_file_system_lives_on_an_encrypted_image() {
              mount $loop {place}
              head -c 40M /dev/urandom > {place}/gone
              head -c 20M /dev/urandom > {place}/kept
-             sync
+             sync -f {place}
              rm {place}/gone
-             sync
+             sync -f {place}
              fstrim {place}
              sha256sum < {place}/kept > {sum}
              umount {place}
