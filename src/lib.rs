@@ -39,7 +39,7 @@
 //! # What is promised, and what holds it
 //! | promise | test |
 //! |---|---|
-//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction and recovery | `tests/crash.rs`, which looks at 50,000 crash files at least |
+//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
 //! | the same with other programs' eyes | `tests/crash.rs`: QEMU checks and reads one file in 500 |
 //! | each rule of order ([`rules`]) is needed, and its loss would be noticed | `tests/omissions.rs` |
 //! | a failure of the host reaches the caller as what it is, and leaves the image sound | `tests/faults.rs`, `tests/snapshots/faults.rs` |

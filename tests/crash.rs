@@ -6,8 +6,9 @@
 //! That it would find each rule of order broken is shown by `tests/omissions.rs`.
 //!
 //! A history of one client follows from its seed, which `QCOW2FS_SEED` repeats. One with threads
-//! does not: when it fails its recording is saved, and the message has the command that looks at
-//! it again.
+//! does not: when it fails its recording is saved (in `QCOW2FS_TEST_KEEP`, else in
+//! `QCOW2FS_TEST_DIR`), and the message has the command that looks at it again.
+//! `QCOW2FS_MODEL_SECONDS` makes the search as long as one likes.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
