@@ -18,6 +18,7 @@
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
+//! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
 //! | [`mod@format`] | bytes to values and back, pure |
@@ -59,6 +60,7 @@ pub mod catalog;
 pub mod check;
 pub mod cli;
 pub mod counters;
+pub mod crypt;
 mod error;
 pub mod format;
 pub mod fs;

@@ -13,6 +13,7 @@ mod create;
 mod daemon;
 mod detach;
 mod info;
+mod keys;
 mod live;
 mod logging;
 mod map;

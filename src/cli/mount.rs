@@ -13,7 +13,7 @@ use super::daemon::{self, Parent};
 use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
-use super::{logging, signals, size};
+use super::{keys, logging, signals, size};
 use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::fs::Filesys;
 use crate::image;
@@ -61,6 +61,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
     #[command(flatten)]
+    keys: keys::Args,
+    #[command(flatten)]
     create: CreateArgs,
     /// Write to qcow2 overlays in this directory, and leave the images as they are
     #[arg(long, value_name = "DIR")]
@@ -80,7 +82,8 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
+    /// ephemeral, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime, noexec, sync, and what
+    /// mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -196,6 +199,9 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let mut keys = args.keys;
+        keys.key_file.append(&mut options.key_files);
+        keys.keys = keys.keys.or(options.keys.take());
         let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
         let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
         if let Some(overlay) = &overlay {
@@ -216,6 +222,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                keys: keys.keys()?,
                 overlay,
                 image,
                 create,
