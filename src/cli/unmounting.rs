@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The mount that this process serves. What others have mounted in the same place, over it or after
 /// it, is never touched.
@@ -138,6 +139,28 @@ pub(super) fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     }
 }
 
+/// How long somebody who is just looking at the mount, or just leaving it, may keep it busy.
+pub(super) const LEAVING: Duration = Duration::from_secs(1);
+
+/// Does `unmount` again while it says `EBUSY`, until `patience` is over.
+///
+/// # Errors
+/// Those of `unmount`.
+pub(super) fn while_busy(
+    patience: Duration,
+    mut unmount: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match unmount() {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
+}
+
 fn with_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let mut helper = Command::new("fusermount3");
     helper.arg(if lazy { "-uz" } else { "-u" }).arg("--").arg(mountpoint);
@@ -157,6 +180,27 @@ fn with_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_just_leaving_is_waited_for_and_who_stays_is_not() {
+        let busy = || io::Error::from_raw_os_error(libc::EBUSY);
+        let mut tries = 0;
+        let leaving = while_busy(Duration::from_secs(60), || {
+            tries += 1;
+            if tries < 3 { Err(busy()) } else { Ok(()) }
+        });
+        assert!(leaving.is_ok() && tries == 3, "{leaving:?} after {tries}");
+        assert_eq!(
+            while_busy(Duration::ZERO, || Err(busy())).unwrap_err().raw_os_error(),
+            Some(libc::EBUSY)
+        );
+        let mut tries = 0;
+        let other = while_busy(Duration::from_secs(60), || {
+            tries += 1;
+            Err(io::Error::from_raw_os_error(libc::EINVAL))
+        });
+        assert!(other.is_err() && tries == 1);
+    }
 
     #[test]
     fn the_mount_table_is_read_with_any_name_and_the_latest_mount_last() {
