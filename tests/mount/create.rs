@@ -97,7 +97,7 @@ fn a_file_that_took_the_place_of_half_an_image_stays() {
     let lab = Lab::new();
     let (image, other) = (lab.image("stopped.qcow2"), lab.image("other.qcow2"));
     fs::write(&other, "other").unwrap();
-    // What is locked has been opened: only then is it said who may remove what.
+    // Once the file grows, the image is open and being filled.
     let stopped = attempt!(
         "$qcow2fs create --preallocation full {0} 300G & \
          for i in $(seq 600); do [ \"$(stat -c %s {0} 2>/dev/null || echo 0)\" -gt 9000000 ] && break; sleep 0.05; done; \
