@@ -17,6 +17,7 @@
 //! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
+//! | [`confine`] | what the process gives up once it serves a mount |
 //! | [`storage`] | the host file, and its doubles in tests |
 //! | [`mod@format`] | bytes to values and back, pure |
 //!
@@ -43,6 +44,7 @@ pub mod alloc;
 pub mod catalog;
 pub mod check;
 pub mod cli;
+pub mod confine;
 mod error;
 pub mod format;
 pub mod fs;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Catalog;
+use crate::confine;
 use crate::image;
 
 /// A whole mount.
@@ -16,6 +17,9 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
+    /// What the process has given up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub confined: Option<&'static confine::Report>,
     /// How many times closing an image has failed.
     pub close_errors: u64,
     /// The images that are open.
@@ -75,6 +79,7 @@ impl Catalog {
             source: self.source.display().to_string(),
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
+            confined: confine::report(),
             close_errors: self.close_errors.load(std::sync::atomic::Ordering::Relaxed),
             images: nodes.iter().filter_map(|node| image(node)).collect(),
             errors: nodes.iter().filter_map(|node| refusal(node)).collect(),

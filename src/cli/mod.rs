@@ -11,6 +11,7 @@ pub mod check;
 mod compact;
 mod daemon;
 mod detach;
+mod helper;
 mod logging;
 mod mount;
 mod options;

@@ -9,13 +9,16 @@ use std::sync::Arc;
 use fuser::{Config, MountOption, Session, SessionACL};
 
 use super::daemon::{self, Parent};
+use super::helper::Helper;
 use super::options::MountOptions;
 use super::umount::is_dead;
-use super::unmounting::{self, Served};
+use super::unmounting::Served;
 use super::{logging, signals, size};
 use crate::catalog::{self, Catalog};
+use crate::confine::{self, Layer, Place};
 use crate::fs::Filesys;
 use crate::image;
+use crate::storage::image_lock;
 
 /// Mount a directory of qcow2 images
 ///
@@ -47,6 +50,10 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    /// Go on with these privileges of the serving process instead of giving them up: capabilities,
+    /// no-new-privs (and seccomp and landlock with it), landlock, seccomp (repeatable)
+    #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
+    unconfined: Vec<Layer>,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -57,8 +64,8 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, log_file=FILE, noatime,
-    /// noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, unconfined=LAYER,
+    /// log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -74,6 +81,15 @@ struct Plan {
     level: log::LevelFilter,
     catalog: catalog::Options,
     options: MountOptions,
+    /// What this process goes on with the way it is.
+    unconfined: Vec<Layer>,
+}
+
+/// A mount that is there.
+struct Started {
+    session: Session<Filesys>,
+    catalog: Arc<Catalog>,
+    helper: Arc<Helper>,
 }
 
 /// Runs the command; returns the exit code.
@@ -127,6 +143,7 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..)).collect();
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -145,6 +162,7 @@ impl Plan {
                 image,
             },
             options,
+            unconfined,
         })
     }
 
@@ -154,31 +172,50 @@ impl Plan {
         let in_background = parent.is_some();
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
-            Ok((session, catalog)) => {
+            Ok(started) => {
                 if let Some(Err(e)) = parent.map(Parent::ready) {
                     log::error!("letting go of the terminal: {e}");
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
-                Ok(self.run(session, &catalog))
+                Ok(self.run(started))
             }
         }
     }
 
-    fn start(&self, in_background: bool) -> Result<(Session<Filesys>, Arc<Catalog>), String> {
+    fn start(&self, in_background: bool) -> Result<Started, String> {
         self.start_log(in_background)?;
         daemon::set_up();
         let signals = signals::block();
         // The images are opened beneath the directory as it is now, whatever is mounted later.
         let catalog = Catalog::new(&self.directory, self.catalog.clone());
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
-        let thread = |e| format!("starting a thread: {e}");
-        let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
+        let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone());
         let session = Session::new(files, &self.mountpoint, &self.config())
             .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
-        let mount = Served::new(self.mountpoint.clone(), session.as_fd())
+        let helper = Helper::start(&self.mountpoint)
+            .map_err(|e| format!("starting the process that unmounts: {e}"))?;
+        let helper = Arc::new(helper);
+        let mount = Served::new(self.mountpoint.clone(), session.as_fd(), Arc::clone(&helper))
             .map_err(|e| format!("looking for the mount at {}: {e}", self.mountpoint.display()))?;
-        signals.serve(mount, Arc::clone(&catalog)).map_err(thread)?;
-        Ok((session, catalog))
+        // No thread has been started yet: what is given up now, all of them lack.
+        self.confine(&helper);
+        signals
+            .serve(mount, Arc::clone(&catalog))
+            .map_err(|e| format!("starting a thread: {e}"))?;
+        Ok(Started { session, catalog, helper })
+    }
+
+    /// Gives up what serving the mount does not need.
+    fn confine(&self, helper: &Arc<Helper>) {
+        let searcher = Arc::clone(helper);
+        image_lock::search_by(move |wanted| searcher.holder(wanted));
+        let write = !self.options.read_only;
+        let place = |path: &PathBuf| Place { path: path.clone(), write };
+        let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
+        places.push(place(&self.directory));
+        // Where the standard descriptors lead once the terminal is let go of.
+        places.push(Place { path: "/dev/null".into(), write: true });
+        confine::confine(&self.unconfined, &places);
     }
 
     fn start_log(&self, in_background: bool) -> Result<(), String> {
@@ -191,7 +228,7 @@ impl Plan {
         Ok(())
     }
 
-    fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
+    fn run(&self, Started { session, catalog, helper }: Started) -> i32 {
         let ended = serve_to_the_end(session);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
@@ -201,7 +238,7 @@ impl Plan {
             log::error!("{failed} times an image could not be closed in order; check it");
         }
         if is_dead(&self.mountpoint)
-            && let Err(e) = unmounting::unmount(&self.mountpoint, true)
+            && let Err(e) = helper.unmount(None, true)
         {
             log::warn!("cannot detach {}: {e}", self.mountpoint.display());
         }

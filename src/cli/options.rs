@@ -3,6 +3,7 @@
 use fuser::MountOption;
 
 use super::size;
+use crate::confine::Layer;
 use crate::image::CompactAfter;
 
 /// What the options say.
@@ -17,6 +18,7 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
+    pub(super) unconfined: Vec<Layer>,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -82,6 +84,7 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
+            ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
@@ -131,7 +134,7 @@ mod tests {
     fn our_options_are_taken() {
         let options = parse(
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
-                   compact_after=5%,recycle_rate=2M",
+                   compact_after=5%,recycle_rate=2M,unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -143,6 +146,7 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
+            unconfined: vec![Layer::Landlock],
             log_file: Some("/l".into()),
             kernel: vec![],
         };
@@ -170,6 +174,7 @@ mod tests {
             "keep_erased=much",
             "compact_after=soon",
             "recycle_rate=0",
+            "unconfined=all",
         ] {
             let error = parse(&format!("rw,{wrong}")).unwrap_err();
             let named = wrong.split('=').next_back().unwrap();

@@ -57,6 +57,7 @@ fn page(status: &Value) -> String {
         text(&status["mountpoint"]),
         status["pid"]
     );
+    page += &confinement(&status["confined"]);
     let bytes = |value: &Value| value.as_u64().map_or("?".into(), size::show);
     for image in status["images"].as_array().into_iter().flatten() {
         let access = if image["writable"] == true { "written" } else { "read" };
@@ -74,6 +75,19 @@ fn page(status: &Value) -> String {
         page += &format!("last error: {}\n", text(&error["error"]));
     }
     page
+}
+
+/// What the process has not given up, in a line; nothing where it has given up all it can.
+fn confinement(confined: &Value) -> String {
+    let layers = confined.as_object().into_iter().flatten();
+    let lacking = layers.filter(|(_, state)| **state != "on");
+    let lacking: Vec<_> = lacking
+        .map(|(layer, state)| format!("{layer} ({})", state.as_str().unwrap_or("?")))
+        .collect();
+    match lacking.is_empty() {
+        true => String::new(),
+        false => format!("not confined by {}\n", lacking.join(", ")),
+    }
 }
 
 /// What an image's recycler has done and does, in a line; nothing where there is nothing to tell.

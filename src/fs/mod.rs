@@ -60,13 +60,11 @@ pub struct Filesys {
 }
 
 impl Filesys {
-    /// Serves `catalog`. Threads are started here: not before the daemon has forked.
+    /// Serves `catalog`. Its threads start with the first request that needs them.
     ///
-    /// # Errors
-    /// Those of the host when it cannot start a thread.
-    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
+    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+        Filesys { verbs, pool: Pool::new(SLOW_THREADS) }
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {

@@ -1,59 +1,75 @@
 //! The slow pool: a few threads for what may block, so that one image's slow flush never stalls
 //! reads of the others. It knows nothing of what it runs.
 
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads that run jobs in the order of their coming. Dropping it waits until all are done.
+/// Threads that run jobs in the order of their coming. They start with the first job: a process
+/// gives its privileges up while it has no threads. Dropping it waits until all are done.
 pub(super) struct Pool {
     /// `None` only while it is dropped.
     jobs: Option<Sender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    queue: Receiver<Job>,
+    size: usize,
+    threads: OnceLock<Vec<JoinHandle<()>>>,
 }
 
 impl Pool {
-    /// A pool of `threads` threads.
-    ///
-    /// # Errors
-    /// Those of the host when it cannot start a thread.
-    pub(super) fn new(threads: usize) -> io::Result<Pool> {
+    /// A pool of `size` threads.
+    pub(super) fn new(size: usize) -> Pool {
         let (jobs, queue) = unbounded();
-        let start = |number: usize| {
-            let queue = queue.clone();
-            thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
-        };
-        Ok(Pool { jobs: Some(jobs), threads: (0..threads).map(start).collect::<io::Result<_>>()? })
+        Pool { jobs: Some(jobs), queue, size, threads: OnceLock::new() }
     }
 
-    /// Runs `job` on one of the threads.
+    /// Runs `job` on one of the threads; here, if not one could be started.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        if self.threads.get_or_init(|| self.start()).is_empty() {
+            return run(Box::new(job));
+        }
         if let Some(jobs) = &self.jobs {
-            // Fails only when every thread is gone; then the job's reply answers with an error.
+            // Fails only without a queue, which lives as long as this does.
             let _ = jobs.send(Box::new(job));
         }
+    }
+
+    fn start(&self) -> Vec<JoinHandle<()>> {
+        let start = |number: usize| {
+            let queue = self.queue.clone();
+            thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
+        };
+        let started = (0..self.size).map_while(|number| match start(number) {
+            Ok(thread) => Some(thread),
+            Err(e) => {
+                log::warn!("only {number} threads for slow requests could be started: {e}");
+                None
+            }
+        });
+        started.collect()
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.jobs = None;
-        for thread in self.threads.drain(..) {
+        for thread in self.threads.take().into_iter().flatten() {
             let _ = thread.join();
         }
     }
 }
 
 fn work(queue: &Receiver<Job>) {
-    for job in queue {
-        // A defect in one request must not take the thread away from all others.
-        if catch_unwind(AssertUnwindSafe(job)).is_err() {
-            log::error!("a request ended by a defect in this program");
-        }
+    queue.iter().for_each(run);
+}
+
+/// A defect in one request must not take the thread away from all others.
+fn run(job: Job) {
+    if catch_unwind(AssertUnwindSafe(job)).is_err() {
+        log::error!("a request ended by a defect in this program");
     }
 }
 
@@ -67,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_job_that_blocks_or_panics_keeps_no_other_waiting() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2);
         let (done, finished) = crossbeam_channel::bounded(1);
         let (release, blocked) = crossbeam_channel::bounded::<()>(0);
         pool.run(move || {
@@ -82,7 +98,7 @@ mod tests {
     #[test]
     fn dropping_the_pool_runs_what_is_queued() {
         let ran = Arc::new(AtomicU32::new(0));
-        let pool = Pool::new(1).unwrap();
+        let pool = Pool::new(1);
         for _ in 0..100 {
             let ran = Arc::clone(&ran);
             pool.run(move || {
