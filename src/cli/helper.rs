@@ -85,7 +85,7 @@ impl Helper {
     /// As [`image_lock::find_holder`].
     pub(super) fn holder(&self, wanted: &Wanted) -> Option<Holder> {
         // The one that was asked before may take its time: then nobody is found.
-        let Some(stream) = self.searching.try_lock_for(image_lock::SEARCH) else { return None };
+        let stream = self.searching.try_lock_for(image_lock::SEARCH)?;
         exchange(&stream, &Order::Holder(wanted.clone())).ok()?
     }
 }

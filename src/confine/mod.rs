@@ -19,6 +19,8 @@
 mod capabilities;
 mod files;
 mod system_calls;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -96,6 +98,18 @@ static REPORT: OnceLock<Report> = OnceLock::new();
 /// Gives up everything but the layers in `without`; only `places` stay within reach. The caller is
 /// the only thread.
 pub fn confine(without: &[Layer], places: &[Place]) -> &'static Report {
+    let report = give_up(without, places);
+    for (layer, state) in report.layers() {
+        match state {
+            ON => log::debug!("{layer}: {state}"),
+            SWITCHED_OFF => log::info!("{layer}: {state}"),
+            _ => log::warn!("this process stays more powerful than it need be: {layer}: {state}"),
+        }
+    }
+    REPORT.get_or_init(|| report)
+}
+
+fn give_up(without: &[Layer], places: &[Place]) -> Report {
     let asked = |layer: Layer, done: &dyn Fn() -> Result<(), String>| match without.contains(&layer)
     {
         true => SWITCHED_OFF.to_owned(),
@@ -111,15 +125,7 @@ pub fn confine(without: &[Layer], places: &[Place]) -> &'static Report {
     let landlock = asked(Layer::Landlock, &|| needs_no_new_privs(&|| files::restrict(places)));
     let capabilities = asked(Layer::Capabilities, &capabilities::drop_all_but_needed);
     let seccomp = asked(Layer::Seccomp, &|| needs_no_new_privs(&system_calls::restrict));
-    let report = Report { capabilities, no_new_privs, landlock, seccomp };
-    for (layer, state) in report.layers() {
-        match state {
-            ON => log::debug!("{layer}: {state}"),
-            SWITCHED_OFF => log::info!("{layer}: {state}"),
-            _ => log::warn!("this process stays more powerful than it need be: {layer}: {state}"),
-        }
-    }
-    REPORT.get_or_init(|| report)
+    Report { capabilities, no_new_privs, landlock, seccomp }
 }
 
 impl Report {
@@ -146,19 +152,5 @@ fn set_no_new_privs() -> Result<(), String> {
     match unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, SET, UNUSED, UNUSED, UNUSED) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error().to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_are_named_and_found() {
-        for layer in Layer::ALL {
-            assert_eq!(Layer::parse(layer.name()), Ok(layer));
-        }
-        assert_eq!(Layer::parse("no-new-privs"), Ok(Layer::NoNewPrivs));
-        assert!(Layer::parse("selinux").unwrap_err().contains("landlock, seccomp"));
     }
 }

@@ -156,7 +156,7 @@ const OLDER: &[c_long] = &[
 const OLDER: &[c_long] = &[libc::SYS_renameat];
 
 /// Of what a terminal is asked for, how wide it is and whether it is one.
-const TERMINAL: [u64; 2] = [libc::TCGETS as u64, libc::TIOCGWINSZ as u64];
+const TERMINAL: [u64; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
 
 /// From now on all other system calls of this thread, and of those that it starts, fail with `EPERM`.
 ///

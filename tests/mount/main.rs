@@ -18,6 +18,7 @@ mod bitmaps;
 mod chains;
 mod combinations;
 mod compact;
+mod confinement;
 mod data_files;
 mod devices;
 mod directory;
