@@ -58,7 +58,7 @@ fn refuse_shared_copied(
     references: &ReferenceCounts,
 ) -> Result<()> {
     let count = |cluster| Ok(Some(references.get(cluster)));
-    copied::for_each_wrong(storage, header, references, count, |wrong| match wrong.refcount {
+    copied::for_each_wrong(storage, header, references, &(), count, |wrong| match wrong.refcount {
         Some(count) if wrong.is_set() => Err(Error::corrupt(format!(
             "{} is COPIED, but there are {count} references to its cluster; repair the image \
                  with `qcow2fs check --repair all`",

@@ -38,8 +38,14 @@ impl Catalog {
         if overridden(change.uid, self.options.uid) || overridden(change.gid, self.options.gid) {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
+        self.make_changeable(node)?;
         let failed = |e| Error::io(format!("changing attributes of {}", node.path().display()), e);
-        match node.peek(|_, file, _| self.apply(file, change)) {
+        // What is open may be the image below an overlay that has just been made.
+        let open = match &self.overlays {
+            None => node.peek(|_, file, _| self.apply(file, change)),
+            Some(_) => None,
+        };
+        match open {
             Some(done) => done.map_err(failed),
             None => self.apply(&self.place_of(node)?.0, change).map_err(failed),
         }

@@ -31,6 +31,7 @@ mod create;
 mod host;
 mod names;
 mod node;
+mod overlay;
 mod snapshots;
 mod status;
 #[cfg(test)]
@@ -41,6 +42,7 @@ pub use change::AttributeChange;
 pub use create::create_image;
 pub use host::{HostSpace, SetTime};
 pub use node::{HandleMode, Node, Opening};
+pub use overlay::OverlayOptions;
 pub use status::{ImageStatus, MountStatus, Refusal};
 
 use crate::error::{Error, Result};
@@ -48,7 +50,8 @@ use crate::image::{self, Image};
 use crate::storage::HostFile;
 use chain::Chains;
 use host::{HostId, Root, Stamp};
-use node::Header;
+use node::{Found, Header};
+use overlay::Overlays;
 
 /// The inode number of the image directory itself.
 pub const ROOT: u64 = 1;
@@ -68,6 +71,8 @@ pub struct Options {
     pub gid: Option<u32>,
     /// Mode bits that are never shown.
     pub umask: u32,
+    /// Where overlays go that are written instead of the images; `None` writes to the images.
+    pub overlay: Option<OverlayOptions>,
     /// Directories beside the image directory that backing and data files may lie in.
     pub allow: Vec<PathBuf>,
     /// How images are opened; `writable` is decided here.
@@ -79,6 +84,7 @@ pub struct Catalog {
     root: Root,
     source: PathBuf,
     chains: Chains,
+    overlays: Option<Overlays>,
     options: Options,
     nodes: RwLock<Nodes>,
     /// Closes that failed: data may be lost, and the exit code says so.
@@ -150,6 +156,11 @@ impl Catalog {
             root,
             source: source.to_owned(),
             chains: Chains::new(source, &options.allow)?,
+            overlays: options
+                .overlay
+                .as_ref()
+                .map(|overlay| Overlays::new(source, overlay))
+                .transpose()?,
             options,
             nodes: RwLock::new(nodes),
             close_errors: AtomicU64::new(0),
@@ -173,6 +184,7 @@ impl Catalog {
         let parent = self.node(parent)?;
         let (path, place, metadata) = self.find(&parent, name)?;
         let node = self.remember(&metadata, path);
+        let (place, metadata) = self.with_overlay(&node, (place, metadata))?;
         self.shown(&node, &place, metadata)
     }
 
@@ -213,9 +225,12 @@ impl Catalog {
 
     /// Fails where names and what they stand for stay as they are.
     fn names_may_change(&self) -> Result<()> {
-        match self.options.only {
-            Some(_) => Err(errno("changing names in the mount of a single image", libc::EPERM)),
-            None => Ok(()),
+        match (&self.options.only, &self.overlays) {
+            (Some(_), _) => {
+                Err(errno("changing names in the mount of a single image", libc::EPERM))
+            }
+            (None, Some(_)) => Err(errno("changing names above overlays", libc::EROFS)),
+            (None, None) => Ok(()),
         }
     }
 
@@ -260,8 +275,13 @@ impl Catalog {
         }
     }
 
-    /// The node's file by any of its names, as long as it still is the same file.
+    /// What is opened and shown of a node: its overlay, where there is one, else its file.
     fn place_of(&self, node: &Node) -> Result<(File, Metadata)> {
+        self.with_overlay(node, self.own_place(node)?)
+    }
+
+    /// The node's file by any of its names, as long as it still is the same file.
+    fn own_place(&self, node: &Node) -> Result<(File, Metadata)> {
         for path in node.paths().iter().rev() {
             match self.place(path) {
                 Ok((place, metadata)) if HostId::of(&metadata) == node.id() => {
@@ -275,15 +295,56 @@ impl Catalog {
         Err(stale())
     }
 
+    /// The overlay of a node whose own file is `own`, or that where there is none.
+    fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
+        match &self.overlays {
+            Some(overlays) if !node.is_directory() => {
+                Ok(overlays.find(node.id(), &node.path())?.unwrap_or(own))
+            }
+            _ => Ok(own),
+        }
+    }
+
+    /// Before anything of a node is changed: where images stay as they are, it gets its overlay.
+    ///
+    /// # Errors
+    /// `EROFS` for a directory where images stay as they are; those of the host.
+    fn make_changeable(&self, node: &Node) -> Result<()> {
+        match &self.overlays {
+            None => Ok(()),
+            Some(_) if node.is_directory() => {
+                Err(errno("changing a directory above overlays", libc::EROFS))
+            }
+            Some(overlays) => overlays.make(node.id(), &node.path(), &self.own_place(node)?.0),
+        }
+    }
+
+    /// What is to be opened of a node, and whether that may be written to.
+    fn to_open(&self, node: &Node) -> Result<Found> {
+        let own = self.own_place(node)?;
+        let Some(overlays) = &self.overlays else {
+            return Ok(Found { place: own.0, may_write: !self.options.read_only });
+        };
+        match overlays.find(node.id(), &node.path())? {
+            None => Ok(Found { place: own.0, may_write: false }),
+            Some((place, _)) => {
+                overlays.check(&place, &node.path())?;
+                Ok(Found { place, may_write: !self.options.read_only })
+            }
+        }
+    }
+
     /// What is shown of a node. One that is open is shown even when its name is gone.
     ///
     /// # Errors
     /// `ESTALE` when the name is another file's by now, and those of the host.
     pub fn attributes(&self, node: &Node) -> Result<Attributes> {
-        let open = node.peek(|image, file, _| {
+        let look = |image: &Image, file: &File, _writable: bool| {
             let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
             Ok((image_header(image), host))
-        });
+        };
+        // Names above overlays do not go.
+        let open = if self.overlays.is_none() { node.peek(look) } else { None };
         if let Some(open) = open {
             let (header, host) = open?;
             return Ok(self.attributes_of(node, header, host, true));
@@ -405,9 +466,11 @@ impl Catalog {
         if how.write && self.options.read_only {
             return Err(read_only());
         }
-        let options =
-            image::Options { writable: !self.options.read_only, ..self.options.image.clone() };
-        let opened = node.open(how, &options, &self.chains, || self.place_of(node));
+        let layered = self.overlays.is_some();
+        let ready = if how.write { self.make_changeable(node) } else { Ok(()) };
+        let opened = ready.and_then(|()| {
+            node.open(how, &self.options.image, &self.chains, layered, || self.to_open(node))
+        });
         match &opened {
             Ok(_) => node.is_well(),
             Err(e) if e.errno() == libc::ESTALE => {}
@@ -461,8 +524,11 @@ impl Catalog {
     /// # Errors
     /// Those of the host.
     pub fn space(&self) -> Result<HostSpace> {
-        host::space(self.root.directory())
-            .map_err(|e| Error::io("asking the host for its space", e))
+        let space = match &self.overlays {
+            Some(overlays) => overlays.space(),
+            None => host::space(self.root.directory()),
+        };
+        space.map_err(|e| Error::io("asking the host for its space", e))
     }
 }
 

@@ -75,6 +75,14 @@ pub struct Opening {
     pub direct: bool,
 }
 
+/// What is to be opened.
+pub(super) struct Found {
+    /// The file.
+    pub(super) place: File,
+    /// It may be written to, now or later.
+    pub(super) may_write: bool,
+}
+
 /// What a new handle gets.
 #[derive(Clone, Copy, Debug)]
 pub struct HandleMode {
@@ -219,15 +227,19 @@ impl Node {
         self.slot.read().handles
     }
 
-    /// Counts a handle in, opening the image for it where that is due. `place` finds the file.
+    /// Counts a handle in, opening the image for it where that is due. `find` finds the file. Where
+    /// files are `layered`, they are never written themselves, and what is found for writing is
+    /// another file than what may have been found for reading before.
     pub(super) fn open(
         &self,
         how: Opening,
         options: &Options,
         chains: &Chains,
-        place: impl FnOnce() -> Result<(File, Metadata)>,
+        layered: bool,
+        find: impl FnOnce() -> Result<Found>,
     ) -> Result<HandleMode> {
         if how.write
+            && !layered
             && let Some(user) = chains.user_of(self.id)
         {
             return Err(Error::new(
@@ -240,18 +252,36 @@ impl Node {
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
-                let (opened, stamp) =
-                    Opened::new(&place()?.0, how.write, options, chains, &self.path())?;
+                let (opened, stamp) = self.open_found(&find()?, how.write, options, chains)?;
                 keep_cache = slot.closed == Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
             }
-            Some(opened) if how.write && !opened.writable => slot.make_writable(options)?,
+            Some(opened) if how.write && !opened.writable => {
+                let above = if layered { Some(find()?) } else { None };
+                match above.filter(|found| !opened.is_open_on(&found.place)) {
+                    Some(found) => {
+                        slot.move_up(self.open_found(&found, true, options, chains)?.0);
+                    }
+                    None => slot.make_writable(options)?,
+                }
+            }
             Some(opened) if how.write => opened.takes_writes()?,
             Some(_) => {}
         }
         slot.handles += 1;
         Ok(HandleMode { keep_cache, direct: slot.direct })
+    }
+
+    fn open_found(
+        &self,
+        found: &Found,
+        write: bool,
+        options: &Options,
+        chains: &Chains,
+    ) -> Result<(Opened, Stamp)> {
+        let options = Options { writable: found.may_write, ..options.clone() };
+        Opened::new(&found.place, write, &options, chains, &self.path())
     }
 
     /// Counts a handle out and closes the image with the last one.
@@ -307,6 +337,16 @@ impl Slot {
                 self.open = Some(opened);
                 Err(e)
             }
+        }
+    }
+
+    /// Replaces an image that is only read by one that is based on it. Views of its snapshots stay:
+    /// they have files of their own, which the new one keeps locked.
+    fn move_up(&mut self, above: Opened) {
+        if let Some(below) = self.open.replace(above)
+            && let Err(e) = below.close()
+        {
+            log::warn!("closing an image that was only read: {e}");
         }
     }
 
@@ -366,6 +406,12 @@ impl Opened {
             return Err(e);
         }
         Ok(opened)
+    }
+
+    /// Whether it is this file that is open.
+    fn is_open_on(&self, place: &File) -> bool {
+        let id = |file: &File| file.metadata().ok().map(|metadata| HostId::of(&metadata));
+        id(self.file.file()) == id(place)
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {

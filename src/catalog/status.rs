@@ -20,6 +20,11 @@ pub struct MountStatus {
     /// What the process has given up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confined: Option<&'static confine::Report>,
+    /// The directory of the overlays that are written instead of the images; nothing where the
+    /// images are written.
+    pub overlay: Option<String>,
+    /// The overlays are thrown away at the end.
+    pub ephemeral: bool,
     /// How many times closing an image has failed.
     pub close_errors: u64,
     /// The images that are open.
@@ -74,12 +79,15 @@ impl Catalog {
             let error = node.last_logged()?;
             Some(Refusal { name: name(node), error })
         };
+        let overlay = self.options.overlay.as_ref();
         MountStatus {
             pid: std::process::id(),
             source: self.source.display().to_string(),
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
             confined: confine::report(),
+            overlay: overlay.map(|overlay| overlay.directory.display().to_string()),
+            ephemeral: overlay.is_some_and(|overlay| overlay.ephemeral),
             close_errors: self.close_errors.load(std::sync::atomic::Ordering::Relaxed),
             images: nodes.iter().filter_map(|node| image(node)).collect(),
             errors: nodes.iter().filter_map(|node| refusal(node)).collect(),

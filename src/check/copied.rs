@@ -1,6 +1,7 @@
 //! The COPIED flags of the active tables: set exactly where the refcount is 1.
 
 use super::pieces::{for_each_data, for_each_word};
+use super::progress::Watch;
 use super::references::ReferenceCounts;
 use crate::error::Result;
 use crate::format::{
@@ -46,6 +47,7 @@ pub(crate) fn for_each_wrong(
     storage: &dyn Storage,
     header: &Header,
     references: &ReferenceCounts,
+    watch: &dyn Watch,
     mut refcount: impl FnMut(HostCluster) -> Result<Option<u64>>,
     mut visit: impl FnMut(WrongFlag) -> Result<()>,
 ) -> Result<()> {
@@ -62,7 +64,10 @@ pub(crate) fn for_each_wrong(
         let (index, l2_table) = ((at - l1.0) / 8, None);
         visit(WrongFlag { at: HostOffset(at), right, refcount, index, l2_table, times: 1 })
     })?;
-    for (&table, uses) in references.l2_tables.iter().filter(|(_, uses)| uses.active != 0) {
+    let all = references.l2_tables.len() as u64;
+    let tables = (0..).zip(&references.l2_tables);
+    for (done, (&table, uses)) in tables.filter(|(_, (_, uses))| uses.active != 0) {
+        watch.at("checking flags", done, all);
         let range = table..table + g.cluster_size();
         for_each_data(storage, range, reading("L2", table), |start, bytes| {
             for (at, entry) in

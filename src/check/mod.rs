@@ -12,15 +12,19 @@
 pub(crate) mod copied;
 mod counts;
 pub(crate) mod pieces;
+mod progress;
 mod refcounts;
 pub mod references;
 mod repair;
 mod report;
 mod spans;
+mod survey;
 
+pub use progress::Watch;
 pub use references::ReferenceCounts;
-pub use repair::{Repair, repair};
+pub use repair::{Repair, repair, repair_watched};
 pub use report::Report;
+pub use survey::{Content, Survey, survey};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, INCOMPATIBLE_KNOWN};
@@ -34,7 +38,15 @@ use refcounts::Refcounts;
 /// `Corrupt` or `TooBig` with a header or a snapshot table that cannot be read. Everything else that
 /// is wrong is in the report.
 pub fn check(storage: &dyn Storage) -> Result<Report> {
-    examine(storage, &read_header(storage)?).map(|found| found.report)
+    check_watched(storage, &())
+}
+
+/// The same, telling `watch` how far it is.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_watched(storage: &dyn Storage, watch: &dyn Watch) -> Result<Report> {
+    examine(storage, &read_header(storage)?, watch).map(|found| found.report)
 }
 
 /// A report, and what a repair has to know besides.
@@ -67,15 +79,15 @@ fn read_header(storage: &dyn Storage) -> Result<Header> {
     Ok(header)
 }
 
-fn examine(storage: &dyn Storage, header: &Header) -> Result<Examination> {
+fn examine(storage: &dyn Storage, header: &Header, watch: &dyn Watch) -> Result<Examination> {
     let g = header.geometry;
     let mut report = Report { total_clusters: g.clusters_for(header.size).0, ..Report::default() };
-    let mut references = references::count_into(storage, header, &mut report)?;
+    let mut references = references::count_into(storage, header, &mut report, watch, None)?;
     let mut refcounts = Refcounts::load(storage, header)?;
     let sound_structure = refcounts.count_itself(&mut references, &mut report);
 
     let mut needs_rebuild = !sound_structure;
-    refcounts.for_each_used(&references, |used| {
+    refcounts.for_each_used(&references, watch, |used| {
         let (refcount, expected) = (used.refcount, used.references);
         // A refcount cannot say more than fits; each reference past that is one that it lacks.
         let countable = expected.min(g.max_refcount());
@@ -100,7 +112,7 @@ fn examine(storage: &dyn Storage, header: &Header) -> Result<Examination> {
 
     let mut wrong_flags = 0;
     let refcount = |cluster| refcounts.get(cluster);
-    copied::for_each_wrong(storage, header, &references, refcount, |wrong| {
+    copied::for_each_wrong(storage, header, &references, watch, refcount, |wrong| {
         wrong_flags += wrong.times;
         // That of a compressed cluster stands in the report already.
         let Some(refcount) = wrong.refcount else { return Ok(()) };

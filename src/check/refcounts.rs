@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::counts::ClusterCounts;
 use super::pieces::{for_each_data, for_each_word};
+use super::progress::Watch;
 use super::references::{ReferenceCounts, is_inside};
 use super::report::Report;
 use crate::error::{Error, Result};
@@ -136,12 +137,25 @@ impl<'a> Refcounts<'a> {
         Ok(self.cache.get(&offset).map(|block| refcount::get(block, index, order)))
     }
 
+    /// The clusters of the refcount table and of the blocks that it names.
+    pub(super) fn places(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let table = table_range(self.header);
+        let table = self.g.host_cluster(HostOffset(table.start)).0
+            ..self.g.clusters_for(table.end.min(self.length)).0;
+        let blocks = self.table.values().map(|raw| {
+            let block = self.g.host_cluster(HostOffset(raw & REFCOUNT_TABLE_OFFSET_MASK)).0;
+            block..block.saturating_add(1)
+        });
+        std::iter::once(table).chain(blocks)
+    }
+
     /// Calls `visit`, in ascending order, for every cluster of the file that has a reference or a
     /// refcount. A block that the table names twice, or at no cluster's start, says nothing; its
     /// clusters are left out.
     pub(super) fn for_each_used(
         &self,
         references: &ReferenceCounts,
+        watch: &dyn Watch,
         mut visit: impl FnMut(Used) -> Result<()>,
     ) -> Result<()> {
         let end = self.g.clusters_for(self.length).0.max(references.end().0);
@@ -149,6 +163,7 @@ impl<'a> Refcounts<'a> {
         let mut seen = HashSet::new();
         let mut next = 0;
         for (&index, &raw) in self.table.range(..end.div_ceil(per_block)) {
+            watch.at("comparing refcounts", next, end);
             let block = index * per_block..end.min((index + 1) * per_block);
             without_refcounts(references, next..block.start, &mut visit)?;
             next = block.end;

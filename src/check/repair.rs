@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::copied::{self, WrongFlag};
 use super::refcounts::{Refcounts, Used};
 use super::references::{self, ReferenceCounts};
-use super::{Examination, Report, examine, read_header};
+use super::{Examination, Report, Watch, examine, read_header};
 use crate::alloc::rebuild::rebuild;
 use crate::error::{Error, Result};
 use crate::format::{
@@ -33,8 +33,16 @@ pub enum Repair {
 /// # Errors
 /// As [`super::check`], and host errors while writing.
 pub fn repair(storage: &dyn Storage, what: Repair) -> Result<Report> {
+    repair_watched(storage, what, &())
+}
+
+/// The same, telling `watch` how far the checks are.
+///
+/// # Errors
+/// As [`repair`].
+pub fn repair_watched(storage: &dyn Storage, what: Repair, watch: &dyn Watch) -> Result<Report> {
     let mut header = read_header(storage)?;
-    let before = examine(storage, &header)?;
+    let before = examine(storage, &header, watch)?;
     let mut references = references::count(storage, &header)?;
     if what == Repair::All && references.distrust.is_none() {
         forget_preallocations(storage, &header, &references)?;
@@ -53,7 +61,7 @@ pub fn repair(storage: &dyn Storage, what: Repair) -> Result<Report> {
             Repair::All => repairs.all(header, &before)?,
         };
     }
-    let mut after = examine(storage, &header)?.report;
+    let mut after = examine(storage, &header, watch)?.report;
     if after.corruptions == 0 {
         clear_features(storage, &header, INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT)?;
     }
@@ -101,7 +109,7 @@ impl Repairs<'_> {
         let references = self.references;
         let refcount = |cluster| Ok(Some(references.get(cluster)));
         let mut any = false;
-        copied::for_each_wrong(self.storage, header, references, refcount, |wrong| {
+        copied::for_each_wrong(self.storage, header, references, &(), refcount, |wrong| {
             if which(&wrong) {
                 any = true;
                 write(self.storage, &wrong.right.to_be_bytes(), wrong.at, "a table entry")?;
@@ -121,7 +129,7 @@ impl Repairs<'_> {
         refcounts.count_itself(&mut references, &mut Report::default());
         let mut sector = Sector::default();
         let mut freed = 0..0;
-        refcounts.for_each_used(&references, |used| {
+        refcounts.for_each_used(&references, &(), |used| {
             let Used { refcount, references, place: Some((block, index)), .. } = used else {
                 return Ok(());
             };

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::progress::Checking;
 use crate::check::{self, Repair, Report};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::HostFile;
@@ -16,9 +17,17 @@ const NOT_CHECKABLE: i32 = 63;
 
 /// Check qcow2 images, and repair them
 ///
+/// A check writes nothing and may be stopped at any moment; so may a repair, after which the image is
+/// no worse than before. An image that somebody writes cannot be checked: an open mount or a virtual
+/// machine says so.
+///
 /// Exit code: 0 sound, 2 corrupt, 3 leaked clusters only, 1 the check could not be done, 63 not a
 /// qcow2 image. Of several images the worst: 1, 63, 2, 3, 0.
 #[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:
+  qcow2fs check disk.qcow2
+  qcow2fs check --json images/a.qcow2 images/b.qcow2
+  qcow2fs check --repair leaks disk.qcow2")]
 pub struct Args {
     /// Give leaked clusters back, or repair everything that loses no data
     #[arg(long, short, value_enum)]
@@ -35,7 +44,7 @@ pub struct Args {
 pub fn run(args: &Args) -> i32 {
     let mut worst = 0;
     for path in &args.images {
-        let code = match check_image(path, args.repair) {
+        let code = match check_image(path, args) {
             Ok(report) => {
                 print(path, &report, args);
                 report.exit_code()
@@ -60,14 +69,15 @@ fn severity(code: i32) -> u8 {
     }
 }
 
-fn check_image(path: &Path, repair: Option<Repair>) -> Result<Report> {
-    let file = open(path, repair.is_some())?;
-    let access = if repair.is_some() { Access::Write } else { Access::Read };
+fn check_image(path: &Path, args: &Args) -> Result<Report> {
+    let file = open(path, args.repair.is_some())?;
+    let access = if args.repair.is_some() { Access::Write } else { Access::Read };
     image_lock::acquire(&file, None, access)?;
     let storage = HostFile::new(file);
-    match repair {
-        Some(what) => check::repair(&storage, what),
-        None => check::check(&storage),
+    let progress = Checking::new(path.display().to_string(), args.json);
+    match args.repair {
+        Some(what) => check::repair_watched(&storage, what, &progress),
+        None => check::check_watched(&storage, &progress),
     }
 }
 

@@ -11,6 +11,10 @@ use super::signals;
 /// When something is in use it says by what, and may be run again. What `attach` has not done is left
 /// alone: a mount that was there before stays. Exit code: 0 done, 1 failed.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs detach /mnt/disk
+  qcow2fs detach /dev/loop0
+  qcow2fs detach images/disk.qcow2")]
 pub(super) struct Args {
     /// The mount point, the device, the image, or its raw file
     #[arg(required = true, value_name = "MOUNTPOINT|DEVICE|IMAGE")]

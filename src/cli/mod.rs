@@ -12,18 +12,29 @@ mod compact;
 mod daemon;
 mod detach;
 mod helper;
+mod info;
+mod live;
 mod logging;
+mod map;
 mod mount;
+mod mounted;
 mod options;
+mod progress;
+mod resize;
 mod shown;
 mod signals;
 mod size;
 mod snapshot;
 mod status;
+mod terminal;
 mod umount;
 mod unmounting;
 
 /// Mounts a directory of qcow2 images as a directory of flat raw files.
+///
+/// Sizes are written as 4096, 64K, 16M, 10G or 1TiB: powers of 1024. Colours are used on a terminal
+/// only, and not where NO_COLOR is set. Exit code, unless a command's help says more: 0 done, 1 failed,
+/// 2 arguments that make no sense.
 #[derive(Parser)]
 #[command(name = "qcow2fs", version, max_term_width = 100)]
 struct Cli {
@@ -38,6 +49,9 @@ enum Command {
     Umount(umount::Args),
     Status(status::Args),
     Check(check::Args),
+    Info(info::Args),
+    Map(map::Args),
+    Resize(resize::Args),
     Snapshot(snapshot::Args),
     Compact(compact::Args),
     Attach(attach::Args),
@@ -60,11 +74,19 @@ pub fn run() -> i32 {
             return e.exit_code();
         }
     };
+    if !matches!(cli.command, Command::Mount(_)) {
+        // Who prints into a pipe that nobody reads any more ends, as other tools do.
+        // SAFETY: the default action takes no handler that could be unsound.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    }
     match cli.command {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Map(args) => map::run(&args),
+        Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Compact(args) => compact::run(&args),
         Command::Attach(args) => attach::run(&args),
@@ -150,5 +172,31 @@ mod tests {
     fn the_definition_of_the_arguments_makes_sense() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    /// The lines of a command's help that begin with `qcow2fs`, its own and those of commands below.
+    fn examples(command: &clap::Command) -> Vec<String> {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let lines = help.lines().map(str::trim).filter(|line| line.starts_with("qcow2fs "));
+        lines.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn each_command_has_examples_that_mean_something_and_says_its_exit_codes() {
+        use clap::CommandFactory;
+        for command in Cli::command().get_subcommands() {
+            let (name, examples) = (command.get_name(), examples(command));
+            let is_one = |line: &String| line.split(' ').nth(1) == Some(name);
+            assert!(examples.iter().any(is_one), "{name} has no examples");
+            for line in examples {
+                // What follows a comment sign is for people.
+                let words = line.split(" #").next().unwrap_or_default().split_whitespace();
+                if let Err(e) = Cli::try_parse_from(words) {
+                    panic!("{line}: {e}");
+                }
+            }
+            let about = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+            assert!(about.contains("Exit code"), "{name} does not say its exit codes: {about}");
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::helper::Helper;
@@ -14,7 +15,7 @@ use super::options::MountOptions;
 use super::umount::is_dead;
 use super::unmounting::Served;
 use super::{logging, signals, size};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::confine::{self, Layer, Place};
 use crate::fs::Filesys;
 use crate::image;
@@ -25,7 +26,15 @@ use crate::storage::image_lock;
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
 /// otherwise. `qcow2fs umount` ends it.
+///
+/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
+/// sense.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs mount images/ /mnt/raw
+  qcow2fs mount --read-only -o allow_other images/ /mnt/raw
+  qcow2fs mount --foreground -v --allow /srv/bases images/ /mnt/raw
+  qcow2fs mount --compact-after 5% --recycle-rate 20M images/ /mnt/raw")]
 pub(super) struct Args {
     /// The directory with the images, or one image, to show nothing else
     source: PathBuf,
@@ -54,6 +63,12 @@ pub(super) struct Args {
     /// no-new-privs (and seccomp and landlock with it), landlock, seccomp (repeatable)
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
     unconfined: Vec<Layer>,
+    /// Write to qcow2 overlays in this directory, and leave the images as they are
+    #[arg(long, value_name = "DIR")]
+    overlay: Option<PathBuf>,
+    /// Throw the overlays away at the end; those that lie in the directory are not used
+    #[arg(long)]
+    ephemeral: bool,
     /// Log to the end of this file
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -64,8 +79,8 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, unconfined=LAYER,
-    /// log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, overlay=DIR, ephemeral,
+    /// unconfined=LAYER, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -144,6 +159,11 @@ impl Plan {
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
         let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..)).collect();
+        let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
+        let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if let Some(overlay) = &overlay {
+            refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
+        }
         let log_file = args.log_file.or(options.log_file.take().map(PathBuf::from));
         let log_file = log_file.map(std::path::absolute).transpose();
         Ok(Plan {
@@ -159,6 +179,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                overlay,
                 image,
             },
             options,
@@ -173,8 +194,10 @@ impl Plan {
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
             Ok(started) => {
-                if let Some(Err(e)) = parent.map(Parent::ready) {
-                    log::error!("letting go of the terminal: {e}");
+                match parent.map(Parent::ready) {
+                    Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
+                    Some(Ok(())) => {}
+                    None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(started))
@@ -209,10 +232,12 @@ impl Plan {
     fn confine(&self, helper: &Arc<Helper>) {
         let searcher = Arc::clone(helper);
         image_lock::search_by(move |wanted| searcher.holder(wanted));
-        let write = !self.options.read_only;
+        let overlay = self.catalog.overlay.as_ref().map(|overlay| &overlay.directory);
+        let write = !self.options.read_only && overlay.is_none();
         let place = |path: &PathBuf| Place { path: path.clone(), write };
         let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
         places.push(place(&self.directory));
+        places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
         // Where the standard descriptors lead once the terminal is let go of.
         places.push(Place { path: "/dev/null".into(), write: true });
         confine::confine(&self.unconfined, &places);
@@ -230,6 +255,7 @@ impl Plan {
 
     fn run(&self, Started { session, catalog, helper }: Started) -> i32 {
         let ended = serve_to_the_end(session);
+        tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -276,6 +302,13 @@ impl Plan {
             0 => name,
             _ => name.replace('\\', "\\\\").replace(',', "\\,"),
         }
+    }
+}
+
+/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("telling the service manager: {e}");
     }
 }
 
@@ -346,6 +379,32 @@ fn plain(error: &io::Error) -> String {
 pub(super) fn allowed(path: &Path) -> Result<PathBuf, String> {
     directory(path, "the allowed directory")?;
     std::path::absolute(path).map_err(|e| format!("the allowed directory {}: {e}", path.display()))
+}
+
+fn overlay_options(
+    path: Option<PathBuf>,
+    ephemeral: bool,
+) -> Result<Option<OverlayOptions>, String> {
+    match path {
+        Some(path) => {
+            let directory = directory(&path, "the overlay directory")?;
+            Ok(Some(OverlayOptions { directory, ephemeral }))
+        }
+        None if ephemeral => {
+            Err("--ephemeral needs --overlay DIR, for the room that it takes".into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// Overlays among images would be shown as such.
+fn refuse_mixing(overlays: &Path, others: &[&Path]) -> Result<(), String> {
+    let other =
+        others.iter().find(|other| is_within(overlays, other) || is_within(other, overlays));
+    other.map_or(Ok(()), |other| {
+        let (overlays, other) = (overlays.display(), other.display());
+        Err(format!("the overlay directory {overlays} and {other} must lie apart"))
+    })
 }
 
 /// A mount over its own images could never be answered. A bind mount may give either of them a

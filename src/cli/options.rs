@@ -19,6 +19,8 @@ pub(super) struct MountOptions {
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
     pub(super) unconfined: Vec<Layer>,
+    pub(super) overlay: Option<String>,
+    pub(super) ephemeral: bool,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -26,7 +28,7 @@ pub(super) struct MountOptions {
 
 /// What mount(8), fstab and mount.fuse3 pass and what is not ours to act on. `dev` and `suid` are
 /// among them: no device and no set-user-ID file is ever shown.
-const IGNORED: [&str; 28] = [
+const IGNORED: [&str; 29] = [
     "defaults",
     "auto",
     "noauto",
@@ -37,6 +39,7 @@ const IGNORED: [&str; 28] = [
     "group",
     "nofail",
     "_netdev",
+    "_rnetdev",
     "async",
     "nosuid",
     "nodev",
@@ -85,10 +88,12 @@ impl MountOptions {
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
             ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
+            ("overlay", Some(value)) => self.overlay = Some(value.to_owned()),
+            ("ephemeral", None) => self.ephemeral = true,
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
-            (name, _) if name.starts_with("x-") => {}
+            (name, _) if name.starts_with("x-") || name.starts_with("X-") => {}
             (name, None) => self.flag(name)?,
             _ => return Err(unknown(option)),
         }
@@ -118,7 +123,7 @@ fn number(option: &str, value: &str, base: u32) -> Result<u32, String> {
 }
 
 fn unknown(option: &str) -> String {
-    format!("mount option '{option}' is not known")
+    format!("mount option '{option}' is not known: `qcow2fs mount --help` lists those that are")
 }
 
 #[cfg(test)]
@@ -134,7 +139,7 @@ mod tests {
     fn our_options_are_taken() {
         let options = parse(
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
-                   compact_after=5%,recycle_rate=2M,unconfined=landlock",
+                   compact_after=5%,recycle_rate=2M,overlay=/o,ephemeral,unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -147,6 +152,8 @@ mod tests {
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
             unconfined: vec![Layer::Landlock],
+            overlay: Some("/o".into()),
+            ephemeral: true,
             log_file: Some("/l".into()),
             kernel: vec![],
         };
@@ -157,7 +164,7 @@ mod tests {
     #[test]
     fn what_mount_and_fstab_pass_is_no_error() {
         let fstab = "rw,nosuid,nodev,noexec,noatime,nofail,_netdev,user,noauto,defaults,async,dev,\
-                     suid,exec,relatime,x-systemd.automount,x-systemd.device-timeout=5,user=me";
+                     suid,exec,relatime,x-systemd.automount,x-systemd.device-timeout=5,X-mount.mkdir,user=me";
         let kernel = vec![MountOption::NoAtime, MountOption::Exec];
         assert_eq!(parse(fstab).unwrap(), MountOptions { kernel, ..Default::default() });
     }

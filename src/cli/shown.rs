@@ -24,7 +24,7 @@ pub(super) fn raw_file_of(image: &Path) -> Option<PathBuf> {
 }
 
 /// What a mount of `source` (a directory, or just one image) at `place` shows the image as.
-fn raw_file_in(image: &Path, source: &Path, place: &Path) -> Option<PathBuf> {
+pub(super) fn raw_file_in(image: &Path, source: &Path, place: &Path) -> Option<PathBuf> {
     if image.extension()? != IMAGE {
         return None;
     }

@@ -1,5 +1,7 @@
 //! Sizes as people write and read them.
 
+use std::time::Duration;
+
 use crate::image::CompactAfter;
 
 /// Bytes of a size like `4096`, `64K`, `16M`, `1GiB`: powers of 1024, whatever the unit's ending.
@@ -54,6 +56,61 @@ pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A size that may depend on the one there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NewSize {
+    /// So many bytes.
+    Exactly(u64),
+    /// So many more.
+    More(u64),
+    /// So many less.
+    Less(u64),
+}
+
+impl NewSize {
+    /// What becomes of `before` bytes, unless there is no such size.
+    pub(super) fn from(self, before: u64) -> Option<u64> {
+        match self {
+            NewSize::Exactly(size) => Some(size),
+            NewSize::More(more) => before.checked_add(more),
+            NewSize::Less(less) => before.checked_sub(less),
+        }
+    }
+}
+
+/// A size, or with a sign before it how much more or less.
+///
+/// # Errors
+/// As [`parse`].
+pub(super) fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    match text.as_bytes().first() {
+        Some(b'+') => parse(&text[1..]).map(NewSize::More),
+        Some(b'-') => parse(&text[1..]).map(NewSize::Less),
+        _ => parse(text).map(NewSize::Exactly),
+    }
+}
+
+/// As [`show`], with the bytes where that says less than all.
+pub(super) fn show_exactly(bytes: u64) -> String {
+    let power = (bytes.max(1).ilog2() / 10) * 10;
+    let tenths = (u128::from(bytes) * 10) >> power << power == u128::from(bytes) * 10;
+    match power == 0 || tenths {
+        true => show(bytes),
+        false => format!("{} ({bytes} B)", show(bytes)),
+    }
+}
+
+/// Seconds, with a fraction or without, at least a twentieth.
+///
+/// # Errors
+/// A line that says what it looks like.
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.05..=86400.0).contains(seconds));
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("'{text}' is no number of seconds from 0.05 to 86400"))
+}
+
 /// A size in the largest unit of which there is at least one, with one digit after the point.
 pub(super) fn show(bytes: u64) -> String {
     let units = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -100,6 +157,23 @@ mod tests {
         let shown = [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")];
         for (bytes, text) in shown {
             assert_eq!(show(bytes), text);
+        }
+        assert_eq!(show_exactly(3 << 29), "1.5 GiB");
+        assert_eq!(show_exactly(1000), "1000 B");
+        assert_eq!(show_exactly((10 << 30) + 512), "10.0 GiB (10737418752 B)");
+    }
+
+    #[test]
+    fn a_new_size_may_be_more_or_less_than_the_old_one() {
+        for (text, after) in [("3K", 3072), ("+1K", 2048), ("-512", 512)] {
+            assert_eq!(parse_new_size(text).unwrap().from(1024), Some(after), "{text}");
+        }
+        assert_eq!(parse_new_size("-2K").unwrap().from(1024), None);
+        assert_eq!(parse_new_size("+1K").unwrap().from(u64::MAX), None);
+        assert_eq!(parse_seconds("0.5"), Ok(Duration::from_millis(500)));
+        assert!(["0", "-1", "nan", "inf", "", "1e9"].iter().all(|s| parse_seconds(s).is_err()));
+        for wrong in ["", "+", "-", "+-1", "--1", "G"] {
+            assert!(parse_new_size(wrong).is_err(), "{wrong}");
         }
     }
 }

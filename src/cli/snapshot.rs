@@ -170,7 +170,7 @@ impl Backing for Unread {
 }
 
 /// The snapshots of an image that others may change meanwhile.
-fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
+pub(super) fn list(path: &Path) -> Result<Vec<SnapshotInfo>> {
     let file = super::check::open(path, false)?;
     let failed = |e| Error::io("reading the header", e);
     let header = || {
@@ -226,7 +226,8 @@ fn print(all: &[SnapshotInfo], json: bool) -> Result<()> {
     Ok(())
 }
 
-fn as_json(info: &SnapshotInfo) -> serde_json::Value {
+/// A snapshot with the names that qemu-img gives.
+pub(super) fn as_json(info: &SnapshotInfo) -> serde_json::Value {
     let taken = since_epoch(info.taken);
     serde_json::json!({
         "id": info.id,

@@ -8,7 +8,13 @@ use serde_json::Value;
 use super::size;
 
 /// Show the open images of a mount
+///
+/// Exit code: 0 done; 1 nothing is mounted there, or it does not answer; 2 arguments that make no
+/// sense.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs status /mnt/raw
+  qcow2fs status --json /mnt/raw")]
 pub(super) struct Args {
     /// Where it is mounted
     mountpoint: PathBuf,
@@ -91,7 +97,7 @@ fn confinement(confined: &Value) -> String {
 }
 
 /// What an image's recycler has done and does, in a line; nothing where there is nothing to tell.
-fn recycler(image: &Value) -> String {
+pub(super) fn recycler(image: &Value) -> String {
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (done, clusters) = (&image["recycled"], &image["clusters"]);
     let compaction = &image["compaction"];

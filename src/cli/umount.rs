@@ -15,6 +15,8 @@ const CLOSING: Duration = Duration::from_secs(60);
 /// Exit code: 0 when all images were closed in order; 1 when the mount is busy, when an image could
 /// not be closed, or when that takes more than a minute.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  qcow2fs umount /mnt/raw")]
 pub(super) struct Args {
     /// Where it is mounted
     mountpoint: PathBuf,

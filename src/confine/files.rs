@@ -29,7 +29,7 @@ fn enforce(places: &[Place]) -> Result<RestrictionStatus, String> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
-        .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
+        .and_then(|rules| rules.scope(scopes()))
         .and_then(Ruleset::create)
         .map_err(failed)?;
     for Place { path, write } in places {
@@ -38,6 +38,16 @@ fn enforce(places: &[Place]) -> Result<RestrictionStatus, String> {
         rules = rules.add_rule(PathBeneath::new(place, access)).map_err(failed)?;
     }
     rules.restrict_self().map_err(failed)
+}
+
+/// Whom this process may not reach: others by signals, and by sockets that are no files, unless the
+/// service manager waits at one.
+fn scopes() -> BitFlags<Scope> {
+    let manager = std::env::var_os("NOTIFY_SOCKET").unwrap_or_default();
+    match manager.as_encoded_bytes().first() {
+        Some(b'@') => Scope::Signal.into(),
+        _ => Scope::from_all(NEWEST),
+    }
 }
 
 /// What may be done beneath a place, or to a file. Nothing is ever executed, and no device, socket,

@@ -141,7 +141,7 @@ impl Image {
         }
         let mut any = false;
         let count = |cluster| Ok(Some(counts.get(cluster)));
-        copied::for_each_wrong(storage, header, counts, count, |wrong| {
+        copied::for_each_wrong(storage, header, counts, &(), count, |wrong| {
             any |= !wrong.is_set();
             Ok(())
         })?;

@@ -83,6 +83,14 @@ impl Image {
         })
     }
 
+    /// The header, checked by itself only.
+    ///
+    /// # Errors
+    /// As [`Image::summarize`].
+    pub fn header(storage: &dyn Storage) -> Result<Header> {
+        read_header(storage)
+    }
+
     /// Opens an image. A writable image gets its recycler thread; one that is marked dirty gets its
     /// refcounts rebuilt first. One that is corrupt is opened read-only ([`Image::is_writable`]).
     ///

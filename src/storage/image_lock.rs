@@ -78,6 +78,25 @@ pub fn acquire(file: &File, held: Option<Access>, access: Access) -> Result<()> 
     }
 }
 
+/// What another process has the image open for, without locking anything, and which one where that
+/// can be told.
+///
+/// # Errors
+/// Those of the host.
+pub fn used_by(file: &File) -> Result<Option<(Access, Option<String>)>> {
+    let is_used = |permission| {
+        is_locked_by_other(file, USED + permission)
+            .map_err(|e| Error::io("asking for the image's locks", e))
+    };
+    let access = match (is_used(1)?, is_used(0)?) {
+        (true, _) => Access::Write,
+        (false, true) => Access::Read,
+        (false, false) => return Ok(None),
+    };
+    let holder = other_holder(file).map(|(pid, name)| format!("{name} (pid {pid})"));
+    Ok(Some((access, holder)))
+}
+
 /// Gives up every lock on `file` that `held` does not need.
 ///
 /// # Errors

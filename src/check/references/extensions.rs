@@ -78,6 +78,7 @@ impl Counter<'_> {
                     match BitmapBits::decode(raw, &g) {
                         Ok(BitmapBits::Zeros | BitmapBits::Ones) => {}
                         Ok(BitmapBits::Stored(cluster)) => {
+                            self.note_metadata(cluster.0..cluster.0.saturating_add(1));
                             if !self.refer(g.host_offset(cluster), g.cluster_size(), uses.total) {
                                 let text = format!("{} points past the end of the file", name());
                                 self.distrust(uses.total, text);

@@ -9,8 +9,11 @@ mod extensions;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use roaring::RoaringTreemap;
+
 use super::counts::ClusterCounts;
 use super::pieces::{for_each_data, for_each_word};
+use super::progress::Watch;
 use super::report::Report;
 use super::spans::{Spans, Uses};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,6 +39,15 @@ pub struct ReferenceCounts {
     pub(crate) any_not_copied: bool,
     /// Where the L2 entries stand that have no data but keep a cluster which makes no sense.
     pub(super) bad_preallocations: Vec<HostOffset>,
+    /// What the clusters hold, where that is wanted.
+    pub(super) contents: Option<Contents>,
+}
+
+/// Clusters that hold something other than plain data. L2 tables and refcounts are not among them.
+#[derive(Debug, Default)]
+pub(super) struct Contents {
+    pub(super) metadata: RoaringTreemap,
+    pub(super) compressed: RoaringTreemap,
 }
 
 impl ReferenceCounts {
@@ -76,14 +88,16 @@ impl ReferenceCounts {
 /// Host errors, and `Corrupt` or `TooBig` where a structure cannot be read at all. References that
 /// make no sense are no errors here: see [`ReferenceCounts::trusted`].
 pub fn count(storage: &dyn Storage, header: &Header) -> Result<ReferenceCounts> {
-    count_into(storage, header, &mut Report::default())
+    count_into(storage, header, &mut Report::default(), &(), None)
 }
 
-/// The same, telling `report` what is wrong.
+/// The same, telling `report` what is wrong and `watch` how far it is, and filling in `contents`.
 pub(super) fn count_into(
     storage: &dyn Storage,
     header: &Header,
     report: &mut Report,
+    watch: &dyn Watch,
+    contents: Option<Contents>,
 ) -> Result<ReferenceCounts> {
     let length = storage.len().map_err(|e| Error::io("asking for the file's length", e))?;
     let mut counter = Counter {
@@ -93,8 +107,9 @@ pub(super) fn count_into(
         data_file: header.incompatible_features & INCOMPATIBLE_DATA_FILE != 0,
         length,
         report,
+        watch,
         structures: Vec::new(),
-        result: ReferenceCounts::default(),
+        result: ReferenceCounts { contents, ..ReferenceCounts::default() },
     };
     counter.structure(HostOffset(0), counter.g.cluster_size(), "the header");
     counter.l1_tables()?;
@@ -126,6 +141,7 @@ struct Counter<'a> {
     /// Bytes of the file.
     length: u64,
     report: &'a mut Report,
+    watch: &'a dyn Watch,
     structures: Vec<Structure>,
     result: ReferenceCounts,
 }
@@ -148,6 +164,12 @@ impl Counter<'_> {
         inside
     }
 
+    fn note_metadata(&mut self, clusters: Range<u64>) {
+        if let Some(contents) = &mut self.result.contents {
+            contents.metadata.insert_range(clusters);
+        }
+    }
+
     fn clusters(&self, offset: HostOffset, size: u64) -> Range<u64> {
         self.g.host_cluster(offset).0..self.g.clusters_for(offset.0 + size).0
     }
@@ -157,6 +179,7 @@ impl Counter<'_> {
         let inside = self.refer(offset, size, 1);
         if inside {
             let clusters = self.clusters(offset, size);
+            self.note_metadata(clusters.clone());
             self.structures.push(Structure { what, offset, clusters });
         } else {
             self.distrust(1, format!("{what} at {offset} ends past the end of the file"));
@@ -279,7 +302,9 @@ impl Counter<'_> {
         let tables: Vec<_> = self.result.l2_tables.iter().map(|(&at, &uses)| (at, uses)).collect();
         let (storage, g) = (self.storage, self.g);
         let entry_size = g.l2_entry_size();
-        for (table, uses) in tables {
+        let all = tables.len() as u64;
+        for (done, (table, uses)) in (0..).zip(tables) {
+            self.watch.at("counting references", done, all);
             let doing = || format!("reading the L2 table at {table:#x}");
             let range = table..table + g.cluster_size();
             let mut expected = None;
@@ -368,9 +393,16 @@ impl Counter<'_> {
         } else if entry.bitmap != 0 {
             self.entry_corruption(entry, "is compressed and has subclusters");
         }
-        if !self.data_file && !self.refer(offset, length, entry.uses.total) {
+        if self.data_file {
+            return;
+        }
+        if !self.refer(offset, length, entry.uses.total) {
             let text = format!("{} points past the end of the file", entry.name());
-            self.distrust(entry.uses.total, text);
+            return self.distrust(entry.uses.total, text);
+        }
+        let clusters = self.clusters(offset, length);
+        if let Some(contents) = &mut self.result.contents {
+            contents.compressed.insert_range(clusters);
         }
     }
 

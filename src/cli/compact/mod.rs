@@ -1,7 +1,6 @@
 //! `qcow2fs compact`: makes image files as short as their content, in place.
 
 mod mounted;
-mod progress;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,12 +10,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::mounted::Mounted;
+use super::progress::Progress;
 use super::{logging, signals, size};
 use crate::catalog::Alone;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{CompactAfter, Image, Options};
-use mounted::Mounted;
-use progress::Progress;
 
 /// How often a search for leaked clusters is looked at.
 const LOOK: Duration = Duration::from_millis(10);
@@ -145,14 +144,14 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     };
     let opened = match Alone::open(path, &allowed, &options) {
         Err(e) if e.kind() == ErrorKind::InUse && !args.dry_run => {
-            let Some(mount) = Mounted::find(path) else { return Err(line(e)) };
+            let Some(mount) = Mounted::open_in(path) else { return Err(line(e)) };
             if args.detect_zeroes {
                 let place = mount.mountpoint().display();
                 return Err(format!(
                     "--detect-zeroes needs the image closed, and {place} has it open"
                 ));
             }
-            return mount.compact(stop, &mut progress);
+            return mounted::compact(&mount, stop, &mut progress);
         }
         opened => opened.map_err(line)?,
     };

@@ -1,12 +1,16 @@
 //! How far it is: a bar on a terminal, now and then a line elsewhere, nothing where JSON is wanted.
 
+use std::cell::RefCell;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::size;
+use super::size;
+use crate::check;
 
+/// How often what is told often is shown.
+const REDRAW: Duration = Duration::from_millis(200);
 /// How often a line is printed where there is no terminal.
 const LINE: Duration = Duration::from_secs(10);
 
@@ -34,15 +38,26 @@ impl Progress {
     /// Something begins of which nobody knows how long it takes, or something else to count.
     pub(super) fn begin(&self, what: &'static str) {
         let Some(bar) = &self.bar else { return };
-        // Without length it is a spinner. A template that does not parse is a plain bar.
-        let template = "{spinner} {prefix}: {msg} {bytes}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
+        // Without length it is a spinner.
+        style(bar, "{spinner} {prefix}: {msg} {bytes}");
         bar.reset();
         bar.set_prefix(self.name.clone());
         bar.set_message(what);
         bar.enable_steady_tick(Duration::from_millis(200));
+    }
+
+    /// `what` has done so many of so many, whatever it counts.
+    pub(super) fn counted(&mut self, what: &'static str, done: u64, all: u64) {
+        if let Some(bar) = &self.bar {
+            if bar.length() != Some(all) || bar.message() != what {
+                style(bar, "{prefix}: {msg} [{bar:30}] {percent} %, {eta} left");
+                bar.reset();
+                bar.set_message(what);
+                bar.set_length(all);
+            }
+            bar.set_position(done);
+        }
+        self.line(|name| format!("{name}: {what}: {} %", done * 100 / all.max(1)));
     }
 
     /// The pass has moved so many bytes of so many.
@@ -66,11 +81,10 @@ impl Progress {
     fn show(&mut self, what: &'static str, done: u64, all: u64, begins: bool) {
         if let Some(bar) = &self.bar {
             if bar.length() != Some(all) || begins {
-                let template =
-                    "{prefix}: {msg} [{bar:30}] {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
-                if let Ok(style) = ProgressStyle::with_template(template) {
-                    bar.set_style(style.progress_chars("=> "));
-                }
+                style(
+                    bar,
+                    "{prefix}: {msg} [{bar:30}] {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left",
+                );
                 if begins {
                     bar.reset();
                 }
@@ -79,12 +93,55 @@ impl Progress {
             }
             bar.set_position(done);
         }
+        self.line(|name| format!("{name}: {what}: {} of {}", size::show(done), size::show(all)));
+    }
+
+    /// Prints a line where that is due.
+    fn line(&mut self, text: impl FnOnce(&str) -> String) {
         if let Some(last) = &mut self.last_line
             && last.elapsed() >= LINE
         {
             *last = Instant::now();
-            eprintln!("{}: {what}: {} of {}", self.name, size::show(done), size::show(all));
+            eprintln!("{}", text(&self.name));
         }
+    }
+}
+
+/// What a check tells goes to the bar, now and then; nothing of one that is over soon.
+pub(super) struct Checking {
+    name: String,
+    json: bool,
+    state: RefCell<State>,
+}
+
+struct State {
+    /// Made when it is first shown.
+    progress: Option<Progress>,
+    shown: Instant,
+}
+
+impl Checking {
+    pub(super) fn new(name: String, json: bool) -> Self {
+        let state = State { progress: None, shown: Instant::now() };
+        Checking { name, json, state: RefCell::new(state) }
+    }
+}
+
+impl check::Watch for Checking {
+    fn at(&self, step: &'static str, done: u64, all: u64) {
+        let state = &mut *self.state.borrow_mut();
+        if state.shown.elapsed() >= REDRAW {
+            let new = || Progress::new(self.name.clone(), self.json);
+            state.progress.get_or_insert_with(new).counted(step, done, all);
+            state.shown = Instant::now();
+        }
+    }
+}
+
+/// A template that does not parse leaves the bar as it was.
+fn style(bar: &ProgressBar, template: &str) {
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
     }
 }
 

@@ -1,0 +1,215 @@
+//! Overlays: what is written to images that stay as they are.
+//!
+//! An overlay is a qcow2 image of its own whose backing file is the image. It is made before the
+//! image is first opened for writing, appears complete and durable or not at all, and is what is
+//! opened from then on. Kept overlays lie in a directory under the names of their images and are
+//! used again by later mounts; ephemeral ones have no name there, so that nothing is left of them
+//! whatever ends the mount.
+
+use std::collections::HashMap;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+use super::host::{self, HostId, HostSpace, Root};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{BackingFile, CreateOptions, Image};
+use crate::storage::{HostFile, IfTaken, NewFile};
+
+/// Where overlays go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OverlayOptions {
+    /// The directory, outside the image directory.
+    pub directory: PathBuf,
+    /// They are thrown away at the end of the mount.
+    pub ephemeral: bool,
+}
+
+/// The overlays of one mount.
+pub(super) struct Overlays {
+    root: Root,
+    directory: PathBuf,
+    /// The image directory's real path.
+    source: PathBuf,
+    kind: Kind,
+    /// One is made at a time. Taken before `Ephemeral`'s.
+    making: Mutex<()>,
+}
+
+enum Kind {
+    /// The directory, locked: no two mounts write the same overlays.
+    Kept(#[expect(dead_code, reason = "only held")] File),
+    /// By the image that each belongs to.
+    Ephemeral(Mutex<HashMap<HostId, NewFile>>),
+}
+
+impl Overlays {
+    /// Those of the images in `source`.
+    ///
+    /// # Errors
+    /// `InUse` for the directory of another mount, and those of the host.
+    pub(super) fn new(source: &Path, options: &OverlayOptions) -> Result<Overlays> {
+        let shown = options.directory.display();
+        let failed = |e| Error::io(format!("opening the overlay directory {shown}"), e);
+        let directory = options.directory.canonicalize().map_err(failed)?;
+        let kind = match options.ephemeral {
+            true => Kind::Ephemeral(Mutex::default()),
+            false => Kind::Kept(lock(&directory).map_err(|e| match e.kind() {
+                io::ErrorKind::WouldBlock => Error::new(
+                    ErrorKind::InUse,
+                    format!("another mount has the overlay directory {shown}: give each its own"),
+                ),
+                _ => failed(e),
+            })?),
+        };
+        Ok(Overlays {
+            root: Root::open(&directory).map_err(failed)?,
+            directory,
+            source: source.canonicalize().map_err(failed)?,
+            kind,
+            making: Mutex::default(),
+        })
+    }
+
+    /// The overlay of the image `id`, which is at `path` beneath the image directory.
+    ///
+    /// # Errors
+    /// Those of the host; `Unsupported` for a name there that is no regular file.
+    pub(super) fn find(&self, id: HostId, path: &Path) -> Result<Option<(File, Metadata)>> {
+        let failed = |e| Error::io(format!("looking at the overlay {}", self.place(path)), e);
+        let file = match &self.kind {
+            Kind::Ephemeral(made) => match made.lock().get(&id) {
+                Some(new) => new.file().try_clone().map_err(failed)?,
+                None => return Ok(None),
+            },
+            Kind::Kept(_) => match self.root.place(path) {
+                Ok(place) => place,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+                    return Ok(None);
+                }
+                Err(e) => return Err(failed(e)),
+            },
+        };
+        let metadata = file.metadata().map_err(failed)?;
+        match metadata.is_file() {
+            true => Ok(Some((file, metadata))),
+            false => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the overlay {} is not a regular file", self.place(path)),
+            )),
+        }
+    }
+
+    /// Fails unless the overlay is one on the image at `path`.
+    ///
+    /// # Errors
+    /// `Unsupported`; those of [`Image::summarize`] and of the host.
+    pub(super) fn check(&self, overlay: &File, path: &Path) -> Result<()> {
+        let file = host::open_file(overlay, false)
+            .map_err(|e| Error::io(format!("opening the overlay {}", self.place(path)), e))?;
+        let backing = Image::summarize(&HostFile::new(file))?.backing;
+        let image = self.source.join(path);
+        if backing.is_some_and(|backing| backing.name == image.as_os_str().as_bytes()) {
+            return Ok(());
+        }
+        let (overlay, image) = (self.place(path), image.display());
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the overlay {overlay} is not based on {image}: move it away"),
+        ))
+    }
+
+    /// Makes the overlay of an image, unless there is one.
+    ///
+    /// # Errors
+    /// Those of [`Overlays::find`], [`Image::summarize`] and [`Image::create`]; `Unsupported` for an
+    /// image that is not served.
+    pub(super) fn make(&self, id: HostId, path: &Path, image: &File) -> Result<()> {
+        let _making = self.making.lock();
+        if self.find(id, path)?.is_some() {
+            return Ok(());
+        }
+        let failed = |e| Error::io(format!("making the overlay {}", self.place(path)), e);
+        let file = host::open_file(image, false).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let summary = Image::summarize(&HostFile::new(file))?;
+        if let Some(reason) = summary.refusal {
+            return Err(Error::new(ErrorKind::Unsupported, reason));
+        }
+        let name = self.source.join(path).as_os_str().as_bytes().to_vec();
+        let options = CreateOptions {
+            virtual_size: summary.virtual_size,
+            backing: Some(BackingFile { name, format: Some("qcow2".into()) }),
+            ..CreateOptions::default()
+        };
+        let directory = match self.kind {
+            Kind::Kept(_) => self.make_directories(path).map_err(failed)?,
+            Kind::Ephemeral(_) => self.root.place(Path::new("")).map_err(failed)?,
+        };
+        let new = NewFile::new(&host::path_of(&directory), 0o600).map_err(failed)?;
+        let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
+        Image::create(&storage, &options)?;
+        look_like(new.file(), &metadata).map_err(failed)?;
+        match &self.kind {
+            Kind::Kept(_) => {
+                new.publish(path.file_name().unwrap_or_default(), IfTaken::Fail).map_err(failed)
+            }
+            Kind::Ephemeral(made) => {
+                made.lock().insert(id, new);
+                Ok(())
+            }
+        }
+    }
+
+    /// The directory that the overlay of `path` lies in, made where it is missing.
+    fn make_directories(&self, path: &Path) -> io::Result<File> {
+        let mut at = PathBuf::new();
+        for part in path.parent().unwrap_or(Path::new("")).components() {
+            let parent = self.root.place(&at)?;
+            match fs::create_dir(host::path_of(&parent).join(part)) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+                _ => at.push(part),
+            }
+        }
+        self.root.place(&at)
+    }
+
+    /// The host's space where overlays lie.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub(super) fn space(&self) -> io::Result<HostSpace> {
+        host::space(self.root.directory())
+    }
+
+    fn place(&self, path: &Path) -> String {
+        match self.kind {
+            Kind::Kept(_) => self.directory.join(path).display().to_string(),
+            Kind::Ephemeral(_) => format!("of {} in {}", path.display(), self.directory.display()),
+        }
+    }
+}
+
+/// Locks a directory as long as the file is open.
+fn lock(directory: &Path) -> io::Result<File> {
+    let file = File::open(directory)?;
+    // SAFETY: flock takes no pointers; the descriptor is open.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives an overlay the owner, where we may, and the mode of its image.
+fn look_like(file: &File, image: &Metadata) -> io::Result<()> {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        std::os::unix::fs::fchown(file, Some(image.uid()), Some(image.gid()))?;
+    }
+    file.set_permissions(image.permissions())
+}

@@ -1,0 +1,55 @@
+//! `qcow2fs resize`, of images that are closed and of those that a mount has open.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::lab::{Lab, assert_same, assert_sound, guest_bytes, pattern};
+
+fn virtual_size(image: &Path) -> u64 {
+    let info = sh!("qemu-img info -U --output=json {}", image.display());
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    info["virtual-size"].as_u64().unwrap()
+}
+
+#[test]
+fn a_disk_gets_larger_and_smaller_closed_or_open() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "4M", "cluster_size=4k");
+    let data = pattern(1, 4 << 20);
+    let raw = lab.path("data");
+    fs::write(&raw, &data).unwrap();
+    sh!("qemu-img convert -n -f raw -O qcow2 {} {}", raw.display(), image.display());
+    for open in [false, true] {
+        let mount = open.then(|| lab.mount());
+        let file = mount
+            .as_ref()
+            .map(|mount| File::options().read(true).write(true).open(mount.path("disk.raw")));
+        let resize = |args: &str| attempt!("$qcow2fs resize {} {args}", image.display());
+        let line = resize("+1000");
+        assert!(line.ok() && line.out.contains("4.0 MiB -> "), "{line:?}");
+        assert_eq!(virtual_size(&image), (4 << 20) + 1024, "whole sectors");
+        let refused = resize("2M");
+        assert_eq!((refused.code, refused.err.lines().count()), (Some(1), 1), "{refused:?}");
+        assert!(refused.err.contains("--shrink"), "{refused:?}");
+        assert!(!resize("-1T").ok() && !resize("--shrink -- -1T").ok());
+        assert_eq!(virtual_size(&image), (4 << 20) + 1024, "refused");
+        assert!(resize("--shrink 2M").ok());
+        assert_eq!(virtual_size(&image), 2 << 20);
+        assert!(resize("4M").ok());
+        if let Some(file) = file {
+            let mut bytes = vec![1; 4 << 20];
+            file.unwrap().read_exact_at(&mut bytes, 0).unwrap();
+            assert_same(&bytes[..2 << 20], &data[..2 << 20], "what stayed");
+            assert!(bytes[2 << 20..].iter().all(|byte| *byte == 0), "what was cut came back");
+        }
+        mount.into_iter().for_each(|mount| mount.umount());
+        assert_sound(&image);
+        let disk = guest_bytes(&image);
+        assert_same(&disk[..2 << 20], &data[..2 << 20], "what stayed");
+        assert!(disk[2 << 20..].iter().all(|byte| *byte == 0), "what was cut came back");
+    }
+    let too_much = attempt!("$qcow2fs resize {} 1000000T", image.display());
+    assert_eq!(too_much.code, Some(1), "{too_much:?}");
+    assert!(too_much.err.contains("disk.qcow2"), "{too_much:?}");
+}
