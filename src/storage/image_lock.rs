@@ -93,7 +93,7 @@ pub fn used_by(file: &File) -> Result<Option<(Access, Option<String>)>> {
         (false, true) => Access::Read,
         (false, false) => return Ok(None),
     };
-    let holder = other_holder(file).map(|(pid, name)| format!("{name} (pid {pid})"));
+    let holder = other_holder(file).map(|Holder { pid, name }| format!("{name} (pid {pid})"));
     Ok(Some((access, holder)))
 }
 
