@@ -16,6 +16,7 @@
 //! | [`alloc`] | refcounts: allocate, free, grow, shrink, rebuild |
 //! | [`tables`] | the L1 and L2 tables: lookup, change, write back |
 //! | [`locks`] | which guest clusters are in use by whom |
+//! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
 //! | [`confine`] | what the process gives up once it serves a mount |
 //! | [`storage`] | the host file, and its doubles in tests |
@@ -63,6 +64,7 @@ pub mod catalog;
 pub mod check;
 pub mod cli;
 pub mod confine;
+pub mod counters;
 mod error;
 pub mod format;
 pub mod fs;

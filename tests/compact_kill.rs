@@ -216,8 +216,13 @@ impl<'a> Attempt<'a> {
 }
 
 fn compact(path: &Path) -> Child {
+    compact_with(&[], path)
+}
+
+fn compact_with(options: &[&str], path: &Path) -> Child {
     Command::new(PROGRAM)
         .args(["compact", "--json"])
+        .args(options)
         .arg(path)
         .stdout(Stdio::null())
         .spawn()
@@ -250,7 +255,8 @@ fn a_command_killed_at_any_moment_leaves_a_sound_image_and_the_next_one_goes_on(
         let attempt = Attempt::new(&bases[at], "killed");
         let whole = length(&attempt.path);
         for round in 0..rng.within(1..9) {
-            let mut child = compact(&attempt.path);
+            let options: &[&str] = if rng.one_in(4) { &["--defrag"] } else { &[] };
+            let mut child = compact_with(options, &attempt.path);
             std::thread::sleep(lives[at].mul_f64(rng.within(0..1000) as f64 / 1000.0));
             child.kill().unwrap();
             let ended = child.wait().unwrap();
@@ -355,7 +361,7 @@ impl Mount {
     fn new(images: &Path, point: &Path) -> Mount {
         std::fs::create_dir_all(point).unwrap();
         let daemon = Command::new(PROGRAM)
-            .args(["mount", "--foreground", "-o", "compact_after=1"])
+            .args(["mount", "--foreground", "--runtime-asserts", "-o", "compact_after=1"])
             .args([images, point])
             .stderr(Stdio::null())
             .spawn()

@@ -1,14 +1,19 @@
-//! Changes of names and attributes, carried out on the image files.
+//! Changes of attributes, carried out on the image files.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
 
-use super::{Catalog, Node, SetTime, errno, host, names};
+use rustix::fs::XattrFlags;
+
+use super::{Catalog, Node, SetTime, errno, host};
 use crate::error::{Error, Result};
-use crate::storage;
+
+/// The names of extended attributes that are shown and may be set; the others are the host's matter.
+const USER: &[u8] = b"user.";
+/// Bytes in the longest value, and in the longest list of names, that Linux has.
+const MAX_ATTRIBUTE: usize = 64 << 10;
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
 /// image's matter.
@@ -39,16 +44,27 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        let failed = |e| Error::io(format!("changing attributes of {}", node.path().display()), e);
+        self.at_place(node, "changing attributes", |file| self.apply(file, change))
+    }
+
+    /// Runs `verb` on a node's file on the host, which may be open for nothing. One that is open in an
+    /// image is found even when its name is gone.
+    fn at_place<R>(
+        &self,
+        node: &Node,
+        what: &str,
+        verb: impl Fn(&File) -> io::Result<R>,
+    ) -> Result<R> {
         // What is open may be the image below an overlay that has just been made.
         let open = match &self.overlays {
-            None => node.peek(|_, file, _| self.apply(file, change)),
+            None => node.peek(|_, file, _| verb(file)),
             Some(_) => None,
         };
-        match open {
-            Some(done) => done.map_err(failed),
-            None => self.apply(&self.place_of(node)?.0, change).map_err(failed),
-        }
+        let done = match open {
+            Some(done) => done,
+            None => verb(&self.place_of(node)?.0),
+        };
+        done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
     }
 
     fn apply(&self, place: &File, change: AttributeChange) -> io::Result<()> {
@@ -59,7 +75,9 @@ impl Catalog {
             std::os::unix::fs::chown(&path, uid, gid)?;
         }
         if let Some(mode) = change.mode {
-            fs::set_permissions(&path, Permissions::from_mode(mode & 0o777))?;
+            let is_directory = place.metadata()?.is_dir();
+            let bits = if is_directory { host::DIRECTORY_MODE } else { host::FILE_MODE };
+            fs::set_permissions(&path, Permissions::from_mode(mode & bits))?;
         }
         if change.accessed.is_some() || change.modified.is_some() {
             host::set_times(place, [change.accessed, change.modified])?;
@@ -67,103 +85,85 @@ impl Catalog {
         Ok(())
     }
 
-    /// Makes a directory, owned by `owner` where we may give files away.
+    /// The value of an extended attribute of a node's file on the host.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for one that is not the users', `ENODATA`, and those of the host.
+    pub fn extended_attribute(&self, node: &Node, name: &OsStr) -> Result<Vec<u8>> {
+        is_users(name)?;
+        self.at_place(node, "reading an extended attribute", |file| {
+            let mut value = vec![0; MAX_ATTRIBUTE];
+            let length = rustix::fs::getxattr(host::path_of(file), name, &mut value[..])?;
+            value.truncate(length);
+            Ok(value)
+        })
+    }
+
+    /// The names of the extended attributes of a node's file, each with a NUL after it.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn make_directory(
-        &self,
-        parent: &Node,
-        name: &OsStr,
-        mode: u32,
-        owner: (u32, u32),
-    ) -> Result<()> {
-        self.names_may_change()?;
-        let (place, _) = self.place_of(parent)?;
-        let path = host::path_of(&place).join(name);
-        let failed = |e| Error::io(format!("making the directory {}", shown(name)), e);
-        fs::DirBuilder::new().mode(mode & 0o777).create(&path).map_err(failed)?;
-        // SAFETY: geteuid takes nothing and cannot fail.
-        if unsafe { libc::geteuid() } == 0 {
-            std::os::unix::fs::lchown(&path, Some(owner.0), Some(owner.1)).map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    /// Removes an image or a directory. An image that is open goes on without its name.
-    ///
-    /// # Errors
-    /// `ENOENT`, `EISDIR`, `ENOTDIR`, and those of the host: a directory is empty only when
-    /// everything in it is gone, shown here or not.
-    pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
-        self.names_may_change()?;
-        let (path, _, metadata) = self.find(parent, name)?;
-        let failed = |e| Error::io(format!("removing {}", shown(name)), e);
-        let (place, _) = self.place_of(parent)?;
-        let target = host::path_of(&place).join(path.file_name().unwrap_or(name));
-        match (directory, metadata.is_dir()) {
-            (true, true) => fs::remove_dir(target).map_err(failed)?,
-            (false, false) => fs::remove_file(target).map_err(failed)?,
-            (true, false) => return Err(errno("removing a directory", libc::ENOTDIR)),
-            (false, true) => return Err(errno("removing a file", libc::EISDIR)),
-        }
-        self.each_node(|node| node.remove_name(&path));
-        Ok(())
-    }
-
-    /// Renames an image or a directory, with the flags of renameat2(2).
-    ///
-    /// # Errors
-    /// `EPERM` for an image that would not be called `.raw`, `EINVAL` for an exchange of an image with
-    /// a directory, and those of the host.
-    pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
-        self.names_may_change()?;
-        let (path, _, metadata) = self.find(from.0, from.1)?;
-        let new_name = match (metadata.is_dir(), names::image_name(to.1)) {
-            (true, _) => to.1.to_owned(),
-            (false, Some(image)) => image,
-            (false, None) => {
-                let why = format!("renaming {} to a name without .raw", shown(from.1));
-                return Err(errno(&why, libc::EPERM));
-            }
+    pub fn extended_attributes(&self, node: &Node) -> Result<Vec<u8>> {
+        let listed = self.at_place(node, "listing the extended attributes", |file| {
+            let mut names = vec![0; MAX_ATTRIBUTE];
+            let length = rustix::fs::listxattr(host::path_of(file), &mut names[..])?;
+            names.truncate(length);
+            Ok(names)
+        });
+        let names = match listed {
+            // A host without any has none to list.
+            Err(e) if e.errno() == libc::EOPNOTSUPP => Vec::new(),
+            listed => listed?,
         };
-        if flags & libc::RENAME_EXCHANGE != 0 {
-            // Both names must stand for what is exchanged.
-            let (target, _, _) = self.find(to.0, to.1)?;
-            if target.file_name() != Some(&new_name) {
-                return Err(errno("exchanging an image with a directory", libc::EINVAL));
-            }
-        }
-        let (old_parent, _) = self.place_of(from.0)?;
-        let (new_parent, _) = self.place_of(to.0)?;
-        let old_name = path.file_name().unwrap_or(from.1);
-        storage::rename(&old_parent, old_name, &new_parent, &new_name, flags)
-            .map_err(|e| Error::io(format!("renaming {} to {}", shown(from.1), shown(to.1)), e))?;
-        let new_path = to.0.path().join(new_name);
-        self.names_moved(&path, &new_path, flags);
-        Ok(())
+        let each = names.split_inclusive(|byte| *byte == 0);
+        Ok(each.filter(|name| name.starts_with(USER)).flatten().copied().collect())
     }
 
-    fn names_moved(&self, from: &Path, to: &Path, flags: u32) {
-        if flags & libc::RENAME_EXCHANGE == 0 {
-            self.each_node(|node| {
-                node.remove_name(to);
-                node.move_names(from, to);
-            });
-            return;
-        }
-        // An impossible name keeps the one side while the other one moves.
-        let aside = Path::new("/");
-        self.each_node(|node| node.move_names(to, aside));
-        self.each_node(|node| node.move_names(from, to));
-        self.each_node(|node| node.move_names(aside, from));
+    /// Sets an extended attribute of a node's file, with the flags of setxattr(2).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for one that is not the users', and those of the host.
+    pub fn set_extended_attribute(
+        &self,
+        node: &Node,
+        name: &OsStr,
+        value: &[u8],
+        flags: u32,
+    ) -> Result<()> {
+        is_users(name)?;
+        self.make_changeable(node)?;
+        let flags = XattrFlags::from_bits_retain(flags);
+        self.at_place(node, "setting an extended attribute", |file| {
+            Ok(rustix::fs::setxattr(host::path_of(file), name, value, flags)?)
+        })
     }
 
-    fn each_node(&self, mut change: impl FnMut(&Node)) {
-        self.nodes.read().known.values().for_each(|known| change(&known.node));
+    /// Removes an extended attribute of a node's file.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for one that is not the users', `ENODATA`, and those of the host.
+    pub fn remove_extended_attribute(&self, node: &Node, name: &OsStr) -> Result<()> {
+        is_users(name)?;
+        self.make_changeable(node)?;
+        self.at_place(node, "removing an extended attribute", |file| {
+            Ok(rustix::fs::removexattr(host::path_of(file), name)?)
+        })
+    }
+
+    /// Makes the names in a directory durable.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn sync_directory(&self, node: &Node) -> Result<()> {
+        self.at_place(node, "syncing the names", |place| {
+            File::open(host::path_of(place))?.sync_all()
+        })
     }
 }
 
-fn shown(name: &OsStr) -> std::path::Display<'_> {
-    Path::new(name).display()
+fn is_users(name: &OsStr) -> Result<()> {
+    match name.as_encoded_bytes().starts_with(USER) {
+        true => Ok(()),
+        false => Err(errno("an extended attribute that is not the users'", libc::EOPNOTSUPP)),
+    }
 }

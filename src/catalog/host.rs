@@ -16,6 +16,11 @@ use std::time::SystemTime;
 /// How often an open is tried again while names are being moved about.
 const ATTEMPTS: u32 = 16;
 
+/// The mode bits of files that are shown and may be set.
+pub(super) const FILE_MODE: u32 = 0o777;
+/// The same of directories: who may remove what in them, and whose group new files get, too.
+pub(super) const DIRECTORY_MODE: u32 = 0o3777;
+
 /// Which file it is, whatever its name. The time of birth tells a new file from an old one whose
 /// inode number it got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -12,7 +12,8 @@
 //!   are later;
 //! - symbolic links, devices and other files are not shown.
 //!
-//! Lock order: the node table is a leaf, and so is a node's list of names.
+//! Lock order: a node's slot, the lock of names; the node table is a leaf, and so is a node's list of
+//! names.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -29,9 +30,11 @@ mod chain;
 mod change;
 mod create;
 mod host;
+mod metrics;
 mod names;
 mod node;
 mod overlay;
+mod rename;
 mod snapshots;
 mod status;
 #[cfg(test)]
@@ -41,13 +44,15 @@ pub use alone::Alone;
 pub use change::AttributeChange;
 pub use create::create_image;
 pub use host::{HostSpace, SetTime};
-pub use node::{HandleMode, Node, Opening};
+pub use metrics::metrics;
+pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
+pub use rename::Creator;
 pub use status::{ImageStatus, MountStatus, Refusal};
 
 use crate::error::{Error, Result};
 use crate::image::{self, Image};
-use crate::storage::HostFile;
+use crate::storage::{self, HostFile};
 use chain::Chains;
 use host::{HostId, Root, Stamp};
 use node::{Found, Header};
@@ -77,6 +82,8 @@ pub struct Options {
     pub allow: Vec<PathBuf>,
     /// How images are opened; `writable` is decided here.
     pub image: image::Options,
+    /// What new images are like.
+    pub create: image::CreateOptions,
 }
 
 /// The tree of images beneath one directory.
@@ -87,6 +94,9 @@ pub struct Catalog {
     overlays: Option<Overlays>,
     options: Options,
     nodes: RwLock<Nodes>,
+    /// Held alone while names change on the host and in the nodes, so that nobody who looks for a file
+    /// by its name finds the one without the other.
+    names: RwLock<()>,
     /// Closes that failed: data may be lost, and the exit code says so.
     close_errors: AtomicU64,
 }
@@ -163,6 +173,7 @@ impl Catalog {
                 .transpose()?,
             options,
             nodes: RwLock::new(nodes),
+            names: RwLock::default(),
             close_errors: AtomicU64::new(0),
         })
     }
@@ -182,8 +193,10 @@ impl Catalog {
     /// `ENOENT`, and those of the host.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
         let parent = self.node(parent)?;
+        let names = self.names.read();
         let (path, place, metadata) = self.find(&parent, name)?;
         let node = self.remember(&metadata, path);
+        drop(names);
         let (place, metadata) = self.with_overlay(&node, (place, metadata))?;
         self.shown(&node, &place, metadata)
     }
@@ -282,6 +295,12 @@ impl Catalog {
 
     /// The node's file by any of its names, as long as it still is the same file.
     fn own_place(&self, node: &Node) -> Result<(File, Metadata)> {
+        let _names = self.names.read();
+        self.place_among_names(node)
+    }
+
+    /// The same for who holds the lock of names.
+    fn place_among_names(&self, node: &Node) -> Result<(File, Metadata)> {
         for path in node.paths().iter().rev() {
             match self.place(path) {
                 Ok((place, metadata)) if HostId::of(&metadata) == node.id() => {
@@ -397,6 +416,7 @@ impl Catalog {
             (Some(name), false) => self.chains.look_at_data_file(&node.path(), name),
             (None, false) => None,
         };
+        let mode_bits = if node.is_directory() { host::DIRECTORY_MODE } else { host::FILE_MODE };
         Attributes {
             ino: node.ino(),
             directory: node.is_directory(),
@@ -405,7 +425,7 @@ impl Catalog {
             open,
             uid: self.options.uid.unwrap_or(host.uid()),
             gid: self.options.gid.unwrap_or(host.gid()),
-            mode: host.mode() & 0o777 & !self.options.umask,
+            mode: host.mode() & mode_bits & !self.options.umask,
             host,
             data,
         }
@@ -422,6 +442,9 @@ impl Catalog {
         let (place, _) = self.place_of(node)?;
         let names = host::list(&place)
             .map_err(|e| Error::io(format!("listing {}", node.path().display()), e))?;
+        if !self.options.read_only && self.names_may_change().is_ok() {
+            remove_abandoned(&place, &names);
+        }
         let shown = |(name, directory): (OsString, bool)| match directory {
             true => Some(Entry { name, directory }),
             false => Some(Entry { name: names::raw_name(&name)?, directory }),
@@ -529,6 +552,19 @@ impl Catalog {
             None => host::space(self.root.directory()),
         };
         space.map_err(|e| Error::io("asking the host for its space", e))
+    }
+}
+
+/// Removes what a crash has left of images that were just being made. Nobody waits for it, so errors
+/// are only told.
+fn remove_abandoned(place: &File, names: &[(OsString, bool)]) {
+    let is_ours = |(name, directory): &&(OsString, bool)| !directory && storage::is_temporary(name);
+    for (name, _) in names.iter().filter(is_ours) {
+        match storage::remove_abandoned(place, name) {
+            Ok(()) => log::info!("{} was left by a crash: removed", name.display()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => log::warn!("removing {}, left by a crash: {e}", name.display()),
+        }
     }
 }
 

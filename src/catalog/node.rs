@@ -6,13 +6,14 @@
 
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
 use super::chain::{Chains, Files};
 use super::host::{self, HostId, Stamp};
 use super::names;
+use crate::counters::{OperationCounts, Operations};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Beside, Image, Options};
 use crate::storage::HostFile;
@@ -33,6 +34,46 @@ pub struct Node {
     pub(super) header: Mutex<Option<(Stamp, Header)>>,
     /// What was logged of it last: the same line is not logged twice in a row.
     logged: Mutex<Option<String>>,
+    /// What was requested of it, from the first request on.
+    io: OnceLock<Box<Io>>,
+}
+
+/// The requests for an image since the kernel first asked for it.
+#[derive(Debug, Default)]
+pub struct Io {
+    /// Reads.
+    pub read: Operations,
+    /// Writes.
+    pub write: Operations,
+    /// Discards, and what zeroes or reserves a range.
+    pub discard: Operations,
+    /// Flushes.
+    pub flush: Operations,
+}
+
+/// What an image's requests have come to.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct IoCounts {
+    /// Reads.
+    pub read: OperationCounts,
+    /// Writes.
+    pub write: OperationCounts,
+    /// Discards, and what zeroes or reserves a range.
+    pub discard: OperationCounts,
+    /// Flushes.
+    pub flush: OperationCounts,
+}
+
+impl IoCounts {
+    /// Each kind of request with its name.
+    pub fn by_name(&self) -> [(&'static str, &OperationCounts); 4] {
+        [
+            ("read", &self.read),
+            ("write", &self.write),
+            ("discard", &self.discard),
+            ("flush", &self.flush),
+        ]
+    }
 }
 
 /// What is shown of an image that is not open.
@@ -103,6 +144,7 @@ impl Node {
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
+            io: OnceLock::new(),
         }
     }
 
@@ -178,6 +220,21 @@ impl Node {
     /// The last line that was logged of this file.
     pub(super) fn last_logged(&self) -> Option<String> {
         self.logged.lock().clone()
+    }
+
+    /// Where its requests are counted.
+    pub fn io(&self) -> &Io {
+        self.io.get_or_init(Box::default)
+    }
+
+    /// What its requests have come to.
+    pub(super) fn io_counts(&self) -> IoCounts {
+        self.io.get().map_or_else(IoCounts::default, |io| IoCounts {
+            read: io.read.get(),
+            write: io.write.get(),
+            discard: io.discard.get(),
+            flush: io.flush.get(),
+        })
     }
 
     /// Whether a request would have to wait for an open or a close of this image.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Catalog;
+use super::{Catalog, IoCounts};
 use crate::confine;
 use crate::image;
 
@@ -42,6 +42,8 @@ pub struct ImageStatus {
     pub writable: bool,
     /// How many times it is open.
     pub handles: u32,
+    /// The requests for it since the kernel first asked for it.
+    pub io: IoCounts,
     /// What the image says of itself.
     #[serde(flatten)]
     pub image: Option<image::Status>,
@@ -72,7 +74,8 @@ impl Catalog {
                     Ok(status) => (Some(status), None),
                     Err(e) => (None, Some(e.to_string())),
                 };
-                ImageStatus { name: name(node), writable, handles, image: status, error }
+                let io = node.io_counts();
+                ImageStatus { name: name(node), writable, handles, io, image: status, error }
             })
         };
         let refusal = |node: &super::Node| {

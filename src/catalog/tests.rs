@@ -70,6 +70,8 @@ fn unlock(file: &File) {
 
 const READ: Opening = Opening { write: false, direct: false };
 const WRITE: Opening = Opening { write: true, direct: false };
+/// Root: tests that make files run as who they are.
+const ME: Creator = Creator { uid: 0, gid: 0 };
 
 #[test]
 fn images_and_directories_are_shown_and_nothing_else() {
@@ -265,7 +267,7 @@ fn names_are_changed_on_the_images() {
     tree.image("a.qcow2", "1M");
     tree.image("b.qcow2", "2M");
     let (root, a) = (tree.catalog.node(ROOT).unwrap(), tree.node("a.raw"));
-    tree.catalog.make_directory(&root, "d".as_ref(), 0o755, (0, 0)).unwrap();
+    tree.catalog.make_directory(&root, "d".as_ref(), 0o755, ME).unwrap();
     let d = tree.node("d");
     tree.catalog.rename((&root, "a.raw".as_ref()), (&d, "c.raw".as_ref()), 0).unwrap();
     tree.catalog.rename((&root, "d".as_ref()), (&root, "e".as_ref()), 0).unwrap();

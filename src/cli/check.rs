@@ -85,7 +85,10 @@ fn check_image(path: &Path, args: &Args) -> Result<Report> {
 pub(super) fn open(path: &Path, writable: bool) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
-    let file = options.open(path).map_err(|e| Error::io("opening the image", e))?;
+    let file = options.open(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::EISDIR) => Error::invalid("not a regular file"),
+        _ => Error::io("opening the image", e),
+    })?;
     let metadata = file.metadata().map_err(|e| Error::io("looking at the image", e))?;
     if metadata.is_file() { Ok(file) } else { Err(Error::invalid("not a regular file")) }
 }

@@ -74,8 +74,10 @@ impl Parent {
 const SET_IO_FLUSHER: libc::c_int = 57;
 const UNUSED: libc::c_ulong = 0;
 
-/// Lets this process do without what it serves, and open as many images as it may.
+/// Lets this process do without what it serves, make files with exactly the modes that are asked for,
+/// and open as many images as it may.
 pub(super) fn set_up() {
+    rustix::process::umask(rustix::fs::Mode::empty());
     // SAFETY: prctl with these takes no pointers. Without the privilege it fails, which is all
     // right: it matters only for loop devices under memory pressure.
     unsafe { libc::prctl(SET_IO_FLUSHER, 1 as libc::c_ulong, UNUSED, UNUSED, UNUSED) };

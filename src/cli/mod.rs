@@ -9,6 +9,7 @@ mod attach;
 mod busy;
 pub mod check;
 mod compact;
+mod create;
 mod daemon;
 mod detach;
 mod helper;
@@ -29,6 +30,7 @@ mod status;
 mod terminal;
 mod umount;
 mod unmounting;
+mod watch;
 
 /// Mounts a directory of qcow2 images as a directory of flat raw files.
 ///
@@ -48,7 +50,9 @@ enum Command {
     #[command(visible_alias = "unmount")]
     Umount(umount::Args),
     Status(status::Args),
+    Watch(watch::Args),
     Check(check::Args),
+    Create(create::Args),
     Info(info::Args),
     Map(map::Args),
     Resize(resize::Args),
@@ -56,6 +60,12 @@ enum Command {
     Compact(compact::Args),
     Attach(attach::Args),
     Detach(detach::Args),
+}
+
+/// The definition of the command line, from which its documents are made.
+pub fn command() -> clap::Command {
+    use clap::CommandFactory;
+    Cli::command()
 }
 
 /// Runs the command that the arguments name; returns the exit code: 0 done, 1 failed, 2 for
@@ -69,8 +79,11 @@ pub fn run() -> i32 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(e) => {
-            // Help goes to stdout, errors to stderr; nothing is to be done when that fails.
-            let _ = e.print();
+            match complaint(&e) {
+                Some(line) => eprintln!("qcow2fs: {line}"),
+                // Help goes to stdout, or to stderr; nothing is to be done when that fails.
+                None => drop(e.print()),
+            }
             return e.exit_code();
         }
     };
@@ -83,6 +96,8 @@ pub fn run() -> i32 {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Watch(args) => watch::run(&args),
+        Command::Create(args) => create::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
@@ -92,6 +107,32 @@ pub fn run() -> i32 {
         Command::Attach(args) => attach::run(&args),
         Command::Detach(args) => detach::run(&args),
     }
+}
+
+/// What is wrong with the arguments, in one line; `None` where help was asked for, or is the answer.
+fn complaint(error: &clap::Error) -> Option<String> {
+    use clap::error::ErrorKind::{
+        DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion,
+    };
+    let help = [DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion];
+    if help.contains(&error.kind()) {
+        return None;
+    }
+    let text = error.to_string();
+    let lines = text.lines().take_while(|line| !line.starts_with("Usage:"));
+    let lines = lines
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let mut whole = String::new();
+    for line in lines {
+        whole += match whole.chars().last() {
+            None => "",
+            Some(':') => " ",
+            Some(_) => "; ",
+        };
+        whole += line.strip_prefix("error: ").unwrap_or(line);
+    }
+    Some(whole + "; --help tells more")
 }
 
 /// The arguments as a command's: what mount(8) calls without one is `mount`. `None` for a call that
@@ -166,6 +207,22 @@ mod tests {
         for other in ["qcow2fs status /a", "qcow2fs --help", "qcow2fs mnt", "qcow2fs help mount"] {
             assert_eq!(arguments(other).unwrap(), other);
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_arguments_is_said_in_a_line() {
+        let said = |line: &str| {
+            let parsed = Cli::try_parse_from(line.split(' ')).map(drop);
+            complaint(&parsed.unwrap_err())
+        };
+        let missing = "the following required arguments were not provided: <IMAGE>...; --help tells \
+                       more";
+        assert_eq!(said("qcow2fs info").unwrap(), missing);
+        let unknown = said("qcow2fs inof x").unwrap();
+        assert!(unknown.starts_with("unrecognized subcommand 'inof'; tip: "), "{unknown}");
+        assert!(!unknown.contains('\n'), "{unknown}");
+        assert_eq!(said("qcow2fs --help"), None);
+        assert_eq!(said("qcow2fs snapshot"), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::helper::Helper;
-use super::options::MountOptions;
+use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::Served;
 use super::{logging, signals, size};
@@ -56,6 +56,10 @@ pub(super) struct Args {
     /// Move at most this much a second in each image [default: whatever nobody notices]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
     recycle_rate: Option<u64>,
+    /// Check at every step of the recycler that each cluster has one state and that none is lost:
+    /// slow, for tests
+    #[arg(long)]
+    runtime_asserts: bool,
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
@@ -63,6 +67,8 @@ pub(super) struct Args {
     /// no-new-privs (and seccomp and landlock with it), landlock, seccomp (repeatable)
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
     unconfined: Vec<Layer>,
+    #[command(flatten)]
+    create: CreateArgs,
     /// Write to qcow2 overlays in this directory, and leave the images as they are
     #[arg(long, value_name = "DIR")]
     overlay: Option<PathBuf>,
@@ -79,10 +85,56 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, overlay=DIR, ephemeral,
-    /// unconfined=LAYER, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
+    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
+    /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
+    /// ephemeral, unconfined=LAYER, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
+}
+
+/// What the kernel may read ahead, in bytes. Its own 128 KiB are two clusters, so that somebody who
+/// copies a compressed image waits for the inflating and it for him: measured with
+/// `scripts/bench --jobs compressed-copy`.
+const READ_AHEAD: u64 = 1 << 20;
+
+/// What images are like that are made through the mount.
+#[derive(clap::Args)]
+struct CreateArgs {
+    /// Bytes in a cluster of new images, 512 to 2M [default: 64K]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    create_cluster_size: Option<u64>,
+    /// Width of the refcounts of new images, 1 to 64 [default: 16]
+    #[arg(long, value_name = "BITS")]
+    create_refcount_bits: Option<u32>,
+    /// Divide the clusters of new images into 32 subclusters
+    #[arg(long)]
+    create_extended_l2: bool,
+    /// What clusters of new images are compressed with when somebody compresses them: zlib or zstd
+    /// [default: zlib]
+    #[arg(long, value_name = "TYPE", value_parser = compression)]
+    create_compression: Option<image::CompressionType>,
+}
+
+impl CreateArgs {
+    /// The options of new images; what `-o` says counts where these say nothing.
+    ///
+    /// # Errors
+    /// A line that says which do not go together.
+    fn options(&self, others: &MountOptions) -> Result<image::CreateOptions, String> {
+        let usual = image::CreateOptions::default();
+        let size = self.create_cluster_size.or(others.create_cluster_size);
+        let bits = self.create_refcount_bits.or(others.create_refcount_bits);
+        let compression = self.create_compression.or(others.create_compression);
+        let options = image::CreateOptions {
+            cluster_size: size.unwrap_or(usual.cluster_size),
+            refcount_bits: bits.unwrap_or(usual.refcount_bits),
+            extended_l2: self.create_extended_l2 || others.create_extended_l2,
+            compression: compression.unwrap_or(usual.compression),
+            ..usual
+        };
+        options.check().map_err(|e| format!("new images: {e}"))?;
+        Ok(options)
+    }
 }
 
 /// A mount that is asked for: everything checked that can be before anything is done.
@@ -148,6 +200,7 @@ impl Plan {
         let Source { shown: source, directory: images, only } = Source::find(&args.source)?;
         let mountpoint = directory(&args.mountpoint, "the mount point")?;
         refuse_nesting(&images, &mountpoint)?;
+        let create = args.create.options(&options)?;
         let mut image = image::Options::default();
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
@@ -155,6 +208,7 @@ impl Plan {
         if let Some(after) = args.compact_after.or(options.compact_after) {
             image.compact_after = after;
         }
+        image.runtime_asserts = args.runtime_asserts;
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
@@ -181,6 +235,7 @@ impl Plan {
                 allow,
                 overlay,
                 image,
+                create,
             },
             options,
             unconfined,
@@ -220,6 +275,9 @@ impl Plan {
         let helper = Arc::new(helper);
         let mount = Served::new(self.mountpoint.clone(), session.as_fd(), Arc::clone(&helper))
             .map_err(|e| format!("looking for the mount at {}: {e}", self.mountpoint.display()))?;
+        if let Err(e) = mount.read_ahead(READ_AHEAD) {
+            log::debug!("the kernel's own limit of what it reads ahead stays: {e}");
+        }
         // No thread has been started yet: what is given up now, all of them lack.
         self.confine(&helper);
         signals

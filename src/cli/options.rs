@@ -4,7 +4,7 @@ use fuser::MountOption;
 
 use super::size;
 use crate::confine::Layer;
-use crate::image::CompactAfter;
+use crate::image::{CompactAfter, CompressionType};
 
 /// What the options say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +19,10 @@ pub(super) struct MountOptions {
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
     pub(super) unconfined: Vec<Layer>,
+    pub(super) create_cluster_size: Option<u64>,
+    pub(super) create_refcount_bits: Option<u32>,
+    pub(super) create_extended_l2: bool,
+    pub(super) create_compression: Option<CompressionType>,
     pub(super) overlay: Option<String>,
     pub(super) ephemeral: bool,
     pub(super) log_file: Option<String>,
@@ -88,6 +92,16 @@ impl MountOptions {
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
             ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
+            ("create_cluster_size", Some(value)) => {
+                self.create_cluster_size = Some(size::parse(value)?);
+            }
+            ("create_refcount_bits", Some(value)) => {
+                self.create_refcount_bits = Some(number(option, value, 10)?);
+            }
+            ("create_extended_l2", None) => self.create_extended_l2 = true,
+            ("create_compression", Some(value)) => {
+                self.create_compression = Some(compression(value)?);
+            }
             ("overlay", Some(value)) => self.overlay = Some(value.to_owned()),
             ("ephemeral", None) => self.ephemeral = true,
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
@@ -117,6 +131,18 @@ impl MountOptions {
     }
 }
 
+/// What clusters are compressed with, in QEMU's words.
+///
+/// # Errors
+/// A line that says what there is.
+pub(super) fn compression(name: &str) -> Result<CompressionType, String> {
+    match name {
+        "zlib" => Ok(CompressionType::Deflate),
+        "zstd" => Ok(CompressionType::Zstd),
+        _ => Err(format!("'{name}' is no compression of qcow2: zlib and zstd are")),
+    }
+}
+
 fn number(option: &str, value: &str, base: u32) -> Result<u32, String> {
     u32::from_str_radix(value, base)
         .map_err(|_| format!("mount option '{option}': no number in base {base}"))
@@ -139,7 +165,9 @@ mod tests {
     fn our_options_are_taken() {
         let options = parse(
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
-                   compact_after=5%,recycle_rate=2M,overlay=/o,ephemeral,unconfined=landlock",
+                   compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
+                   create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
+                   overlay=/o,ephemeral,unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -152,6 +180,10 @@ mod tests {
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
             unconfined: vec![Layer::Landlock],
+            create_cluster_size: Some(4096),
+            create_refcount_bits: Some(8),
+            create_extended_l2: true,
+            create_compression: Some(CompressionType::Zstd),
             overlay: Some("/o".into()),
             ephemeral: true,
             log_file: Some("/l".into()),
@@ -182,6 +214,8 @@ mod tests {
             "compact_after=soon",
             "recycle_rate=0",
             "unconfined=all",
+            "create_compression=lzma",
+            "create_refcount_bits=some",
         ] {
             let error = parse(&format!("rw,{wrong}")).unwrap_err();
             let named = wrong.split('=').next_back().unwrap();

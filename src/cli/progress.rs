@@ -38,11 +38,11 @@ impl Progress {
     /// Something begins of which nobody knows how long it takes, or something else to count.
     pub(super) fn begin(&self, what: &'static str) {
         let Some(bar) = &self.bar else { return };
+        bar.set_prefix(self.name.clone());
+        bar.set_message(what);
         // Without length it is a spinner.
         style(bar, "{spinner} {prefix}: {msg} {bytes}");
         bar.reset();
-        bar.set_prefix(self.name.clone());
-        bar.set_message(what);
         bar.enable_steady_tick(Duration::from_millis(200));
     }
 
@@ -50,10 +50,10 @@ impl Progress {
     pub(super) fn counted(&mut self, what: &'static str, done: u64, all: u64) {
         if let Some(bar) = &self.bar {
             if bar.length() != Some(all) || bar.message() != what {
-                style(bar, "{prefix}: {msg} [{bar:30}] {percent} %, {eta} left");
-                bar.reset();
                 bar.set_message(what);
                 bar.set_length(all);
+                style(bar, "{prefix}: {msg} [{bar:30}] {percent} %, {eta} left");
+                bar.reset();
             }
             bar.set_position(done);
         }
@@ -76,6 +76,11 @@ impl Progress {
     /// So many bytes of the disk, of so many, were looked at.
     pub(super) fn looked_at(&mut self, at: u64, all: u64) {
         self.show("looked at", at, all, false);
+    }
+
+    /// `what` has been done to so many bytes of so many.
+    pub(super) fn written(&mut self, what: &'static str, done: u64, all: u64) {
+        self.show(what, done, all, false);
     }
 
     fn show(&mut self, what: &'static str, done: u64, all: u64, begins: bool) {

@@ -2,12 +2,22 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use super::size;
+use super::watch::Before;
+use super::{size, terminal};
+
+/// How long after the first look a second one tells rates.
+const SECOND_LOOK: Duration = Duration::from_millis(300);
 
 /// Show the open images of a mount
+///
+/// Of each: the size of its disk, the length of its file, its space on the host and what of that is
+/// live, its health with the reason, how often and how fast it is read and written, how often caches
+/// have what is asked for, and what its recycler does. The same is in MOUNTPOINT/.qcow2fs/status as
+/// JSON, and in MOUNTPOINT/.qcow2fs/metrics for Prometheus.
 ///
 /// Exit code: 0 done; 1 nothing is mounted there, or it does not answer; 2 arguments that make no
 /// sense.
@@ -34,10 +44,45 @@ pub(super) fn run(args: &Args) -> i32 {
     };
     if args.json {
         println!("{status:#}");
-    } else {
-        print!("{}", page(&status));
+        return 0;
     }
+    let rates = if is_recycling(&status) { rates(&args.mountpoint, &status) } else { vec![] };
+    print!("{}", page(&status, &rates, terminal::has_colours()));
     0
+}
+
+/// Whether some image's recycler has work under way.
+fn is_recycling(status: &Value) -> bool {
+    images(status).any(|image| {
+        let waiting = ["junk", "released"].map(|state| number(&image["clusters"][state]));
+        image["compaction"]["running"] == true || waiting.iter().any(|count| *count > 0)
+    })
+}
+
+/// What the recycler of each image does in a second, by a second look.
+fn rates(mountpoint: &Path, status: &Value) -> Vec<String> {
+    let before = Before::of(status);
+    std::thread::sleep(SECOND_LOOK);
+    // A mount that is gone by now has no rates.
+    let now = read(mountpoint).unwrap_or_default();
+    images(status)
+        .map(|image| {
+            let later = images(&now).find(|later| later["name"] == image["name"]);
+            let rate = |what| later.map_or(0, |later| before.rate(later, what));
+            match (rate("punched"), rate("moved")) {
+                (0, 0) => String::new(),
+                (punched, moved) => format!(
+                    "  recycling now: {}/s punched, {}/s moved\n",
+                    size::show(punched),
+                    size::show(moved)
+                ),
+            }
+        })
+        .collect()
+}
+
+fn images(status: &Value) -> impl Iterator<Item = &Value> {
+    status["images"].as_array().into_iter().flatten()
 }
 
 /// What the mount at `mountpoint` says of itself.
@@ -54,28 +99,16 @@ pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
     serde_json::from_slice(&text).map_err(|e| format!("the status of {shown} makes no sense: {e}"))
 }
 
-fn page(status: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
-    let access = if status["read_only"] == true { ", read-only" } else { "" };
-    let mut page = format!(
-        "{} on {}{access}, process {}\n",
-        text(&status["source"]),
-        text(&status["mountpoint"]),
-        status["pid"]
-    );
-    page += &confinement(&status["confined"]);
-    let bytes = |value: &Value| value.as_u64().map_or("?".into(), size::show);
-    for image in status["images"].as_array().into_iter().flatten() {
-        let access = if image["writable"] == true { "written" } else { "read" };
-        page += &format!(
-            "{}: {access}, disk {}, file {}, on the host {}, {}\n",
-            text(&image["name"]),
-            bytes(&image["virtual_size"]),
-            bytes(&image["file_length"]),
-            bytes(&image["allocated"]),
-            image["health"].as_str().or(image["error"].as_str()).unwrap_or("?"),
-        );
+/// The whole page; `rates` has a line or nothing for each image.
+fn page(status: &Value, rates: &[String], colours: bool) -> String {
+    let mut page = headline(status) + "\n" + &confinement(&status["confined"]);
+    let no_rates = std::iter::repeat_with(|| "");
+    let rates = rates.iter().map(String::as_str).chain(no_rates);
+    for (image, rate) in images(status).zip(rates) {
+        page += &sizes(image, colours);
+        page += &requests(image);
         page += &recycler(image);
+        page += rate;
     }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
@@ -96,9 +129,113 @@ fn confinement(confined: &Value) -> String {
     }
 }
 
+fn text(value: &Value) -> String {
+    terminal::plain(value.as_str().unwrap_or("?"))
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+/// What is mounted where, by whom.
+pub(super) fn headline(status: &Value) -> String {
+    format!(
+        "{} on {}{}, process {}",
+        text(&status["source"]),
+        text(&status["mountpoint"]),
+        if status["read_only"] == true { ", read-only" } else { "" },
+        status["pid"]
+    )
+}
+
+/// How an image is, with the reason where it is not well.
+pub(super) fn condition(image: &Value) -> String {
+    text(if image["health"].is_string() { &image["health"] } else { &image["error"] })
+}
+
+/// The same as it is shown.
+pub(super) fn coloured_condition(image: &Value, colours: bool) -> String {
+    let condition = condition(image);
+    let colour = if condition == "ok" { terminal::GREEN } else { terminal::RED };
+    terminal::coloured(&condition, colour, colours)
+}
+
+fn sizes(image: &Value, colours: bool) -> String {
+    let bytes = |key: &str| image[key].as_u64().map_or("?".into(), size::show);
+    let access = if image["writable"] == true { "written" } else { "read" };
+    let live = match image["live"].as_u64() {
+        Some(live) => format!(", live {}", size::show(live)),
+        None => String::new(),
+    };
+    format!(
+        "{}: {access}, disk {}, file {}, on the host {}{live}, {}\n",
+        text(&image["name"]),
+        bytes("virtual_size"),
+        bytes("file_length"),
+        bytes("allocated"),
+        coloured_condition(image, colours),
+    )
+}
+
+/// The requests for an image in a line each; nothing where there were none.
+fn requests(image: &Value) -> String {
+    let mut page = String::new();
+    for kind in ["read", "write", "discard", "flush"] {
+        let counts = &image["io"][kind];
+        if number(&counts["count"]) == 0 {
+            continue;
+        }
+        page += &format!("  {kind}: {} requests", counts["count"]);
+        if number(&counts["bytes"]) > 0 {
+            page += &format!(", {}", size::show(number(&counts["bytes"])));
+        }
+        if number(&counts["errors"]) > 0 {
+            page += &format!(", {} failed", counts["errors"]);
+        }
+        page += &format!(", {}\n", latency(counts));
+    }
+    match caches(image) {
+        caches if caches.is_empty() => page,
+        caches => page + &format!("  {caches}\n"),
+    }
+}
+
+/// What half of an operation's requests took at most, and what 99 of 100 did.
+pub(super) fn latency(counts: &Value) -> String {
+    match number(&counts["median"]) {
+        0 => String::new(),
+        median => format!(
+            "half within {}, 99 % within {}",
+            time(median),
+            time(number(&counts["percentile_99"]))
+        ),
+    }
+}
+
+/// How often caches had what was asked for, as far as anything was.
+pub(super) fn caches(image: &Value) -> String {
+    let rate = |(name, key): (&str, &str)| {
+        let (hits, misses) = (number(&image[key]["hits"]), number(&image[key]["misses"]));
+        let all = hits.saturating_add(misses);
+        let percent = hits as f64 * 100.0 / all as f64;
+        (all > 0).then(|| format!("{name} cached {percent:.1} %"))
+    };
+    let rates = [("tables", "table_cache"), ("inflated clusters", "inflated_cache")];
+    rates.into_iter().filter_map(rate).collect::<Vec<_>>().join(", ")
+}
+
+/// Nanoseconds in the unit that fits.
+fn time(nanoseconds: u64) -> String {
+    let value = nanoseconds as f64;
+    match nanoseconds {
+        0..1_000_000 => format!("{:.0} us", value / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.0} ms", value / 1e6),
+        _ => format!("{:.1} s", value / 1e9),
+    }
+}
+
 /// What an image's recycler has done and does, in a line; nothing where there is nothing to tell.
 pub(super) fn recycler(image: &Value) -> String {
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (done, clusters) = (&image["recycled"], &image["clusters"]);
     let compaction = &image["compaction"];
     let mut parts = Vec::new();
@@ -127,7 +264,11 @@ pub(super) fn recycler(image: &Value) -> String {
             parts.push(format!("{what}: {why}"));
         }
     }
-    if parts.is_empty() { String::new() } else { format!("  {}\n", parts.join(", ")) }
+    if parts.is_empty() {
+        String::new()
+    } else {
+        format!("  {}\n", terminal::plain(&parts.join(", ")))
+    }
 }
 
 #[cfg(test)]
@@ -145,7 +286,7 @@ mod tests {
         let wanted = "/i on /m, process 7\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
             last error: c.qcow2: is in use\n";
-        assert_eq!(page(&status), wanted);
+        assert_eq!(page(&status, &[], false), wanted);
     }
 
     #[test]
@@ -160,6 +301,24 @@ mod tests {
             16 clusters available, compacting: 4.0 KiB of 8.0 KiB moved\n";
         assert_eq!(recycler(&image), wanted);
         assert_eq!(recycler(&serde_json::json!({"name": "a.raw"})), "");
+    }
+
+    #[test]
+    fn the_page_tells_of_requests_and_how_long_they_took() {
+        let image = serde_json::json!({
+            "io": {
+                "read": {"count": 3, "bytes": 12288, "errors": 1, "median": 2048,
+                         "percentile_99": 33554432},
+                "flush": {"count": 0},
+            },
+            "table_cache": {"hits": 999, "misses": 1},
+            "inflated_cache": {"hits": 0, "misses": 0},
+        });
+        let wanted = "  read: 3 requests, 12.0 KiB, 1 failed, half within 2 us, 99 % within 34 ms\n\
+            \x20 tables cached 99.9 %\n";
+        assert_eq!(requests(&image), wanted);
+        assert_eq!(requests(&serde_json::json!({})), "");
+        assert_eq!([time(1024), time(8 << 30)], ["1 us", "8.6 s"]);
     }
 
     #[test]

@@ -5,6 +5,13 @@ use std::io::IsTerminal;
 use anstyle::{Ansi256Color, Color, Reset, Style};
 use terminal_size::{Height, Width};
 
+/// What is well.
+pub(super) const GREEN: u8 = 35;
+/// What is not.
+pub(super) const RED: u8 = 167;
+/// What is measured.
+pub(super) const BLUE: u8 = 32;
+
 /// Columns where there is no terminal.
 const COLUMNS: usize = 80;
 /// Lines where there is no terminal.
@@ -58,6 +65,23 @@ pub(super) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
+/// The first `columns` characters of a line, and all of its escape sequences, which take no place.
+fn clip(line: &str, columns: usize) -> String {
+    let mut clipped = String::with_capacity(line.len());
+    let (mut taken, mut in_sequence) = (0, false);
+    for c in line.chars() {
+        if in_sequence || c == '\x1b' {
+            clipped.push(c);
+            // After the bracket a letter ends it.
+            in_sequence = !c.is_ascii_alphabetic();
+        } else if taken < columns {
+            clipped.push(c);
+            taken += 1;
+        }
+    }
+    clipped
+}
+
 /// The home position of a screen that is drawn over again.
 pub(super) const HOME: &str = "\x1b[H";
 /// Clears to the end of the line.
@@ -78,9 +102,10 @@ impl Screen {
     /// Draws `lines` over what was there, as far as they fit.
     pub(super) fn draw(&self, lines: &[String]) {
         use std::io::Write;
-        let (_, height) = size();
+        let (width, height) = size();
         let shown = lines.iter().take(height.saturating_sub(1));
-        let page: String = shown.map(|line| format!("{line}{CLEAR_LINE}\r\n")).collect();
+        let shown = shown.map(|line| format!("{}{CLEAR_LINE}\r\n", clip(line, width)));
+        let page: String = shown.collect();
         let mut out = std::io::stdout().lock();
         // A terminal that is gone ends us by a signal.
         let _ = write!(out, "{HOME}{page}{CLEAR_BELOW}").and_then(|()| out.flush());
@@ -92,5 +117,20 @@ impl Drop for Screen {
         use std::io::Write;
         print!("\x1b[?25h\x1b[?1049l");
         let _ = std::io::stdout().flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_clipped_to_the_screen_and_its_colours_end_all_the_same() {
+        let line = format!("ab{}", coloured("cdef", RED, true));
+        assert_eq!(clip(&line, 3), "ab\x1b[38;5;167mc\x1b[0m");
+        assert_eq!(clip(&line, 80), line);
+        assert_eq!(clip("░█░█", 2), "░█");
+        assert_eq!(coloured("a", RED, false), "a");
+        assert_eq!(plain("a\x1b[2Jb\n"), "a\u{fffd}[2Jb\u{fffd}");
     }
 }

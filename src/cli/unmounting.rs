@@ -37,6 +37,17 @@ impl Served {
         Ok(Served { mountpoint, helper, device, connection })
     }
 
+    /// Lets the kernel read `bytes` ahead of who reads through the page cache from start to end.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for who is not root, and others of the host.
+    pub(super) fn read_ahead(&self, bytes: u64) -> io::Result<()> {
+        let mut setting = b"/sys/class/bdi/".to_vec();
+        setting.extend_from_slice(&self.device);
+        setting.extend_from_slice(b"/read_ahead_kb");
+        fs::write(OsString::from_vec(setting), (bytes >> 10).to_string())
+    }
+
     /// Where it is mounted.
     pub(super) fn mountpoint(&self) -> &Path {
         &self.mountpoint

@@ -11,6 +11,9 @@ const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
 /// Bytes in the smallest cluster that extended L2 entries can divide.
 const EXTENDED_L2_CLUSTER_SIZE: u64 = 16 << 10;
 
+/// Entries of an L1 table that is large enough for most disks.
+const ROOMY_L1_ENTRIES: u64 = (64 << 10) / 8;
+
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -202,6 +205,13 @@ impl Geometry {
     /// The number of L1 entries that a virtual disk of `size` bytes needs.
     pub fn l1_entries_for(&self, size: u64) -> u64 {
         self.clusters_for(size).0.div_ceil(self.l2_entries())
+    }
+
+    /// The number of L1 entries for a disk of `size` bytes that is to grow a little without a larger
+    /// table: as many as go into the table's last cluster, or into 64 KiB of a larger one.
+    pub fn l1_entries_with_room(&self, size: u64) -> u64 {
+        let step = (self.cluster_size() / 8).min(ROOMY_L1_ENTRIES);
+        self.l1_entries_for(size).max(1).next_multiple_of(step)
     }
 
     /// Clusters that `bytes` bytes need, rounded up.

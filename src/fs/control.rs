@@ -1,5 +1,5 @@
 //! `.qcow2fs/` at the root: hidden from listings, found by name. `status` in it tells the state of
-//! the mount as JSON. `control` takes orders, one a line, from whoever serves the mount and from
+//! the mount as JSON, `metrics` for Prometheus. `control` takes orders, one a line, from whoever serves the mount and from
 //! root:
 //!
 //! - `compact NAME` has the image behind the raw file `NAME` made as short as it gets; it stays open
@@ -25,6 +25,10 @@ pub(super) const STATUS: INodeNo = INodeNo(3);
 /// The inode number of `control`.
 pub(super) const CONTROL: INodeNo = INodeNo(4);
 
+/// The inode number of `metrics`.
+pub(super) const METRICS: INodeNo = INodeNo(5);
+
+const METRICS_NAME: &str = "metrics";
 const STATUS_NAME: &str = "status";
 const CONTROL_NAME: &str = "control";
 
@@ -57,6 +61,7 @@ pub(super) fn lookup(parent: INodeNo, name: &OsStr) -> Option<FileAttr> {
     match (parent, name) {
         (INodeNo(ROOT), name) if name == NAME => attributes(DIRECTORY),
         (DIRECTORY, name) if name == STATUS_NAME => attributes(STATUS),
+        (DIRECTORY, name) if name == METRICS_NAME => attributes(METRICS),
         (DIRECTORY, name) if name == CONTROL_NAME => attributes(CONTROL),
         _ => None,
     }
@@ -66,7 +71,7 @@ pub(super) fn lookup(parent: INodeNo, name: &OsStr) -> Option<FileAttr> {
 pub(super) fn attributes(ino: INodeNo) -> Option<FileAttr> {
     let (directory, perm) = match ino {
         DIRECTORY => (true, 0o555),
-        STATUS => (false, 0o444),
+        STATUS | METRICS => (false, 0o444),
         CONTROL => (false, 0o200),
         _ => return None,
     };
@@ -98,6 +103,7 @@ pub(super) fn list(from: u64, reply: &mut ReplyDirectory) {
         (DIRECTORY, true, "."),
         (INodeNo(ROOT), true, ".."),
         (STATUS, false, STATUS_NAME),
+        (METRICS, false, METRICS_NAME),
         (CONTROL, false, CONTROL_NAME),
     ];
     for (number, (ino, directory, name)) in (1..).zip(entries) {

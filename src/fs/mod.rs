@@ -34,11 +34,11 @@ mod snap;
 mod tests;
 mod verbs;
 
-use crate::catalog::{AttributeChange, Catalog, Node, Opening, SetTime};
+use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
 use crate::error::Result;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
-use verbs::{Handle, Verbs};
+use verbs::{Created, Handle, Verbs};
 
 /// Threads for what may block.
 const SLOW_THREADS: usize = 8;
@@ -86,7 +86,13 @@ impl Filesys {
 
     /// The node of a directory in which `name` can be changed.
     fn parent(&self, ino: INodeNo, name: &OsStr) -> Result<Arc<Node>, Errno> {
-        if name == snap::NAME { Err(Errno::EPERM) } else { self.node(ino) }
+        let is_control = ino.0 == crate::catalog::ROOT && name == control::NAME;
+        if name == snap::NAME || is_control { Err(Errno::EPERM) } else { self.node(ino) }
+    }
+
+    /// The node whose extended attributes are meant; what is ours has none.
+    fn with_attributes(&self, ino: INodeNo, none: Errno) -> Result<Arc<Node>, Errno> {
+        self.node(ino).map_err(|e| if e == Errno::EPERM { none } else { e })
     }
 
     /// Runs `verb` on the pool and answers with nothing.
@@ -164,6 +170,39 @@ fn answer_orders(verbs: &Verbs, handle: FileHandle, text: &[u8], reply: ReplyWri
     }
 }
 
+fn answer_created(made: Result<Created>, reply: ReplyCreate) {
+    match made {
+        Ok(Created { attributes, handle, mode }) => {
+            let attr = file_attr(&attributes);
+            reply.created(&ENTRY_TTL, &attr, GENERATION, FileHandle(handle), open_flags(mode));
+        }
+        Err(e) => reply.error(fail(None, &e)),
+    }
+}
+
+/// What the kernel is told of an open image.
+fn open_flags(mode: HandleMode) -> FopenFlags {
+    let mut flags = FopenFlags::empty();
+    flags.set(FopenFlags::FOPEN_KEEP_CACHE, mode.keep_cache);
+    let bypass = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+    flags.set(bypass, mode.direct);
+    flags
+}
+
+/// Answers with an extended attribute or the list of them, or with its length where `size` is 0.
+fn answer_attribute(found: Result<Vec<u8>>, size: u32, reply: ReplyXattr) {
+    match found {
+        Ok(bytes) if size == 0 => reply.size(bytes.len() as u32),
+        Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(bytes) => reply.data(&bytes),
+        Err(e) => reply.error(fail(None, &e)),
+    }
+}
+
+fn creator(request: &Request) -> Creator {
+    Creator { uid: request.uid(), gid: request.gid() }
+}
+
 fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyData) {
     verbs.read(node, offset, size, |read| match read {
         Ok(bytes) => reply.data(bytes),
@@ -180,6 +219,9 @@ impl Filesystem for Filesys {
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            // A write takes set-user-ID bits and capabilities away: no file here has any. Without this
+            // the kernel looks for them before each write.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ] {
             let _ = config.add_capabilities(wanted);
         }
@@ -292,6 +334,10 @@ impl Filesystem for Filesys {
                     Err(e) => reply.error(fail(None, &e)),
                 };
             }
+            if ino == control::METRICS {
+                let handle = verbs.open_metrics();
+                return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+            }
             let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
             if snap::is_ours(ino) {
                 return match verbs.snap_open(ino, write) {
@@ -302,12 +348,7 @@ impl Filesystem for Filesys {
             let direct = flags.0 & libc::O_DIRECT != 0;
             match verbs.open(ino.0, Opening { write, direct }) {
                 Ok((handle, mode)) => {
-                    let mut flags = FopenFlags::empty();
-                    flags.set(FopenFlags::FOPEN_KEEP_CACHE, mode.keep_cache);
-                    let bypass =
-                        FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-                    flags.set(bypass, mode.direct);
-                    reply.opened(FileHandle(handle), flags);
+                    reply.opened(FileHandle(handle), open_flags(mode));
                 }
                 // Logged where it was opened.
                 Err(e) => reply.error(fail(None, &e)),
@@ -412,9 +453,7 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.slowly(self.image_node(handle), reply, |_, node| {
-            node.with_image(crate::image::Image::flush)
-        });
+        self.slowly(self.image_node(handle), reply, Verbs::sync);
     }
 
     fn fallocate(
@@ -535,8 +574,8 @@ impl Filesystem for Filesys {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
-        let owner = (request.uid(), request.gid());
-        match self.verbs.catalog.make_directory(&parent_node, name, mode, owner) {
+        let made = self.verbs.catalog.make_directory(&parent_node, name, mode, creator(request));
+        match made {
             Ok(()) => answer_entry(&self.verbs, parent, name, reply),
             Err(e) => reply.error(fail(Some(&parent_node), &e)),
         }
@@ -599,23 +638,26 @@ impl Filesystem for Filesys {
         }
     }
 
-    // What is not there. The kernel remembers ENOSYS and does not ask again, which is what is wanted
-    // for attributes that no image has; it falls back to reading and writing for copies.
-
     fn create(
         &self,
-        _request: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _mode: u32,
+        mode: u32,
         _umask: u32,
-        _flags: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
+        let (verbs, name, creator) = (Arc::clone(&self.verbs), name.to_owned(), creator(request));
         if !snap::is_ours(parent) {
-            return reply.error(Errno::EOPNOTSUPP);
+            let parent = match self.parent(parent, &name) {
+                Ok(node) => node,
+                Err(e) => return reply.error(e),
+            };
+            return self.pool.run(move || {
+                answer_created(verbs.create(&parent, &name, mode, creator, flags), reply);
+            });
         }
-        let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
         self.pool.run(move || match verbs.snap_create(parent, &name) {
             Ok((attr, handle)) => {
                 let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
@@ -627,15 +669,30 @@ impl Filesystem for Filesys {
 
     fn mknod(
         &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
         _umask: u32,
         _device: u32,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EOPNOTSUPP);
+        let parent_node = match self.parent(parent, name) {
+            Ok(node) if mode & libc::S_IFMT == libc::S_IFREG => node,
+            Ok(_) => return reply.error(Errno::EPERM),
+            Err(e) => return reply.error(e),
+        };
+        let (verbs, name, creator) = (Arc::clone(&self.verbs), name.to_owned(), creator(request));
+        self.pool.run(move || {
+            match verbs.catalog.make_image(&parent_node, &name, mode, creator) {
+                Ok(node) => {
+                    // The look that follows counts one more.
+                    verbs.catalog.forget(node.ino(), 1);
+                    answer_entry(&verbs, parent, &name, reply);
+                }
+                Err(e) => reply.error(fail(Some(&parent_node), &e)),
+            }
+        });
     }
 
     fn symlink(
@@ -652,50 +709,94 @@ impl Filesystem for Filesys {
     fn link(
         &self,
         _request: &Request,
-        _ino: INodeNo,
-        _parent: INodeNo,
-        _name: &OsStr,
+        ino: INodeNo,
+        parent: INodeNo,
+        name: &OsStr,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EPERM);
+        let nodes = self.node(ino).and_then(|node| Ok((node, self.parent(parent, name)?)));
+        let (node, parent_node) = match nodes {
+            Ok(nodes) => nodes,
+            Err(e) => return reply.error(e),
+        };
+        let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
+        self.pool.run(move || match verbs.catalog.link(&node, &parent_node, &name) {
+            Ok(()) => answer_entry(&verbs, parent, &name, reply),
+            Err(e) => reply.error(fail(Some(&parent_node), &e)),
+        });
     }
 
     fn fsyncdir(
         &self,
         _request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        // Names are the host's; syncing its file system is the host's matter.
-        reply.ok();
+        if control::attributes(ino).is_some() || snap::is_ours(ino) {
+            return reply.ok();
+        }
+        self.slowly(self.node(ino), reply, |verbs, node| verbs.catalog.sync_directory(node));
     }
 
-    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let node = match self.with_attributes(ino, Errno::ENODATA) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
+        let answer = move |node: &Node| {
+            answer_attribute(verbs.catalog.extended_attribute(node, &name), size, reply);
+        };
+        match node.is_busy() {
+            true => self.pool.run(move || answer(&node)),
+            false => answer(&node),
+        }
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let node = match self.node(ino) {
+            Ok(node) => node,
+            // What is ours has none.
+            Err(_) => return answer_attribute(Ok(Vec::new()), size, reply),
+        };
+        let verbs = Arc::clone(&self.verbs);
+        let answer = move |node: &Node| {
+            answer_attribute(verbs.catalog.extended_attributes(node), size, reply);
+        };
+        match node.is_busy() {
+            true => self.pool.run(move || answer(&node)),
+            false => answer(&node),
+        }
     }
 
     fn setxattr(
         &self,
         _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: &[u8],
-        _: i32,
-        _: u32,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::ENOSYS);
+        let (name, value) = (name.to_owned(), value.to_owned());
+        self.slowly(self.node(ino), reply, move |verbs, node| {
+            verbs.catalog.set_extended_attribute(node, &name, &value, flags as u32)
+        });
     }
 
-    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        let node = self.with_attributes(ino, Errno::ENODATA);
+        self.slowly(node, reply, move |verbs, node| {
+            verbs.catalog.remove_extended_attribute(node, &name)
+        });
     }
 
-    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
+    // What is not there. The kernel remembers ENOSYS and does not ask again; it falls back to reading
+    // and writing for copies.
 
     fn access(&self, _: &Request, _: INodeNo, _: fuser::AccessFlags, reply: ReplyEmpty) {
         // The kernel checks permissions itself (default_permissions) and asks only without it.

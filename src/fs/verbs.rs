@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +14,9 @@ use parking_lot::{Mutex, RwLock};
 
 use super::control::{self, Order};
 use super::snap::Snaps;
-use crate::catalog::{AttributeChange, Catalog, Entry, HandleMode, Node, Opening};
+use crate::catalog::{
+    AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
+};
 use crate::error::{Error, Result};
 use crate::image::{Image, SnapshotView};
 
@@ -22,6 +25,9 @@ const SECTOR: u64 = 512;
 
 /// The most bytes that one read may ask for; the kernel asks for 1 MiB.
 const MAX_READ: u32 = 16 << 20;
+
+/// How often a file is made or opened that others make and remove.
+const CREATE_ATTEMPTS: u32 = 8;
 
 thread_local! {
     /// Each worker's own; it grows to the largest read and stays.
@@ -62,6 +68,14 @@ pub(super) enum Handle {
     },
 }
 
+/// A file that was opened by the name that it was to have.
+pub(super) struct Created {
+    pub(super) attributes: Attributes,
+    /// The number of its handle.
+    pub(super) handle: u64,
+    pub(super) mode: HandleMode,
+}
+
 /// All that the handlers share.
 pub(super) struct Verbs {
     pub(super) catalog: Arc<Catalog>,
@@ -100,13 +114,83 @@ impl Verbs {
         Ok((self.add_handle(Handle::Image { node, write: how.write }), mode))
     }
 
-    /// Opens the text that tells the state of the mount.
+    /// Makes an image and opens it, as open(2) with `O_CREAT` and the other `flags` does.
+    pub(super) fn create(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        mode: u32,
+        creator: Creator,
+        flags: i32,
+    ) -> Result<Created> {
+        // Who makes a file may write to it whatever its mode says, and so may we who open it next.
+        let (owner, asked) = (0o600, mode & 0o777);
+        let make = || self.catalog.make_image(parent, name, asked | owner, creator);
+        let (node, is_new) = match flags & libc::O_EXCL != 0 {
+            true => (make()?, true),
+            false => self.make_or_find(parent, name, make)?,
+        };
+        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let how = Opening { write, direct: flags & libc::O_DIRECT != 0 };
+        let opened = self.open(node.ino(), how).and_then(|(handle, mode)| {
+            let change = AttributeChange { mode: Some(asked), ..Default::default() };
+            let finished = match is_new {
+                true if asked & owner != owner => self.catalog.change_attributes(&node, change),
+                false if flags & libc::O_TRUNC != 0 => {
+                    self.set_attributes(&node, Some(0), Default::default())
+                }
+                _ => Ok(()),
+            };
+            let attributes = finished.and_then(|()| self.catalog.attributes(&node));
+            let attributes = attributes.inspect_err(|_| self.release(handle))?;
+            Ok(Created { attributes, handle, mode })
+        });
+        // The kernel does not know of it then.
+        opened.inspect_err(|_| self.catalog.forget(node.ino(), 1))
+    }
+
+    /// What `make` makes, or what somebody else was faster to make; and whether it is the first.
+    fn make_or_find(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        make: impl Fn() -> Result<Arc<Node>>,
+    ) -> Result<(Arc<Node>, bool)> {
+        for _ in 1..CREATE_ATTEMPTS {
+            match make() {
+                Err(e) if e.errno() == libc::EEXIST => {}
+                made => return Ok((made?, true)),
+            }
+            match self.catalog.lookup(parent.ino(), name) {
+                // It is gone again, or never was an image.
+                Err(e) if e.errno() == libc::ENOENT => {}
+                found => return Ok((self.catalog.node(found?.ino)?, false)),
+            }
+        }
+        let made = make().inspect_err(|e| {
+            log::warn!("{e}; what has that name beneath the image directory is no image");
+        });
+        Ok((made?, true))
+    }
+
+    /// Opens the text that tells the state of the mount as JSON.
     pub(super) fn open_status(&self) -> Result<u64> {
         let status = self.catalog.status(&self.mountpoint);
         let mut text = serde_json::to_vec_pretty(&status)
             .map_err(|e| Error::io("writing the status", io::Error::other(e)))?;
         text.push(b'\n');
         Ok(self.add_handle(Handle::Text(text)))
+    }
+
+    /// Opens the same as metrics.
+    pub(super) fn open_metrics(&self) -> u64 {
+        let status = self.catalog.status(&self.mountpoint);
+        self.add_handle(Handle::Text(metrics(&status).into_bytes()))
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn sync(&self, node: &Node) -> Result<()> {
+        node.with_image(|image| node.io().flush.count(0, || image.flush()))
     }
 
     /// Ends a handle.
@@ -166,7 +250,8 @@ impl Verbs {
         READ_BUFFER.with_borrow_mut(|buffer| {
             let read = node.with_image(|image| {
                 let count = fit(buffer, image.virtual_size(), offset, size);
-                image.read(offset, &mut buffer[..count])?;
+                let read = || image.read(offset, &mut buffer[..count]);
+                node.io().read.count(count as u64, read)?;
                 Ok(count)
             });
             deliver(read.map(|count| &buffer[..count]));
@@ -198,7 +283,7 @@ impl Verbs {
         let end = end_of(offset, data.len() as u64)?;
         node.with_image(|image| {
             grow_to(node, image, end)?;
-            image.write(offset, data)
+            node.io().write.count(data.len() as u64, || image.write(offset, data))
         })
     }
 
@@ -223,12 +308,12 @@ impl Verbs {
             if matches!(mode, 0 | ZERO) {
                 grow_to(node, image, end)?;
             }
-            match mode {
+            node.io().discard.count(length, || match mode {
                 0 | KEEP => image.preallocate(range),
                 PUNCH_KEEP => image.discard(range),
                 ZERO | ZERO_KEEP => image.write_zeroes(range),
                 _ => Err(errno("a way to allocate that is not known", libc::EOPNOTSUPP)),
-            }
+            })
         })
     }
 

@@ -139,14 +139,12 @@ impl CreateOptions {
         Ok(())
     }
 
-    /// The L1 table fills its last cluster: the disk can grow a little without a larger one.
     fn l1_entries(&self, geometry: &Geometry) -> Result<u64> {
         if !self.virtual_size.is_multiple_of(512) {
             let size = self.virtual_size;
             return Err(Error::invalid(format!("a size of {size} bytes is no multiple of 512")));
         }
-        let needed = geometry.l1_entries_for(self.virtual_size).max(1);
-        if needed > MAX_L1_BYTES / 8 {
+        if geometry.l1_entries_for(self.virtual_size) > MAX_L1_BYTES / 8 {
             let most = (MAX_L1_BYTES / 8)
                 .saturating_mul(geometry.l2_entries())
                 .saturating_mul(geometry.cluster_size());
@@ -159,7 +157,7 @@ impl CreateOptions {
                 ),
             ));
         }
-        Ok(needed.next_multiple_of(geometry.cluster_size() / 8).min(MAX_L1_BYTES / 8))
+        Ok(geometry.l1_entries_with_room(self.virtual_size).min(MAX_L1_BYTES / 8))
     }
 
     fn header(&self, geometry: &Geometry, layout: &Layout) -> Header {

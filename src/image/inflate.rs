@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
+use crate::counters::{CacheCounts, Counter};
 use crate::format::HostOffset;
 use crate::sync::Mutex;
 
@@ -42,12 +43,19 @@ pub(super) struct InflateCache {
     capacity: usize,
     /// Newest last. So few that a scan is faster than a map.
     entries: Mutex<VecDeque<(HostOffset, Slot)>>,
+    hits: Counter,
+    misses: Counter,
 }
 
 impl InflateCache {
     pub(super) fn new(cluster_size: u64) -> Self {
         let capacity = (CACHE_BYTES / cluster_size).clamp(4, 256) as usize;
-        InflateCache { capacity, entries: Mutex::default() }
+        InflateCache {
+            capacity,
+            entries: Mutex::default(),
+            hits: Counter::default(),
+            misses: Counter::default(),
+        }
     }
 
     /// Calls `use_it` with the cluster at `offset`, which `inflate` makes where it is not here.
@@ -60,10 +68,18 @@ impl InflateCache {
         let slot = self.slot(offset);
         let mut cluster = slot.lock();
         if cluster.is_empty() {
+            self.misses.add(1);
             *cluster = inflate()?;
+        } else {
+            self.hits.add(1);
         }
         use_it(&cluster);
         Ok(())
+    }
+
+    /// How often a cluster was there, and how often it had to be inflated.
+    pub(super) fn counts(&self) -> CacheCounts {
+        CacheCounts::new(self.hits.get(), self.misses.get())
     }
 
     fn slot(&self, offset: HostOffset) -> Slot {

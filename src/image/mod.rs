@@ -35,6 +35,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::alloc::Refcounts;
+use crate::counters::CacheCounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Geometry;
 use crate::locks::GuestLocks;
@@ -47,6 +48,9 @@ pub use compact::{CompactAfter, CompactionStatus, Prospect};
 pub use create::{CompressionType, CreateOptions, NewDataFile};
 pub use open::{BackingFile, Beside, Summary};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
+
+/// `status` counts the clusters in use of a file that has at most so many: some milliseconds.
+const MOST_COUNTED: u64 = 1 << 20;
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -114,6 +118,14 @@ pub struct Status {
     pub compaction: CompactionStatus,
     /// Clusters that a crash may have leaked are being looked for; nothing is freed meanwhile.
     pub searching_leaks: bool,
+    /// Bytes of clusters in use; left out where counting them would take long, and of an image that is
+    /// only read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub live: Option<u64>,
+    /// The cache of L2 tables.
+    pub table_cache: CacheCounts,
+    /// The cache of inflated clusters: reads of parts of compressed ones.
+    pub inflated_cache: CacheCounts,
     /// Completed flushes, those that several callers shared counted once.
     pub flushes: u64,
     /// Syncs of the host file, and of the external data file.
@@ -148,6 +160,8 @@ struct Writer {
     flush: flush_lock::FlushLock,
     /// Lock order: before the flush lock.
     compaction: Mutex<compact::Compaction>,
+    /// Bytes of compressed data that tables refer to no more, since the image was opened.
+    compressed_dropped: AtomicU64,
     /// A leaf.
     compaction_status: Mutex<CompactionStatus>,
     features: Mutex<open::Features>,
@@ -201,9 +215,26 @@ impl Image {
             recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),
             compaction: writer.map(|w| w.compaction_status.lock().clone()).unwrap_or_default(),
             searching_leaks: writer.is_some_and(|w| w.recycler.are_frees_held()),
+            live: writer.and_then(|w| self.live(w)),
+            table_cache: self.tables.cache_counts(),
+            inflated_cache: self.inflated.counts(),
             flushes: writer.map_or(0, |w| w.flush.flushes()),
             syncs: writer.map_or(0, |w| w.flush.syncs()),
         })
+    }
+
+    /// Bytes of clusters that are counted and neither on their way to be free nor kept ready. `None`
+    /// where there is much to count, or where that fails: who asks wants to know how the image is, not
+    /// to make it worse.
+    fn live(&self, writer: &Writer) -> Option<u64> {
+        let length = self.storage.len().ok()?;
+        if length >> self.geometry.cluster_bits() > MOST_COUNTED {
+            return None;
+        }
+        let used = writer.refcounts.usage().ok()?.used;
+        let counts = writer.recycler.counts();
+        let idle = counts.junk + counts.released + counts.erased + counts.available;
+        Some(used.saturating_sub(idle) << self.geometry.cluster_bits())
     }
 
     /// Recycles what is due, flushes, gives the pool back, cuts the file's end, and stops the

@@ -198,6 +198,7 @@ impl Image {
                     options.settle_after,
                 )),
                 compaction_status: Mutex::default(),
+                compressed_dropped: AtomicU64::new(0),
                 features: Mutex::new(Features {
                     incompatible: header.incompatible_features,
                     compatible: header.compatible_features,

@@ -70,7 +70,7 @@ impl Image {
         let _guard = self.locks.exclusive(added.start >> self.geometry.cluster_bits()..u64::MAX);
         let entries = self.geometry.l1_entries_for(added.end);
         if entries > self.tables.l1_entries() as u64 {
-            self.grow_l1(writer, entries as u32)?;
+            self.grow_l1(writer, self.roomy_l1(added.end))?;
         }
         if !writer.clear_past_end.load(Ordering::Acquire) {
             self.clear_past_end(writer, &added)?;
@@ -99,6 +99,14 @@ impl Image {
         let is_all = !hides_little && self.backed_clusters() <= mapped;
         writer.clear_past_end.store(is_all, Ordering::Release);
         Ok(())
+    }
+
+    /// Entries of an L1 table for a disk that has grown to `size` bytes and may go on growing by one
+    /// write after the other.
+    fn roomy_l1(&self, size: u64) -> u32 {
+        let half_as_many_again = self.tables.l1_entries() as u64 * 3 / 2;
+        let wanted = self.geometry.l1_entries_with_room(size).max(half_as_many_again);
+        wanted.min(MAX_L1_BYTES / 8) as u32
     }
 
     fn grow_l1(&self, writer: &Writer, entries: u32) -> Result<()> {

@@ -294,6 +294,17 @@ impl Image {
         offset: HostOffset,
         length: u64,
     ) -> Result<()> {
+        writer.compressed_dropped.fetch_add(length, Ordering::Relaxed);
+        self.release_compressed(writer, offset, length)
+    }
+
+    /// The same where it has only moved.
+    pub(super) fn release_compressed(
+        &self,
+        writer: &Writer,
+        offset: HostOffset,
+        length: u64,
+    ) -> Result<()> {
         self.inflated.forget(offset);
         self.geometry
             .host_clusters(offset, length)
@@ -334,6 +345,19 @@ impl Image {
     /// # Errors
     /// `ReadOnly`, host errors, `Corrupt`.
     pub fn preallocate(&self, range: Range<u64>) -> Result<()> {
+        self.preallocate_as(range, true)
+    }
+
+    /// Maps all of `range` to clusters, for which the host may have no space yet. Contents stay; what
+    /// lies past the end of the disk is ignored.
+    ///
+    /// # Errors
+    /// As [`Image::preallocate`].
+    pub fn preallocate_metadata(&self, range: Range<u64>) -> Result<()> {
+        self.preallocate_as(range, false)
+    }
+
+    fn preallocate_as(&self, range: Range<u64>, with_space: bool) -> Result<()> {
         let range = self.within_disk(range);
         let mut at = range.start;
         while at < range.end {
@@ -342,13 +366,19 @@ impl Image {
             self.map_raw(writer, &(at..end))?;
             let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
             while at < end {
-                at = self.note(self.preallocate_some(writer, at, end))?;
+                at = self.note(self.preallocate_some(writer, at, end, with_space))?;
             }
         }
         Ok(())
     }
 
-    fn preallocate_some(&self, writer: &Writer, at: u64, end: u64) -> Result<u64> {
+    fn preallocate_some(
+        &self,
+        writer: &Writer,
+        at: u64,
+        end: u64,
+        with_space: bool,
+    ) -> Result<u64> {
         let (mapping, run_end) = self.mapping_at(at, end)?;
         let first = self.geometry.guest_cluster(GuestOffset(at));
         let clusters = self.geometry.guest_clusters(&(at..run_end));
@@ -361,7 +391,9 @@ impl Image {
         };
         match run {
             Run::Data { first: host, .. } => {
-                self.reserve_host(host, clusters.end - clusters.start)?;
+                if with_space {
+                    self.reserve_host(host, clusters.end - clusters.start)?;
+                }
                 return Ok(run_end);
             }
             Run::Compressed { .. } | Run::Backing => {
@@ -375,7 +407,9 @@ impl Image {
         let linked = place.count();
         let start = self.geometry.guest_offset(first).0;
         self.clear_around(&place, &(start..start))?;
-        self.reserve_host(place.first(), linked)?;
+        if with_space {
+            self.reserve_host(place.first(), linked)?;
+        }
         self.link(writer, first, place)?;
         Ok(run_end.min((first.0 + linked) << self.geometry.cluster_bits()))
     }

@@ -220,6 +220,18 @@ impl Recycler {
         Ok(Some(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync }))
     }
 
+    /// Exactly `count` consecutive clusters at the end of the file, which read as zeros.
+    ///
+    /// # Errors
+    /// As [`Recycler::take`].
+    pub fn take_at_end(&self, count: u64) -> Result<Rooted<'_>> {
+        let clusters = self.refcounts.allocate_at_end(count)?;
+        let clusters = self.zeroed(Allocated { clusters, is_new: false })?;
+        self.tail_may_be_free.store(true, Ordering::Relaxed);
+        self.map.lock().add_rooted(clusters.clone());
+        Ok(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync })
+    }
+
     /// Exactly `count` consecutive clusters, of any content, for metadata: from the pool, else at the
     /// end of the file.
     ///

@@ -13,7 +13,7 @@ mod new_file;
 pub mod testing;
 
 pub use host_file::HostFile;
-pub use new_file::{IfTaken, NewFile, is_temporary, remove_abandoned, rename};
+pub use new_file::{IfTaken, NewFile, is_temporary, remove_abandoned};
 
 /// A file that can be read, written, synced, cut and punched, from several threads at once.
 ///

@@ -5,7 +5,7 @@
 //! files and while it replaces another one, a temporary one beside it. Who makes a file holds
 //! flock(2) on it, so a temporary name that a crash has left behind is told from one in use.
 
-use std::ffi::{CStr, CString, OsStr, OsString};
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,6 +13,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, CWD, FlockOperation, RenameFlags};
 
 /// What temporary names start with.
 const TEMPORARY: &str = ".qcow2fs-new.";
@@ -98,10 +100,10 @@ impl NewFile {
             (None, IfTaken::Replace) => {
                 lock(&self.file)?;
                 self.link_temporarily()?;
-                self.rename(name, 0)?;
+                self.rename(name, RenameFlags::empty())?;
             }
-            (Some(_), IfTaken::Fail) => self.rename(name, libc::RENAME_NOREPLACE)?,
-            (Some(_), IfTaken::Replace) => self.rename(name, 0)?,
+            (Some(_), IfTaken::Fail) => self.rename(name, RenameFlags::NOREPLACE)?,
+            (Some(_), IfTaken::Replace) => self.rename(name, RenameFlags::empty())?,
         }
         self.directory.sync_all()
     }
@@ -123,20 +125,14 @@ impl NewFile {
 
     /// Gives an unnamed file its name, which must be free.
     fn link(&self, name: &OsStr) -> io::Result<()> {
-        let path = CString::new(by_descriptor(&self.file).as_os_str().as_bytes())?;
-        let name = CString::new(name.as_bytes())?;
-        let directory = self.directory.as_raw_fd();
-        let follow = libc::AT_SYMLINK_FOLLOW;
-        // SAFETY: both paths end in NUL, the descriptor is open.
-        done(unsafe {
-            libc::linkat(libc::AT_FDCWD, path.as_ptr(), directory, name.as_ptr(), follow)
-        })
+        let path = by_descriptor(&self.file);
+        Ok(rustix::fs::linkat(CWD, &path, &self.directory, name, AtFlags::SYMLINK_FOLLOW)?)
     }
 
     /// Exchanges the temporary name for `name`.
-    fn rename(&mut self, name: &OsStr, flags: u32) -> io::Result<()> {
+    fn rename(&mut self, name: &OsStr, flags: RenameFlags) -> io::Result<()> {
         let Some(temporary) = &self.temporary else { return Ok(()) };
-        rename(&self.directory, temporary, &self.directory, name, flags)?;
+        rustix::fs::renameat_with(&self.directory, temporary, &self.directory, name, flags)?;
         self.temporary = None;
         Ok(())
     }
@@ -169,24 +165,6 @@ pub fn remove_abandoned(directory: &File, name: &OsStr) -> io::Result<()> {
     remove(directory, name)
 }
 
-/// Renames `name` in the directory `from` to `new_name` in `to`, with the flags of renameat2(2).
-///
-/// # Errors
-/// Those of renameat2(2).
-pub fn rename(
-    from: &File,
-    name: &OsStr,
-    to: &File,
-    new_name: &OsStr,
-    flags: u32,
-) -> io::Result<()> {
-    let name = CString::new(name.as_bytes())?;
-    let new_name = CString::new(new_name.as_bytes())?;
-    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
-    // SAFETY: both names end in NUL, both descriptors are open.
-    done(unsafe { libc::renameat2(from, name.as_ptr(), to, new_name.as_ptr(), flags) })
-}
-
 fn temporary_name() -> OsString {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -194,23 +172,16 @@ fn temporary_name() -> OsString {
 }
 
 fn remove(directory: &File, name: &OsStr) -> io::Result<()> {
-    let name: &CStr = &CString::new(name.as_bytes())?;
-    // SAFETY: the name ends in NUL, the descriptor is open.
-    done(unsafe { libc::unlinkat(directory.as_raw_fd(), name.as_ptr(), 0) })
+    Ok(rustix::fs::unlinkat(directory, name, AtFlags::empty())?)
 }
 
 fn lock(file: &File) -> io::Result<()> {
-    // SAFETY: flock takes no pointers; the descriptor is open.
-    done(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })
+    Ok(rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)?)
 }
 
 /// A path that leads to exactly this open file.
 fn by_descriptor(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-fn done(result: i32) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ pub use metadata_map::MetadataMap;
 pub use moves::Edit;
 
 use crate::check::pieces::for_each_word;
+use crate::counters::{CacheCounts, Counter};
 use crate::error::{Error, Result};
 use crate::format::{
     COPIED, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, MixedCluster, be64,
@@ -97,6 +98,10 @@ pub struct Tables {
     /// Who loads a slice holds its loader, so that one slice is loaded by one thread at a time and
     /// what was evicted and changed meanwhile is never replaced by something older.
     loaders: [Mutex<()>; LOADERS],
+    /// Lookups that found their part of a table in the cache.
+    hits: Counter,
+    /// Parts of tables that were read.
+    misses: Counter,
 }
 
 struct State {
@@ -151,6 +156,8 @@ impl Tables {
                 barrier: false,
             }),
             loaders: Default::default(),
+            hits: Counter::default(),
+            misses: Counter::default(),
             storage,
         };
         Ok(tables)
@@ -207,12 +214,18 @@ impl Tables {
         })
     }
 
+    /// How often a lookup met the cache, and how often something had to be read for it.
+    pub fn cache_counts(&self) -> CacheCounts {
+        CacheCounts::new(self.hits.get(), self.misses.get())
+    }
+
     /// What the first of `clusters` is, and how many from there on are the same; at least 1, at
     /// most as far as one read of the tables tells. `clusters` must not be empty.
     ///
     /// # Errors
     /// Host errors; `Corrupt` with a malformed entry or one that points to metadata.
     pub fn lookup(&self, clusters: Range<u64>) -> Result<(Mapping, u64)> {
+        let mut loaded = false;
         loop {
             {
                 let state = self.state.read();
@@ -222,11 +235,15 @@ impl Tables {
                 };
                 let key = state.cache.key(self.entry_offset(table, clusters.start));
                 if let Some(bytes) = state.cache.get(key) {
+                    if !loaded {
+                        self.hits.add(1);
+                    }
                     let in_slice = self.clusters_in_slice(&state.cache, &clusters);
                     return self.run_of(bytes, key, in_slice, own);
                 }
             }
             self.load(clusters.start)?;
+            loaded = true;
         }
     }
 
@@ -536,6 +553,7 @@ impl Tables {
         if self.state.read().cache.get(key).is_some() {
             return Ok(());
         }
+        self.misses.add(1);
         let bytes = self.read_slice(key, size)?;
         let mut state = self.state.write();
         if is_valid(&state)? {

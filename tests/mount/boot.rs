@@ -204,3 +204,30 @@ fn systemd_takes_the_units_and_finds_no_cycle_in_their_order() {
 fn says_of_ours(line: &str) -> bool {
     ["qcow2fs", "mnt-disk", "cycle"].iter().any(|name| line.contains(name))
 }
+
+#[test]
+fn the_manual_tells_of_each_file_and_option_of_a_mount() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/man/qcow2fs.5");
+    let page = fs::read_to_string(page).unwrap();
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let hidden = fs::read_dir(mount.path(".qcow2fs")).unwrap();
+    let names: Vec<_> = hidden.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(names.len() >= 2, "{names:?}");
+    for name in names {
+        let line = format!(".I {}", name.to_str().unwrap());
+        assert!(page.lines().any(|found| found == line), "{line}");
+    }
+    mount.umount();
+    // The service reads what the example has, and the page says so.
+    for name in ["SOURCE", "MOUNTPOINT", "OPTIONS"] {
+        assert!(page.contains(&format!("{name}=")), "{name}");
+    }
+    // Its lines for fstab are taken as they stand, but for the places.
+    let line = page.lines().find(|line| line.starts_with("/var/lib/images ")).unwrap();
+    let options = line.split_whitespace().nth(3).unwrap();
+    let helper = Helper::new(&lab);
+    let (images, point) = (lab.images(), lab.point());
+    sh!("mount -t {} -o {options} {} {}", helper.kind, images.display(), point.display());
+    Mount::adopt(lab.point(), lab.path("log")).umount();
+}

@@ -104,19 +104,42 @@ fn what_is_zero_on_the_disk_and_not_in_a_snapshot_stays_in_the_snapshot() {
 }
 
 #[test]
+fn a_closed_image_is_laid_out_in_the_order_of_the_disk() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "cluster_size=64k");
+    // From its end to its start.
+    let writes = (0..128).rev().map(|n| format!("-c 'write -P {n} {}k 64k' ", n * 64));
+    sh!("qemu-io -f qcow2 {} {}", writes.collect::<String>(), image.display());
+    let disk = guest_bytes(&image);
+    let extents = || {
+        let map = sh!("qemu-img map --output=json {}", image.display());
+        let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+        map.as_array().map_or(0, Vec::len)
+    };
+    assert!(extents() > 100, "{}", extents());
+    sh!("$qcow2fs compact --defrag {}", image.display());
+    assert_eq!(extents(), 1);
+    assert_sound(&image);
+    assert_same(&guest_bytes(&image), &disk, "in another order");
+}
+
+#[test]
 fn an_image_that_a_mount_has_open_is_compacted_by_it() {
     let lab = Lab::new();
     lab.subdirectory("images/sub");
     let image = scattered(&lab, "sub/disk.qcow2", 64, "cluster_size=64k");
     let disk = guest_bytes(&image);
     for write in [true, false] {
-        let mount = lab.mount_with("--compact-after off");
+        let mount = lab.mount_with("--compact-after off --runtime-asserts");
         let raw = mount.path("sub/disk.raw");
         let file = File::options().read(true).write(write).open(&raw).unwrap();
         let mut bytes = vec![0; 1 << 16];
         file.read_exact_at(&mut bytes, 3 << 16).unwrap();
-        let refused = attempt!("$qcow2fs compact --detect-zeroes '{}'", image.display());
-        assert_eq!(refused.code, Some(1), "{}", refused.text());
+        for option in ["--detect-zeroes", "--defrag"] {
+            let refused = attempt!("$qcow2fs compact {option} '{}'", image.display());
+            assert_eq!(refused.code, Some(1), "{}", refused.text());
+            assert!(refused.err.contains(option), "{}", refused.text());
+        }
         let line = sh!("$qcow2fs compact '{}'", image.display());
         assert!(line.contains("by the mount at"), "{line}");
         assert_short(&image, 8 * MIB);

@@ -123,3 +123,26 @@ fn a_picture_is_drawn_that_others_can_read() {
     let nowhere = attempt!("$qcow2fs map --svg {}/no/x.svg '{}'", svg.display(), image.display());
     assert!(nowhere.code == Some(1) && nowhere.err.contains("x.svg"), "{nowhere:?}");
 }
+
+#[test]
+fn leaked_clusters_are_junk_or_ready_as_they_take_space_or_not() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "16M", "cluster_size=64k");
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let mut table = [0; 8];
+    file.read_exact_at(&mut table, 48).unwrap();
+    let mut block = [0; 8];
+    file.read_exact_at(&mut block, u64::from_be_bytes(table)).unwrap();
+    // Refcounts of 16 bits: clusters 20 and 21 count, and only the first one has blocks.
+    file.write_all_at(&[0, 1, 0, 1], u64::from_be_bytes(block) + 2 * 20).unwrap();
+    file.set_len(23 << 16).unwrap();
+    file.write_all_at(&pattern(1, 1 << 16), 20 << 16).unwrap();
+    file.write_all_at(&pattern(2, 1 << 16), 22 << 16).unwrap();
+    drop(file);
+    let leaks = attempt!("qemu-img check -f qcow2 {}", image.display());
+    assert!(leaks.out.contains("2 leaked clusters"), "{leaks:?}");
+    let told = map(&image);
+    let bytes = bytes_of(&told, &image);
+    assert_eq!((bytes("junk"), bytes("ready"), bytes("free")), (1 << 16, 1 << 16, 1 << 16));
+    assert_eq!(told["shortest"].as_u64().unwrap(), told["used"].as_u64().unwrap() << 16);
+}

@@ -34,6 +34,16 @@ fn a_read_only_mount_writes_nothing() {
 }
 
 #[test]
+fn the_kernel_reads_a_whole_request_ahead() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let point = mount.point().display();
+    let setting = sh!("cat /sys/class/bdi/$(mountpoint -d {point})/read_ahead_kb");
+    assert_eq!(setting.trim(), "1024");
+    mount.umount();
+}
+
+#[test]
 fn other_users_read_only_where_allowed() {
     let lab = Lab::new();
     lab.create("disk.qcow2", "4M", "");

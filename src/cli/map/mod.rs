@@ -194,7 +194,7 @@ fn look_through(
     mount: Option<Mounted>,
     watch: &dyn Watch,
 ) -> Result<(View, Picture), String> {
-    let length = args.image.metadata().map_err(|e| format!("looking at it: {e}"))?.len();
+    let length = args.image.metadata().map_err(|e| format!("opening the image: {e}"))?.len();
     let mut picture = Picture::new(length, room, args.block);
     let view = View::take(&args.image, watch, mount, |extent| match extent {
         None => picture.clear(),

@@ -30,13 +30,14 @@ pub(super) fn draw(name: &str, view: &View, picture: &Picture) -> String {
     let kinds: Vec<_> = Kind::ALL.into_iter().filter(|k| view.bytes[*k as usize] > 0).collect();
     let text_top = legend_top + kinds.len().div_ceil(LEGEND_COLUMNS) * (LINE + 2) + 14;
     let summary = view.summary();
+    let title = format!("What lies where in {}", escape(name));
     let height = text_top + summary.len() * LINE + MARGIN - 10;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
          viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, 'DejaVu Sans', sans-serif\" \
-         font-size=\"13\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
+         font-size=\"13\" role=\"img\">\n<title>{title}</title>\n<rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
     );
-    title(&mut svg, name, view, picture);
+    head(&mut svg, name, view, picture);
     blocks(&mut svg, picture);
     legend(&mut svg, &kinds, view, legend_top, width);
     for (number, line) in summary.iter().enumerate() {
@@ -45,9 +46,9 @@ pub(super) fn draw(name: &str, view: &View, picture: &Picture) -> String {
     svg + "</svg>\n"
 }
 
-fn title(svg: &mut String, name: &str, view: &View, picture: &Picture) {
-    let head = "font-size=\"17\" font-weight=\"600\" fill=\"#1c2733\"";
-    text(svg, (MARGIN, 32), head, name);
+fn head(svg: &mut String, name: &str, view: &View, picture: &Picture) {
+    let bold = "font-size=\"17\" font-weight=\"600\" fill=\"#1c2733\"";
+    text(svg, (MARGIN, 32), bold, name);
     let line = format!(
         "disk {} · file {} · on the host {} · one block is {}",
         size::show(view.survey.virtual_size),

@@ -1,11 +1,14 @@
 //! Moving what the L2 tables map, and the tables themselves.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::{Compaction, Pass};
+use super::occupancy::Occupancy;
+use super::{Compaction, Pass, Purpose};
 use crate::error::{Error, Result};
 use crate::format::{HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
 use crate::image::{Image, Writer};
+use crate::recycler::Rooted;
 use crate::tables::Edit;
 
 /// So much is copied at most while guest clusters are held, and one cluster at least.
@@ -33,6 +36,27 @@ pub(super) struct Use {
 }
 
 impl Image {
+    /// Looks how full the host clusters with compressed data are in the next column; `false` when
+    /// all columns are through.
+    pub(super) fn survey_some(&self, pass: &mut Pass, occupancy: &mut Occupancy) -> Result<bool> {
+        let Some((_, tables)) = self.next_column(pass)? else { return Ok(false) };
+        let size = self.geometry.l2_entry_size() as usize;
+        // What snapshots share with the disk they share at the same place.
+        let mut found = BTreeSet::new();
+        for table in tables {
+            let bytes = self.tables.read_table(table.cluster)?;
+            let words = bytes.chunks_exact(size).map(|entry| be64(entry, 0)).enumerate();
+            found.extend(words.filter(|(_, raw)| L2Entry::is_compressed(*raw)));
+        }
+        for (_, raw) in found {
+            let decoded = L2Entry::decode(raw, 0, &self.geometry);
+            if let Ok(L2Entry::Compressed { offset, length }) = decoded {
+                occupancy.add(&(offset.0..offset.0.saturating_add(length)));
+            }
+        }
+        Ok(true)
+    }
+
     /// Moves the next few clusters; `false` when all columns are through.
     pub(super) fn move_in_columns(
         &self,
@@ -54,23 +78,28 @@ impl Image {
             }
             return Ok(true);
         }
+        // A step looks at one column.
+        let Some((column, tables)) = self.next_column(pass)? else { return Ok(false) };
+        pass.entries = self.entries_to_move(&tables, pass)?;
+        if pass.entries.is_empty() && tables.iter().any(|t| pass.moves(t.cluster)) {
+            self.move_tables(writer, compaction, pass, column)?;
+        }
+        Ok(true)
+    }
+
+    /// The next column that has L2 tables, however many empty L1 entries there are before it.
+    fn next_column(&self, pass: &mut Pass) -> Result<Option<(u64, Vec<Table>)>> {
         let columns = pass.snapshots.iter().map(|s| s.entries.len()).max().unwrap_or(0);
         let columns = columns.max(self.tables.l1_entries()) as u64;
-        // A step looks at one table, or over as many empty L1 entries as there are.
         while pass.column < columns {
             let column = pass.column;
             pass.column += 1;
             let tables = self.tables_of(pass, column)?;
-            if tables.is_empty() {
-                continue;
+            if !tables.is_empty() {
+                return Ok(Some((column, tables)));
             }
-            pass.entries = self.entries_behind(&tables, pass.end)?;
-            if pass.entries.is_empty() && tables.iter().any(|t| t.cluster.0 >= pass.end) {
-                self.move_tables(writer, compaction, pass, column)?;
-            }
-            return Ok(true);
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// The L2 tables of a column, each once.
@@ -90,15 +119,15 @@ impl Image {
         Ok(tables)
     }
 
-    /// The entries of `tables` that point behind `end`, in descending order. Nothing is held: they
-    /// are looked at again.
-    fn entries_behind(&self, tables: &[Table], end: u64) -> Result<Vec<u32>> {
+    /// The entries of `tables` that use what is to be moved, in descending order. Nothing is held:
+    /// they are looked at again.
+    fn entries_to_move(&self, tables: &[Table], pass: &Pass) -> Result<Vec<u32>> {
         let size = self.geometry.l2_entry_size() as usize;
         let mut found = Vec::new();
         for table in tables {
             let bytes = self.tables.read_table(table.cluster)?;
             for (index, entry) in bytes.chunks_exact(size).enumerate() {
-                if self.host_clusters_of(be64(entry, 0)).is_some_and(|used| used.end > end) {
+                if self.is_moved(be64(entry, 0), pass) {
                     found.push(index as u32);
                 }
             }
@@ -106,6 +135,11 @@ impl Image {
         found.sort_unstable_by(|a, b| b.cmp(a));
         found.dedup();
         Ok(found)
+    }
+
+    fn is_moved(&self, raw: u64, pass: &Pass) -> bool {
+        let is_compressed = L2Entry::is_compressed(raw);
+        self.host_clusters_of(raw).is_some_and(|used| pass.moves_any(&used, is_compressed))
     }
 
     /// The host clusters of the image file that an entry of an L2 table uses; none where it is
@@ -154,7 +188,7 @@ impl Image {
             }
         }
         for index in indices {
-            for one in self.uses_of(&tables, index, pass.end)? {
+            for one in self.uses_of(&tables, index, pass)? {
                 match L2Entry::is_compressed(one.key) {
                     true => self.move_compressed(writer, compaction, pass, index, &one)?,
                     false => self.move_data(writer, compaction, pass, index, &one)?,
@@ -164,12 +198,12 @@ impl Image {
         Ok(())
     }
 
-    /// What entry `index` of the tables uses behind `end`, each once.
-    fn uses_of(&self, tables: &[Table], index: u64, end: u64) -> Result<Vec<Use>> {
+    /// What entry `index` of the tables uses that is to be moved, each once.
+    fn uses_of(&self, tables: &[Table], index: u64, pass: &Pass) -> Result<Vec<Use>> {
         let mut uses: Vec<Use> = Vec::new();
         for table in tables {
             let raw = self.tables.raw_entry(table.cluster, index)?;
-            if self.host_clusters_of(raw).is_none_or(|used| used.end <= end) {
+            if !self.is_moved(raw, pass) {
                 continue;
             }
             let key = if L2Entry::is_compressed(raw) { raw } else { raw & OFFSET_MASK };
@@ -212,7 +246,7 @@ impl Image {
             self.redirect(index, edits)?;
             return self.drop_all(writer, source, one.paths);
         }
-        let Some(target) = writer.recycler.take_before(1, pass.end)? else {
+        let Some(target) = self.take_target(writer, pass)? else {
             pass.no_room();
             return Ok(());
         };
@@ -228,6 +262,14 @@ impl Image {
         target.linked(1);
         pass.note_moved(self.cluster_size());
         self.drop_all(writer, source, one.paths)
+    }
+
+    /// Where one cluster goes, reading zeros; `None` where there is no room for it.
+    fn take_target<'a>(&self, writer: &'a Writer, pass: &Pass) -> Result<Option<Rooted<'a>>> {
+        match pass.purpose {
+            Purpose::Shorten => writer.recycler.take_before(1, pass.end),
+            Purpose::Evacuate => writer.recycler.take_at_end(1).map(Some),
+        }
     }
 
     /// Whether an entry reads zeros by its flag.
@@ -325,12 +367,12 @@ impl Image {
     ) -> Result<()> {
         let _guard = self.locks.exclusive(self.tables.clusters_of(column));
         for table in self.tables_of(pass, column)? {
-            if table.cluster.0 < pass.end
+            if !pass.moves(table.cluster)
                 || !self.is_all_of(writer, compaction, table.cluster, table.paths)?
             {
                 continue;
             }
-            let Some(target) = writer.recycler.take_before(1, pass.end)? else {
+            let Some(target) = self.take_target(writer, pass)? else {
                 pass.no_room();
                 return Ok(());
             };
@@ -357,10 +399,28 @@ impl Image {
 }
 
 impl Pass {
+    /// Whether something at a host cluster, not compressed data, is to be moved.
+    fn moves(&self, cluster: HostCluster) -> bool {
+        self.moves_any(&(cluster.0..cluster.0 + 1), false)
+    }
+
+    fn moves_any(&self, used: &Range<u64>, is_compressed: bool) -> bool {
+        match self.purpose {
+            Purpose::Evacuate => used.start < self.end,
+            Purpose::Shorten => used.end > self.end || is_compressed && self.dissolves(used),
+        }
+    }
+
+    fn dissolves(&self, used: &Range<u64>) -> bool {
+        let dissolved = self.dissolved.as_ref();
+        dissolved.is_some_and(|sparse| used.clone().any(|cluster| sparse.is_sparse(cluster)))
+    }
+
     /// Nothing before the end is free any more: somebody else has taken it. What is left stays.
     pub(super) fn no_room(&mut self) {
         self.entries.clear();
         self.column = u64::MAX;
+        self.is_out_of_room = true;
     }
 
     pub(super) fn note_moved(&mut self, bytes: u64) {

@@ -11,13 +11,11 @@
 use std::ops::Range;
 
 use super::columns::Use;
-use super::{Compaction, Pass};
+use super::{Compaction, Pass, Purpose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{HostCluster, HostOffset, L2Entry};
 use crate::image::{Image, Writer, inflate};
-
-/// Clusters that are filled at a time, where so many are to be had in a row.
-const CLUSTERS_AT_A_TIME: u64 = 16;
+use crate::recycler::Rooted;
 
 /// Where the next copy goes. The packer holds a reference of its own to each of its clusters, so
 /// that none is freed while it is being filled, whatever happens to the data in it.
@@ -72,7 +70,6 @@ impl Image {
         }
         let Some((place, touched)) = self.pack_referenced(writer, pass, exact as u64, one.paths)?
         else {
-            pass.no_room();
             return Ok(());
         };
         let sectors = (place.0 + exact as u64 - 1) / 512 - place.0 / 512 + 1;
@@ -89,7 +86,7 @@ impl Image {
         }
         pass.note_moved(length);
         for _ in 0..one.paths {
-            self.drop_compressed(writer, offset, length)?;
+            self.release_compressed(writer, offset, length)?;
         }
         Ok(())
     }
@@ -126,34 +123,72 @@ impl Image {
 
     /// The place for a copy of `length` bytes; `None` where there is no room before the end.
     fn pack(&self, writer: &Writer, pass: &mut Pass, length: u64) -> Result<Option<HostOffset>> {
-        let end_of = |clusters: &Range<u64>| clusters.end << self.geometry.cluster_bits();
-        if let Some(packer) = &mut pass.packer
-            && packer.next + length <= end_of(&packer.clusters)
-        {
+        let bits = self.geometry.cluster_bits();
+        let fits = |packer: &Packer| packer.next + length <= packer.clusters.end << bits;
+        if !pass.packer.as_ref().is_some_and(fits) {
+            let wanted = length.div_ceil(self.cluster_size());
+            let Some(rooted) = self.take_to_pack(writer, pass, wanted)? else { return Ok(None) };
+            let clusters = rooted.first().0..rooted.first().0 + rooted.count();
+            rooted.linked(clusters.end - clusters.start);
+            if let Some(sparse) = &mut pass.dissolved {
+                clusters.clone().for_each(|cluster| sparse.forget(cluster));
+            }
+            self.fill_next(writer, pass, clusters);
+        }
+        Ok(pass.packer.as_mut().map(|packer| {
             let place = HostOffset(packer.next);
             packer.next += length;
-            return Ok(Some(place));
+            place
+        }))
+    }
+
+    /// `clusters` are filled next, without a gap where they follow those before.
+    fn fill_next(&self, writer: &Writer, pass: &mut Pass, clusters: Range<u64>) {
+        let bits = self.geometry.cluster_bits();
+        match pass.packer.take() {
+            Some(old) if old.clusters.end == clusters.start => {
+                let rest = old.next >> bits;
+                self.let_go(writer, old.clusters.start..rest);
+                pass.packer = Some(Packer { clusters: rest..clusters.end, next: old.next });
+            }
+            old => {
+                pass.packer = old;
+                self.close_packer(writer, pass);
+                let next = clusters.start << bits;
+                pass.packer = Some(Packer { clusters, next });
+            }
         }
-        self.close_packer(writer, pass);
-        let wanted = length.div_ceil(self.cluster_size());
-        let taken = writer.recycler.take_before(CLUSTERS_AT_A_TIME.max(wanted), pass.end)?;
-        let Some(rooted) = taken else { return Ok(None) };
-        if rooted.count() < wanted {
-            return Ok(None);
+    }
+
+    /// `wanted` clusters in a row to pack data into.
+    fn take_to_pack<'a>(
+        &self,
+        writer: &'a Writer,
+        pass: &Pass,
+        wanted: u64,
+    ) -> Result<Option<Rooted<'a>>> {
+        if pass.purpose == Purpose::Evacuate {
+            return writer.recycler.take_at_end(wanted).map(Some);
         }
-        let clusters = rooted.first().0..rooted.first().0 + rooted.count();
-        let (place, count) = (self.geometry.host_offset(rooted.first()), rooted.count());
-        rooted.linked(count);
-        pass.packer = Some(Packer { clusters, next: place.0 + length });
-        Ok(Some(place))
+        // No more than needed: what is free before the end may just suffice for everybody.
+        let before = writer.recycler.take_before(wanted, pass.end)?;
+        match before.filter(|rooted| rooted.count() >= wanted) {
+            // A file without free clusters grows before it gets shorter.
+            None if pass.dissolved.is_some() => writer.recycler.take_at_end(wanted).map(Some),
+            before => Ok(before),
+        }
     }
 
     /// Lets go of the clusters that were being filled.
     pub(super) fn close_packer(&self, writer: &Writer, pass: &mut Pass) {
         if let Some(packer) = pass.packer.take() {
-            for cluster in packer.clusters {
-                let _ = self.drop_reference(writer, HostCluster(cluster));
-            }
+            self.let_go(writer, packer.clusters);
+        }
+    }
+
+    fn let_go(&self, writer: &Writer, clusters: Range<u64>) {
+        for cluster in clusters {
+            let _ = self.drop_reference(writer, HostCluster(cluster));
         }
     }
 }

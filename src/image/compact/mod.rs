@@ -19,17 +19,26 @@
 //! to cancel; before the flush the old cluster is junk, and a crash finds the old entry with the old
 //! content. (The recycler that this one learned from had no lock on a mapping, and needed both.)
 //!
+//! A host cluster that holds compressed data is in use as long as one piece in it is. So a pass
+//! looks first how full those are, and packs what lives in the sparse ones together; what that frees
+//! is won by the pass after it.
+//!
 //! [`Image::compact_some`] does one small step at a time, for the recycler's thread and for the
 //! command alike; how fast the steps follow each other is not its matter.
 
 mod columns;
 mod compressed;
+mod defragment;
+mod occupancy;
 mod structures;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+
+use occupancy::Occupancy;
 
 use super::{Image, Writer};
 use crate::alloc::Refcounts;
@@ -42,6 +51,9 @@ use crate::tables::MetadataMap;
 const PATIENCE: u32 = 20;
 /// What cannot be done now is looked at again no sooner.
 const RETRY: Duration = Duration::from_millis(1);
+/// Clusters of free space that are left where a pass ran out of it: compressed data that does not
+/// fit into what is free before the end in one piece would keep all of the file.
+const SLACK: u64 = 4;
 /// Others who go on to drop and allocate do not keep a pass from its end: it waits for what was
 /// dropped to be free no more often than this.
 const MOST_WAITS: u32 = 200;
@@ -130,14 +142,36 @@ pub(super) struct Compaction {
     /// A pass has begun since this was last looked at.
     has_moved: bool,
     failed: Option<String>,
+    /// The compressed bytes dropped that were known when it was last looked how full host clusters
+    /// are.
+    surveyed_at: Option<u64>,
+    /// The last pass ran out of room and this is the first time: the next one leaves some.
+    is_cramped: bool,
+    /// There may be compressed data: none ever comes to an open image.
+    has_compressed: bool,
 }
 
 /// One walk over the image.
 #[derive(Debug)]
 struct Pass {
-    /// What lies at or behind this cluster moves.
+    purpose: Purpose,
+    /// What lies at or behind this cluster moves; or all before it.
     end: u64,
+    /// The bytes to win that are worth moving something for.
+    worth: u64,
+    /// Clusters by which the file gets shorter without packing compressed data.
+    win: u64,
     stage: Stage,
+    /// Bytes of compressed data that had been dropped when it began.
+    dropped: u64,
+    /// As far as it was looked how full the host clusters with compressed data are.
+    survey: Option<Occupancy>,
+    /// Host clusters that compressed data is moved out of.
+    dissolved: Option<Occupancy>,
+    /// There was nothing free before the end any more.
+    is_out_of_room: bool,
+    /// The pass before it ran out of room.
+    has_slack: bool,
     snapshots: Vec<structures::SnapshotL1>,
     /// The L1 index that is next.
     column: u64,
@@ -155,8 +189,8 @@ struct Pass {
 
 /// What a look at the image came to.
 enum Look {
-    /// A pass is due, which wins this.
-    Worth(Prospect),
+    /// A pass is due, which wins this, where so many bytes are worth it.
+    Worth(Prospect, u64),
     /// What there is to wait for.
     Not(Compacted),
 }
@@ -171,8 +205,28 @@ enum Step {
     Last,
 }
 
+/// What a pass is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// The file gets shorter.
+    Shorten,
+    /// Everything that is mapped leaves the file's present clusters.
+    Evacuate,
+}
+
+/// How a whole pass went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ran {
+    Through,
+    /// Another one may win more: it has packed compressed data, or had no room for some.
+    Unfinished,
+    /// It was told to end.
+    Stopped,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
+    Survey,
     Columns,
     Structures,
     Cut,
@@ -190,7 +244,23 @@ impl Compaction {
             pinned: None,
             has_moved: false,
             failed: None,
+            surveyed_at: None,
+            is_cramped: false,
+            has_compressed: true,
         }
+    }
+
+    /// Whether another pass may win more than this one has, which is over.
+    fn is_unfinished(&mut self, pass: &Pass) -> bool {
+        self.is_cramped = pass.is_out_of_room && !pass.has_slack;
+        self.is_cramped || pass.dissolved.is_some()
+    }
+
+    /// Whether so much compressed data was dropped, of `dropped` bytes in all, that it is worth
+    /// looking how full host clusters are.
+    fn wants_survey(&self, dropped: u64, worth: u64) -> bool {
+        let is_first = self.asked && self.surveyed_at.is_none();
+        self.has_compressed && (is_first || dropped - self.surveyed_at.unwrap_or(0) >= worth)
     }
 
     /// What has moved is not known to be on disk after all.
@@ -281,49 +351,75 @@ impl Image {
             self.settle()?;
             let writer = self.writer()?;
             let prospect = self.prospect()?;
+            let surveys = {
+                let compaction = writer.compaction.lock();
+                compaction.has_compressed && compaction.surveyed_at.is_none()
+            };
             // Each pass is shorter than the one before, or the last one.
-            if prospect.win() == 0 || prospect.end >= last {
+            if !surveys && (prospect.win() == 0 || prospect.end >= last) {
                 return Ok(());
             }
-            last = prospect.end;
+            last = match self.run_pass(Purpose::Shorten, prospect, &mut progress)? {
+                Ran::Stopped => return Ok(()),
+                Ran::Unfinished => u64::MAX,
+                Ran::Through => prospect.end,
+            };
+        }
+    }
+
+    /// A whole pass at once.
+    fn run_pass(
+        &self,
+        purpose: Purpose,
+        prospect: Prospect,
+        progress: &mut impl FnMut(&CompactionStatus) -> bool,
+    ) -> Result<Ran> {
+        let writer = self.writer()?;
+        let mut compaction = writer.compaction.lock();
+        self.begin_pass(writer, &mut compaction, prospect, 1)?;
+        if let (Purpose::Evacuate, Some(pass)) = (purpose, &mut compaction.pass) {
+            (pass.purpose, pass.stage) = (purpose, Stage::Columns);
+        }
+        drop(compaction);
+        loop {
             let mut compaction = writer.compaction.lock();
-            self.begin_pass(writer, &mut compaction, prospect)?;
-            drop(compaction);
-            loop {
-                let mut compaction = writer.compaction.lock();
-                let Some(mut pass) = compaction.pass.take() else { break };
-                let before = pass.moved;
-                let step = self.note(self.advance(writer, &mut compaction, &mut pass));
-                writer.recycler.note_moved(pass.moved - before);
-                if let Ok(Step::Taken | Step::Waits) = step {
-                    compaction.pass = Some(pass);
-                } else {
-                    self.close_packer(writer, &mut pass);
-                }
-                self.tell(writer, &compaction);
-                drop(compaction);
-                self.note(self.assert_states(writer))?;
-                let status = writer.compaction_status.lock().clone();
-                match step? {
-                    Step::Last => {
-                        self.note(self.assert_counts(writer, &writer.compaction.lock()))?;
-                        break;
-                    }
-                    Step::Waits => std::thread::sleep(WAIT),
-                    Step::Taken => {}
-                }
-                if !progress(&status) {
-                    self.stop_compacting(writer);
-                    return Ok(());
-                }
-                while writer.recycler.free_some()? {}
+            let Some(mut pass) = compaction.pass.take() else { return Ok(Ran::Through) };
+            let before = pass.moved;
+            let step = self.note(self.advance(writer, &mut compaction, &mut pass));
+            writer.recycler.note_moved(pass.moved - before);
+            let is_unfinished = compaction.is_unfinished(&pass);
+            if let Ok(Step::Taken | Step::Waits) = step {
+                compaction.pass = Some(pass);
+            } else {
+                self.close_packer(writer, &mut pass);
             }
+            self.tell(writer, &compaction);
+            drop(compaction);
+            self.note(self.assert_states(writer))?;
+            let status = writer.compaction_status.lock().clone();
+            match step? {
+                Step::Last => {
+                    self.note(self.assert_counts(writer, &writer.compaction.lock()))?;
+                    return Ok(if is_unfinished { Ran::Unfinished } else { Ran::Through });
+                }
+                Step::Waits => std::thread::sleep(WAIT),
+                Step::Taken => {}
+            }
+            if !progress(&status) {
+                self.stop_compacting(writer);
+                return Ok(Ran::Stopped);
+            }
+            while writer.recycler.free_some()? {}
         }
     }
 
     /// Brings everything that was dropped all the way to free, and the pool too.
     fn settle(&self) -> Result<()> {
         let writer = self.begin_change()?;
+        // The search for leaks frees nothing before it is over.
+        while writer.recycler.are_frees_held() && self.is_writable() {
+            std::thread::sleep(WAIT);
+        }
         loop {
             self.flush()?;
             while writer.recycler.free_some()? {}
@@ -332,7 +428,15 @@ impl Image {
             }
         }
         writer.recycler.give_up_pool()?;
-        self.flush()
+        self.flush()?;
+        // The recycler's thread may have some in its hands. Others may go on to drop more.
+        for _ in 0..MOST_WAITS {
+            if writer.recycler.is_settled() {
+                break;
+            }
+            std::thread::sleep(WAIT);
+        }
+        Ok(())
     }
 
     /// Does the next small step of compaction, if it is time for one: no longer than a few
@@ -346,9 +450,9 @@ impl Image {
         let mut compaction = writer.compaction.lock();
         if compaction.pass.is_none() {
             let next = match self.look(writer, &mut compaction, now)? {
-                Look::Worth(prospect) => {
+                Look::Worth(prospect, worth) => {
                     return self
-                        .begin_pass(writer, &mut compaction, prospect)
+                        .begin_pass(writer, &mut compaction, prospect, worth)
                         .map(|()| Compacted::Moved(0));
                 }
                 Look::Not(next) => next,
@@ -432,8 +536,9 @@ impl Image {
         let prospect = self.prospect()?;
         let win = prospect.win() << self.geometry.cluster_bits();
         compaction.looked_at = Some((freed, win));
-        if win >= threshold {
-            return Ok(Look::Worth(prospect));
+        let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
+        if win >= threshold || compaction.wants_survey(dropped, threshold) {
+            return Ok(Look::Worth(prospect, threshold));
         }
         compaction.asked = false;
         Ok(Look::Not(Compacted::Nothing))
@@ -444,6 +549,7 @@ impl Image {
         writer: &Writer,
         compaction: &mut Compaction,
         prospect: Prospect,
+        worth: u64,
     ) -> Result<()> {
         self.prepare_to_write(writer)?;
         if let Some(mut old) = compaction.pass.take() {
@@ -464,9 +570,20 @@ impl Image {
         compaction.has_moved = true;
         compaction.failed = None;
         log::debug!("compacting: {} clusters become {}", prospect.end, prospect.used);
+        let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
+        let surveys = compaction.has_compressed && compaction.surveyed_at != Some(dropped);
+        let has_slack = std::mem::take(&mut compaction.is_cramped);
         compaction.pass = Some(Pass {
-            end: prospect.used,
-            stage: Stage::Columns,
+            purpose: Purpose::Shorten,
+            end: prospect.used + if has_slack { SLACK } else { 0 },
+            worth,
+            win: prospect.win(),
+            stage: if surveys { Stage::Survey } else { Stage::Columns },
+            dropped,
+            survey: None,
+            dissolved: None,
+            is_out_of_room: false,
+            has_slack,
             snapshots,
             column: 0,
             entries: Vec::new(),
@@ -494,10 +611,15 @@ impl Image {
             return Ok(Step::Taken);
         }
         match pass.stage {
+            Stage::Survey => return self.survey(compaction, pass),
             Stage::Columns => {
                 if !self.move_in_columns(writer, compaction, pass)? {
                     pass.stage = Stage::Structures;
                 }
+            }
+            Stage::Structures if pass.purpose == Purpose::Evacuate => {
+                self.close_packer(writer, pass);
+                return self.flush().map(|()| Step::Last);
             }
             Stage::Structures => {
                 self.close_packer(writer, pass);
@@ -505,6 +627,28 @@ impl Image {
                 pass.stage = Stage::Cut;
             }
             Stage::Cut => return self.cut(writer, pass),
+        }
+        Ok(Step::Taken)
+    }
+
+    /// Looks a little further how full the host clusters with compressed data are, and at the end
+    /// whether emptying the sparse ones is worth it.
+    fn survey(&self, compaction: &mut Compaction, pass: &mut Pass) -> Result<Step> {
+        let mut occupancy = pass.survey.take().unwrap_or_else(|| Occupancy::new(&self.geometry));
+        if self.survey_some(pass, &mut occupancy)? {
+            pass.survey = Some(occupancy);
+            return Ok(Step::Taken);
+        }
+        compaction.has_compressed = occupancy.any();
+        compaction.surveyed_at = Some(pass.dropped);
+        (pass.column, pass.stage) = (0, Stage::Columns);
+        let bits = self.geometry.cluster_bits();
+        let (win, live) = occupancy.win();
+        if win << bits >= pass.worth {
+            pass.to_move += live;
+            pass.dissolved = Some(occupancy);
+        } else if pass.win << bits < pass.worth {
+            return Ok(Step::Last);
         }
         Ok(Step::Taken)
     }
@@ -537,7 +681,8 @@ impl Image {
 
     /// Bytes that have become free in any way since the image was opened.
     fn freed(&self, writer: &Writer) -> u64 {
-        writer.recycler.loosened() << self.geometry.cluster_bits()
+        let clusters = writer.recycler.loosened() << self.geometry.cluster_bits();
+        clusters + writer.compressed_dropped.load(Ordering::Relaxed)
     }
 
     fn end_pass(&self, writer: &Writer, compaction: &mut Compaction, pass: &Pass) -> Result<()> {
@@ -548,7 +693,7 @@ impl Image {
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
         // A pass that has moved much may be worth another; one that has not is not, until more is
         // freed.
-        let worth_another = pass.moved > win && win > 0;
+        let worth_another = win > 0 && (pass.moved > win || compaction.is_unfinished(pass));
         compaction.asked &= worth_another;
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())

@@ -1,0 +1,351 @@
+//! Changes of names: what is made, removed, renamed and linked, carried out on the image files.
+//!
+//! A file that an open image uses as a backing or data file keeps its name: the image would not be
+//! opened again. What closed images are based on nobody knows without opening all of them.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Metadata, Permissions};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, CWD, RenameFlags};
+
+use super::host::{self, HostId};
+use super::{Catalog, Node, errno, names, read_only};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Image, Summary};
+use crate::storage::{HostFile, IfTaken, NewFile};
+
+/// Who asks for a new file or directory.
+#[derive(Clone, Copy, Debug)]
+pub struct Creator {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+/// A name that stands for something.
+struct Found {
+    /// Its path on the host.
+    path: PathBuf,
+    place: File,
+    metadata: Metadata,
+}
+
+impl Catalog {
+    /// Makes an empty image with virtual size 0, as the mount's options say, owned by `creator` where
+    /// we may give files away. It is known to the kernel from now on, as after a lookup.
+    ///
+    /// # Errors
+    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`, those of [`Image::create`] and of
+    /// the host.
+    pub fn make_image(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        mode: u32,
+        creator: Creator,
+    ) -> Result<Arc<Node>> {
+        if self.options.read_only {
+            return Err(read_only());
+        }
+        self.names_may_change()?;
+        let Some(image) = names::image_name(name) else {
+            let why = "only raw files can be made here: a file NAME.raw makes the image NAME.qcow2";
+            return Err(refused(format!("making {}: {why}", shown(name)), libc::EPERM));
+        };
+        if self.found(parent, name)?.is_some() {
+            return Err(errno(&format!("making {}", shown(name)), libc::EEXIST));
+        }
+        let (place, directory) = self.place_of(parent)?;
+        let failed = |e| Error::io(format!("making {}", shown(&image)), e);
+        let new = NewFile::new(&host::path_of(&place), mode & host::FILE_MODE).map_err(failed)?;
+        let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
+        Image::create(&storage, &self.options.create)?;
+        let [uid, gid] = self.owner_of_new(&directory, creator);
+        std::os::unix::fs::fchown(new.file(), uid, gid).map_err(failed)?;
+        // Giving a file away takes mode bits away, and a default ACL may do so too.
+        let exact = Permissions::from_mode(mode & host::FILE_MODE);
+        new.file().set_permissions(exact).map_err(failed)?;
+        let metadata = new.file().metadata().map_err(failed)?;
+        new.publish(&image, IfTaken::Fail).map_err(failed)?;
+        let _names = self.names.read();
+        Ok(self.remember(&metadata, parent.path().join(image)))
+    }
+
+    /// Makes a directory, owned by `creator` where we may give files away.
+    ///
+    /// # Errors
+    /// `EEXIST`, and those of the host.
+    pub fn make_directory(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        mode: u32,
+        creator: Creator,
+    ) -> Result<()> {
+        self.names_may_change()?;
+        let _names = self.names.write();
+        let failed = |e| Error::io(format!("making the directory {}", shown(name)), e);
+        if self.found(parent, name)?.is_some() {
+            return Err(errno(&format!("making the directory {}", shown(name)), libc::EEXIST));
+        }
+        let (place, directory) = self.place_among_names(parent)?;
+        let path = host::path_of(&place).join(name);
+        fs::DirBuilder::new().mode(mode & 0o777).create(&path).map_err(failed)?;
+        let [uid, gid] = self.owner_of_new(&directory, creator);
+        std::os::unix::fs::lchown(&path, uid, gid).map_err(failed)
+    }
+
+    /// Whom something new in `directory` is given to; nothing of what the host or an option decides.
+    fn owner_of_new(&self, directory: &Metadata, creator: Creator) -> [Option<u32>; 2] {
+        if !rustix::process::geteuid().is_root() {
+            return [None, None];
+        }
+        let inherits = directory.mode() & libc::S_ISGID != 0;
+        let uid = Some(creator.uid).filter(|_| self.options.uid.is_none());
+        let gid = Some(creator.gid).filter(|_| self.options.gid.is_none() && !inherits);
+        [uid, gid]
+    }
+
+    /// Removes an image or a directory. An image that is open goes on without its name. An external
+    /// data file stays: the name of one inside an image is not trusted so far.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EISDIR`, `ENOTDIR`, `InUse` for what an open image is based on, and those of the
+    /// host: a directory is empty only when everything in it is gone, shown here or not.
+    pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
+        self.names_may_change()?;
+        let _names = self.names.write();
+        let found = self.found(parent, name)?;
+        let found = found.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
+        match (directory, found.metadata.is_dir()) {
+            (true, false) => return Err(errno("removing a directory", libc::ENOTDIR)),
+            (false, true) => return Err(errno("removing a file", libc::EISDIR)),
+            (true, true) => {}
+            (false, false) => self.is_no_ones_base(&found, "removing")?,
+        }
+        let (place, _) = self.place_among_names(parent)?;
+        let host_name = found.path.file_name().unwrap_or(name);
+        let target = host::path_of(&place).join(host_name);
+        let removed = if directory { fs::remove_dir(target) } else { fs::remove_file(target) };
+        removed.map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOTEMPTY) => refused(
+                format!("removing {}: there are files in it, shown here or not", shown(name)),
+                libc::ENOTEMPTY,
+            ),
+            _ => Error::io(format!("removing {}", shown(name)), e),
+        })?;
+        tell_of_data_file(&found);
+        for node in self.nodes_at(&[&found]) {
+            node.remove_name(&found.path);
+        }
+        Ok(())
+    }
+
+    /// Renames an image or a directory, with the flags of renameat2(2).
+    ///
+    /// # Errors
+    /// `EPERM` for an image that would not be called `.raw`, or that names other files relative to the
+    /// directory which it would leave; `EINVAL` for an exchange of an image with a directory; `InUse`
+    /// for what an open image is based on; and those of the host.
+    pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
+        self.names_may_change()?;
+        let _names = self.names.write();
+        let flags = RenameFlags::from_bits_retain(flags);
+        let what = format!("renaming {} to {}", shown(from.1), shown(to.1));
+        if !(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE).contains(flags) {
+            return Err(errno(&what, libc::EINVAL));
+        }
+        let source = self.found(from.0, from.1)?.ok_or_else(|| errno(&what, libc::ENOENT))?;
+        let target = self.found(to.0, to.1)?;
+        let new_name = self.name_after_rename(&source, to.1, &what)?;
+        if let Some(target) = &target {
+            may_take_place(&source, target, &new_name, flags, &what)?;
+        }
+        let moves = from.0.ino() != to.0.ino();
+        for found in std::iter::once(&source).chain(&target).filter(|f| !f.metadata.is_dir()) {
+            self.is_no_ones_base(found, "renaming or replacing")?;
+        }
+        if moves {
+            stands_alone(&source, &what)?;
+        }
+        if moves && flags.contains(RenameFlags::EXCHANGE) {
+            target.as_ref().map_or(Ok(()), |target| stands_alone(target, &what))?;
+        }
+        let (old_parent, _) = self.place_among_names(from.0)?;
+        let (new_parent, _) = self.place_among_names(to.0)?;
+        let old_name = source.path.file_name().unwrap_or(from.1);
+        rustix::fs::renameat_with(&old_parent, old_name, &new_parent, &new_name, flags)
+            .map_err(|e| Error::io(what, e.into()))?;
+        let new_path = to.0.path().join(new_name);
+        let found: Vec<_> = std::iter::once(&source).chain(&target).collect();
+        self.names_moved(&self.nodes_at(&found), &source.path, &new_path, flags);
+        if !flags.contains(RenameFlags::EXCHANGE) {
+            target.iter().for_each(tell_of_data_file);
+        }
+        Ok(())
+    }
+
+    fn name_after_rename(&self, source: &Found, name: &OsStr, what: &str) -> Result<OsString> {
+        if source.metadata.is_dir() {
+            return Ok(name.to_owned());
+        }
+        names::image_name(name).ok_or_else(|| {
+            refused(format!("{what}: the name of a raw file ends in .raw"), libc::EPERM)
+        })
+    }
+
+    /// Gives an image one more name, a hard link on the host.
+    ///
+    /// # Errors
+    /// `EPERM` for a directory, for a name that no raw file has, and for an image that names other files
+    /// relative to another directory; `EEXIST`, and those of the host.
+    pub fn link(&self, node: &Node, parent: &Node, name: &OsStr) -> Result<()> {
+        self.names_may_change()?;
+        let _names = self.names.write();
+        let what = format!("linking {} to {}", node.path().display(), shown(name));
+        let (place, metadata) = self.place_among_names(node)?;
+        let found = Found { path: node.path(), place, metadata };
+        if found.metadata.is_dir() {
+            return Err(errno(&what, libc::EPERM));
+        }
+        let image = self.name_after_rename(&found, name, &what)?;
+        if found.path.parent() != Some(&parent.path()) {
+            stands_alone(&found, &what)?;
+        }
+        if self.found(parent, name)?.is_some() {
+            return Err(errno(&what, libc::EEXIST));
+        }
+        let (directory, _) = self.place_among_names(parent)?;
+        let old = host::path_of(&found.place);
+        rustix::fs::linkat(CWD, &old, &directory, &image, AtFlags::SYMLINK_FOLLOW)
+            .map_err(|e| Error::io(what, e.into()))
+    }
+
+    /// What `name` stands for; `None` where it stands for nothing.
+    fn found(&self, parent: &Node, name: &OsStr) -> Result<Option<Found>> {
+        match self.find(parent, name) {
+            Ok((path, place, metadata)) => Ok(Some(Found { path, place, metadata })),
+            Err(e) if e.errno() == libc::ENOENT => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn is_no_ones_base(&self, found: &Found, what: &str) -> Result<()> {
+        let Some(user) = self.chains.user_of(HostId::of(&found.metadata)) else { return Ok(()) };
+        let error = Error::new(
+            ErrorKind::InUse,
+            format!(
+                "{what} {}: it is a backing or data file of {}, which is open; close that first",
+                found.path.display(),
+                user.display()
+            ),
+        );
+        log::warn!("{error}");
+        Err(error)
+    }
+
+    /// The nodes whose names change with those of `found`: where there is a directory, all may.
+    fn nodes_at(&self, found: &[&Found]) -> Vec<Arc<Node>> {
+        if found.iter().any(|found| found.metadata.is_dir()) {
+            return self.all_nodes();
+        }
+        let nodes = self.nodes.read();
+        let inos = found.iter().filter_map(|f| nodes.by_id.get(&HostId::of(&f.metadata)));
+        let known = inos.filter_map(|ino| nodes.known.get(ino));
+        known.map(|known| Arc::clone(&known.node)).collect()
+    }
+
+    fn names_moved(&self, nodes: &[Arc<Node>], from: &Path, to: &Path, flags: RenameFlags) {
+        let each = |change: &dyn Fn(&Node)| nodes.iter().for_each(|node| change(node));
+        if !flags.contains(RenameFlags::EXCHANGE) {
+            each(&|node| node.remove_name(to));
+            each(&|node| node.move_names(from, to));
+            return;
+        }
+        // An impossible name keeps the one side while the other one moves.
+        let aside = Path::new("/");
+        each(&|node| node.move_names(to, aside));
+        each(&|node| node.move_names(from, to));
+        each(&|node| node.move_names(aside, from));
+    }
+}
+
+/// Whether `source` may be renamed to what is `target`'s now.
+fn may_take_place(
+    source: &Found,
+    target: &Found,
+    new_name: &OsStr,
+    flags: RenameFlags,
+    what: &str,
+) -> Result<()> {
+    if flags.contains(RenameFlags::NOREPLACE) {
+        return Err(errno(what, libc::EEXIST));
+    }
+    match (source.metadata.is_dir(), target.metadata.is_dir()) {
+        (true, false) | (false, true) if flags.contains(RenameFlags::EXCHANGE) => {
+            Err(errno("exchanging an image with a directory", libc::EINVAL))
+        }
+        (true, false) => Err(errno(what, libc::ENOTDIR)),
+        (false, true) => Err(errno(what, libc::EISDIR)),
+        // Both are of one kind, so that the names on the host are too.
+        _ => {
+            debug_assert_eq!(target.path.file_name(), Some(new_name));
+            Ok(())
+        }
+    }
+}
+
+/// An image that names others relative to its directory does not find them from another one.
+fn stands_alone(found: &Found, what: &str) -> Result<()> {
+    let Some(summary) = summary_of(found) else { return Ok(()) };
+    let backing = summary.backing.map(|backing| ("backing", "rebase -u -b", backing.name));
+    let data = summary.data_file.map(|name| ("data", "amend -o data_file=", name));
+    let relative = backing.into_iter().chain(data).find(|(_, _, name)| !name.starts_with(b"/"));
+    match relative {
+        None => Ok(()),
+        Some((kind, remedy, name)) => Err(refused(
+            format!(
+                "{what}: its {kind} file {} is named relative to the directory that it lies in; \
+                 `qemu-img {remedy}` with the whole path lets it go elsewhere",
+                String::from_utf8_lossy(&name).escape_debug()
+            ),
+            libc::EPERM,
+        )),
+    }
+}
+
+/// Says that what the removed image kept its data in is still there.
+fn tell_of_data_file(found: &Found) {
+    if found.metadata.nlink() > 1 {
+        return;
+    }
+    if let Some(name) = summary_of(found).and_then(|summary| summary.data_file) {
+        let name = String::from_utf8_lossy(&name).escape_debug().to_string();
+        let path = found.path.display();
+        log::warn!("{path} is gone, its data file {name} is not: remove it if nobody needs it");
+    }
+}
+
+/// What an image's header says; `None` of a directory, and where it makes no sense.
+fn summary_of(found: &Found) -> Option<Summary> {
+    if found.metadata.is_dir() {
+        return None;
+    }
+    let file = host::open_file(&found.place, false).ok()?;
+    Image::summarize(&HostFile::new(file)).ok()
+}
+
+/// An error that a person should hear of, logged.
+fn refused(text: String, code: i32) -> Error {
+    let error = errno(&text, code);
+    log::warn!("{error}");
+    error
+}
+
+fn shown(name: &OsStr) -> std::path::Display<'_> {
+    Path::new(name).display()
+}
