@@ -19,6 +19,7 @@
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
 //! | [`confine`] | what the process gives up once it serves a mount |
+//! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
 //! | [`mod@format`] | bytes to values and back, pure |
 //!
@@ -34,6 +35,19 @@
 //!    is durable, and after it durably reads as zeros;
 //! 5. nothing is written outside the image and its data file, and no metadata cluster is
 //!    overwritten with data.
+//!
+//! # What is promised, and what holds it
+//! | promise | test |
+//! |---|---|
+//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
+//! | the same with other programs' eyes | `tests/crash.rs`: QEMU checks and reads one file in 500 |
+//! | each rule of order ([`rules`]) is needed, and its loss would be noticed | `tests/omissions.rs` |
+//! | a failure of the host reaches the caller as what it is, and leaves the image sound | `tests/faults.rs`, `tests/snapshots/faults.rs` |
+//! | after a failed sync nothing is written and no flush succeeds | `tests/faults.rs`: `a_failed_sync_ends_all_writing` |
+//! | a bitmap is complete or marked as inconsistent | `tests/bitmaps.rs`, `tests/crash.rs` |
+//! | a raw data file reads by itself as the disk does | `tests/crash.rs`, `tests/regressions.rs` |
+//! | a repair that is cut short leaves what it found, or less damage | `tests/check/crash.rs` |
+//! | what `fsync` has acknowledged through the mount survives SIGKILL | `tests/compact_kill.rs`, `tests/mount` |
 //!
 //! # Locks
 //! In this order, each optional: catalog, [`image`]'s lock of snapshot changes, that of compaction,
@@ -71,6 +85,7 @@ pub mod fs;
 pub mod image;
 pub mod locks;
 pub mod recycler;
+pub mod rules;
 pub mod storage;
 mod sync;
 pub mod tables;

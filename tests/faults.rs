@@ -8,8 +8,10 @@
 
 mod support;
 
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use qcow2fs::image::{CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
@@ -21,7 +23,7 @@ use support::made::Made;
 use support::oracle::{After, Kind, Operation, Oracle, data};
 use support::qemu::{DataFile, Shape};
 use support::rng::{Rng, fresh_seed};
-use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify};
+use support::{SECTOR, Watchdog, open_read_only, scratch, setting, verify, verify_clean};
 
 /// A client of an image on a file that may fail.
 struct Client<'a> {
@@ -35,17 +37,18 @@ struct Client<'a> {
     oracle: Oracle,
     next: u64,
     sectors: u64,
+    began: Instant,
 }
 
 /// The file with nothing wrong yet.
 fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
+    let began = Instant::now();
     let inner = Arc::new(RecordingStorage::new(made.file()));
     let file = Arc::new(FailingStorage::new(inner.clone()));
-    let flush_after = Duration::from_millis(3);
+    let flush_after = Duration::from_secs(600);
     let metadata_cache = 4096;
-    // A search in the background would make the number of a host operation depend on chance.
+    // Nothing is in the background: which operation has which number follows from the seed.
     let return_leaks = false;
-    // And so would moves by the recycler.
     let compact_after = CompactAfter::Off;
     let options = Options {
         writable: true,
@@ -54,6 +57,7 @@ fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
         metadata_cache,
         return_leaks,
         compact_after,
+        threads: false,
         ..Options::default()
     };
     let data = made.data().map(|data| Arc::new(inner.beside(1, data)));
@@ -61,7 +65,7 @@ fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
     let image = made.open_on(file.clone(), failing, &options).unwrap();
     let sectors = image.virtual_size() / SECTOR;
     let oracle = Oracle::new(&made.contents, sectors);
-    Client { made, image, file, inner, data, fault: None, oracle, next: 1, sectors }
+    Client { made, image, file, inner, data, fault: None, oracle, next: 1, sectors, began }
 }
 
 impl Client<'_> {
@@ -125,6 +129,22 @@ impl Client<'_> {
         self.image.compact(|_| true).inspect_err(|e| self.assert_expected(e))
     }
 
+    /// Has the recycler work, with all due that waits or nothing. What fails there is tried again.
+    fn recycle(&mut self, late: bool) -> qcow2fs::Result<()> {
+        let now = self.began + Duration::from_secs(if late { 3600 } else { 0 });
+        for _ in 0..20 {
+            match self.image.recycle(now) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(e) => {
+                    self.assert_expected(&e);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn close(&mut self) -> qcow2fs::Result<()> {
         let everything = Operation { kind: Kind::Flush, sectors: 0..0 };
         let result = self.act(everything, |image, _| image.close());
@@ -149,10 +169,7 @@ impl Client<'_> {
                     let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
                     self.image.preallocate(bytes).inspect_err(|e| self.assert_expected(e))
                 }
-                _ => {
-                    std::thread::sleep(Duration::from_millis(6));
-                    Ok(())
-                }
+                _ => self.recycle(rng.one_in(2)),
             };
         }
     }
@@ -284,6 +301,8 @@ fn fail_each(name: &str, kinds: &[Host], seconds: u64) {
                 (libc::ENOSPC, false, true, true),
                 (libc::EDQUOT, true, false, true),
                 (libc::EIO, true, true, false),
+                (libc::ENOSPC, true, true, true),
+                (libc::EINTR, false, true, true),
             ] {
                 let fault = Fault { on: kinds.to_vec(), after, lasting, errno, short };
                 let scene = Scene { seed, fault, shape: made.shape.clone() };
@@ -317,6 +336,148 @@ fn a_failed_sync_ends_all_writing() {
 #[test]
 fn a_failed_read_is_reported_and_leaves_the_image_sound() {
     fail_each("failed reads", &[Host::Read], 8);
+}
+
+/// A host file system that has no more than so many bytes for the file.
+struct SmallDisk {
+    inner: MemoryStorage,
+    limit: AtomicU64,
+}
+
+impl SmallDisk {
+    /// Fails where the holes in `range` need more blocks than there are.
+    fn check_room(&self, range: std::ops::Range<u64>) -> io::Result<()> {
+        let block = MemoryStorage::BLOCK;
+        let blocks = (range.start / block..range.end.div_ceil(block)).map(|n| n * block);
+        let is_hole = |at: &u64| {
+            let data = self.inner.seek_data(*at).unwrap();
+            data.is_none_or(|data| data >= at + block)
+        };
+        let needed = blocks.filter(is_hole).count() as u64 * block;
+        match self.inner.allocated()? + needed <= self.limit.load(Ordering::Relaxed) || needed == 0
+        {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        }
+    }
+}
+
+impl Storage for SmallDisk {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.check_room(offset..offset + data.len() as u64)?;
+        self.inner.write_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn punch_hole(&self, range: std::ops::Range<u64>) -> io::Result<()> {
+        self.inner.punch_hole(range)
+    }
+
+    fn zero_range(&self, range: std::ops::Range<u64>) -> io::Result<()> {
+        self.inner.zero_range(range)
+    }
+
+    fn allocate(&self, range: std::ops::Range<u64>) -> io::Result<()> {
+        self.check_room(range.clone())?;
+        self.inner.allocate(range)
+    }
+
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.inner.seek_data(offset)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.inner.allocated()
+    }
+}
+
+/// With no free byte on the host: what needs one fails with `ENOSPC`, and nothing else does. What is
+/// discarded comes back, and writing goes on.
+#[test]
+fn a_full_host_takes_discards_and_writes_in_place_and_recovers() {
+    let mut full = 0;
+    for seed in 1..=40 {
+        let mut rng = Rng::new(seed);
+        let size = 400 << 10;
+        let plain = Shape::new(*rng.pick(&[12, 13, 16]), 16, size);
+        let extended_l2 = plain.cluster_bits == 16 && rng.one_in(2);
+        let directory = scratch();
+        let made = Made::empty(Shape { extended_l2, ..plain }, directory.path());
+        let disk = Arc::new(SmallDisk { inner: made.file(), limit: AtomicU64::new(u64::MAX) });
+        let keep_erased = *rng.pick(&[0, 64 << 10]);
+        let options = Options {
+            writable: true,
+            keep_erased,
+            compact_after: CompactAfter::Off,
+            threads: false,
+            ..Options::default()
+        };
+        let image = made.open_on(disk.clone(), None, &options).unwrap();
+        let now = Instant::now();
+        let half = (size / 2) as usize;
+        image.write(0, &vec![1; half]).unwrap();
+        image.flush().unwrap();
+        while image.recycle(now).unwrap() {}
+        disk.limit.store(disk.allocated().unwrap(), Ordering::Relaxed);
+
+        // Until nothing is left of what was reserved beforehand.
+        let mut end = size / 2;
+        let failed = loop {
+            let piece = rng.within(1..40) * SECTOR;
+            if end + piece > size {
+                break None;
+            }
+            match image.write(end, &vec![2; piece as usize]) {
+                Ok(()) => end += piece,
+                Err(e) => break Some(e),
+            }
+        };
+        let Some(failed) = failed else { continue };
+        full += 1;
+        assert_eq!(failed.errno(), libc::ENOSPC, "{failed}");
+        assert!(image.is_writable());
+        let mut found = vec![9; size as usize];
+        image.read(0, &mut found).unwrap();
+        assert!(
+            found[..half].iter().all(|b| *b == 1)
+                && found[half..end as usize].iter().all(|b| *b == 2)
+        );
+
+        image.write(3 * SECTOR, &[3; 4096]).unwrap();
+        image.flush().unwrap();
+        image.discard(64 << 10..128 << 10).unwrap();
+        image.flush().unwrap();
+        while image.recycle(now).unwrap() {}
+        assert!(
+            disk.allocated().unwrap() < disk.limit.load(Ordering::Relaxed),
+            "nothing came back"
+        );
+        image.write(end, &[4; 4096]).unwrap();
+        image.flush().unwrap();
+        image.close().unwrap();
+        verify_clean(&disk.inner).unwrap();
+        let image = open_read_only(Arc::new(disk.inner.fork()), made.beside(None)).unwrap();
+        image.read(0, &mut found).unwrap();
+        assert!(found[64 << 10..128 << 10].iter().all(|b| *b == 0));
+        assert!(found[end as usize..end as usize + 4096].iter().all(|b| *b == 4));
+    }
+    println!("{full} hosts were full");
+    assert!(full > 10);
 }
 
 #[test]

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use qcow2fs::image::{Backing, Image, Options, RawBacking};
+use qcow2fs::image::{Backing, Beside, Image, Options, RawBacking};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::MemoryStorage;
+use qcow2fs::storage::testing::{Fate, MemoryStorage, RecordingStorage};
 
 const CLUSTER: u64 = 65536;
 
@@ -502,4 +502,43 @@ fn two_references_that_are_counted_once_make_an_image_read_only() {
     }
     let _says_so_again = image.close();
     assert_ne!(storage.contents()[79] & 2, 0, "the corrupt bit");
+}
+
+/// A raw data file reads by itself as the disk does, after a crash too: data may go only where the
+/// mapping is durable, though somebody else has made it and has not flushed it.
+#[test]
+fn a_raw_data_file_is_not_written_through_a_mapping_that_is_not_durable() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, data_path) = (directory.path().join("image"), directory.path().join("data"));
+    let options = format!("data_file={},data_file_raw=on", data_path.display());
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-o", &options]).arg(&path).arg("8M");
+    assert!(create.status().unwrap().success());
+    // QEMU maps everything when it makes the image, and takes that back.
+    let mut discard = Command::new("qemu-io");
+    discard.args(["-d", "unmap", "-c", "discard 0 8M"]).arg(&path);
+    assert!(discard.output().unwrap().status.success());
+
+    let read = |path: &Path| MemoryStorage::new(std::fs::read(path).unwrap());
+    let file = Arc::new(RecordingStorage::new(read(&path)));
+    let data = Arc::new(file.beside(1, read(&data_path)));
+    let beside = |data: Arc<dyn Storage>| Beside { data: Some(data), ..Beside::default() };
+    let image = Image::open_with(file.clone(), &quiet(), beside(data.clone())).unwrap();
+    image.preallocate(CLUSTER..2 * CLUSTER).unwrap();
+    image.write(CLUSTER, &[7; 512]).unwrap();
+
+    // Power fails: what reached the data file is on disk, what no sync covers of the image is not.
+    let crash = |file: &RecordingStorage, fate| {
+        let mut replay = file.replay();
+        while replay.step().unwrap().is_some() {}
+        Arc::new(replay.crash(|_| fate).unwrap())
+    };
+    let (file, data) = (crash(&file, Fate::Lost), crash(&data, Fate::Kept));
+    let crashed = Image::open_with(file, &Options::default(), beside(data.clone())).unwrap();
+    let (mut disk, mut raw) = ([9; 512], [9; 512]);
+    crashed.read(CLUSTER, &mut disk).unwrap();
+    data.read_at(&mut raw, CLUSTER).unwrap();
+    assert_eq!(disk, raw, "the disk and the raw file differ");
+    assert_eq!(raw, [7; 512]);
+    image.close().unwrap();
 }

@@ -28,6 +28,8 @@ pub mod rebuild;
 mod shrink;
 
 pub use cluster_set::ClusterSet;
+use shrink::is_kept_back;
+
 pub use shrink::Usage;
 
 use std::collections::BTreeSet;
@@ -41,6 +43,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, refcount,
 };
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, SliceCache, Write};
 
@@ -387,7 +390,8 @@ impl Refcounts {
         let file_end = state.end.max(self.geometry.clusters_for(self.file_length()?).0);
         let end = self.last_used_before(state, file_end, spare)?.map_or(1, |last| last + 1);
         // What a refcount table on disk may still point to stays within the file.
-        let end = state.unlinked.last().map_or(end, |last| end.max(last + 1));
+        let unlinked = state.unlinked.last().filter(|_| Rule::UnlinkedPlacesInFile.is_kept());
+        let end = unlinked.map_or(end, |last| end.max(last + 1));
         if self.metadata.any_in(&(end..file_end)) {
             return Err(Error::corrupt(
                 "a cluster at the end holds metadata but its refcount is 0",
@@ -573,7 +577,7 @@ impl Refcounts {
             let counts = state.cache.get(key).unwrap_or_default();
             let is_free = |&i: &usize| {
                 refcount::get(counts, i, order) == 0
-                    && !state.unlinked.contains(&(cluster + (i - index) as u64))
+                    && !is_kept_back(state, cluster + (i - index) as u64)
             };
             match (index..per_slice).find(is_free) {
                 Some(free) => return Ok(cluster + (free - index) as u64),

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Header, HostCluster, HostOffset, INCOMPATIBLE_DIRTY, MAX_REFCOUNT_TABLE_BYTES, Patch, refcount,
 };
+use crate::rules::Rule;
 use crate::storage::Storage;
 
 /// What a change of the header is written in: old or new, never half.
@@ -45,9 +46,9 @@ pub fn rebuild(
     let first = header.geometry.clusters_for(length).0.max(references.end().0);
     let plan = Plan::new(header, references, first)?;
     plan.write(storage, header, references)?;
-    sync(storage)?;
+    sync(storage, Rule::RebuiltBeforeHeader)?;
     let new = switch(storage, header, &plan)?;
-    sync(storage)?;
+    sync(storage, Rule::RebuiltSwitchBeforeUse)?;
     Ok(new)
 }
 
@@ -194,6 +195,9 @@ fn write(storage: &dyn Storage, bytes: &[u8], at: HostOffset, what: &str) -> Res
     storage.write_at(bytes, at.0).map_err(|e| Error::io(format!("writing {what} at {at}"), e))
 }
 
-fn sync(storage: &dyn Storage) -> Result<()> {
+fn sync(storage: &dyn Storage, rule: Rule) -> Result<()> {
+    if !rule.is_kept() {
+        return Ok(());
+    }
     storage.sync().map_err(|e| Error::io("syncing the image", e))
 }

@@ -14,6 +14,7 @@ use std::ops::Range;
 use super::{Allocated, Refcounts, State};
 use crate::error::{Error, Result};
 use crate::format::{HostCluster, refcount};
+use crate::rules::Rule;
 
 /// Which clusters of a file are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -276,7 +277,7 @@ impl Refcounts {
 
     /// Whether a cluster may be handed out: not counted, and no place that a block has just left.
     pub(super) fn is_free(&self, state: &mut State, cluster: u64) -> Result<bool> {
-        Ok(!state.unlinked.contains(&cluster) && self.read(state, cluster)? == 0)
+        Ok(!is_kept_back(state, cluster) && self.read(state, cluster)? == 0)
     }
 
     /// The flush is through that wrote the entries of the blocks that were at `unlinked`.
@@ -289,4 +290,9 @@ impl Refcounts {
             }
         }
     }
+}
+
+/// Whether a block that was let go of has just left a cluster, which is not counted any more.
+pub(super) fn is_kept_back(state: &State, cluster: u64) -> bool {
+    Rule::UnlinkedPlacesWait.is_kept() && state.unlinked.contains(&cluster)
 }

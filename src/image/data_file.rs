@@ -26,6 +26,7 @@ use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry, MixedCluster};
 use crate::recycler::Rooted;
+use crate::rules::Rule;
 use crate::storage::{self, Storage};
 use crate::tables::{LinkOrder, Mapping, Run};
 
@@ -76,7 +77,7 @@ impl Place<'_> {
     /// When entries that lead to a copy of older data may reach the disk.
     pub(super) fn order_of_copy(&self) -> LinkOrder {
         match self {
-            Place::Pool(_) => LinkOrder::AfterSync,
+            Place::Pool(_) => LinkOrder::as_demanded_by(Rule::CopyBeforeEntry),
             Place::External(_) => LinkOrder::Any,
         }
     }
@@ -119,7 +120,8 @@ impl Image {
             at = end;
         }
         // What another thread has mapped may be no more durable than what was mapped here.
-        if writer.flush.raw_mappings.are_durable() { Ok(()) } else { self.flush() }
+        let is_durable = writer.flush.raw_mappings.are_durable();
+        if is_durable || !Rule::RawMappingFirst.is_kept() { Ok(()) } else { self.flush() }
     }
 
     fn is_mapped(&self, range: Range<u64>) -> Result<bool> {

@@ -20,6 +20,7 @@ use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::format::HostOffset;
 use crate::locks;
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::sync::MutexGuard;
 use crate::tables::Write;
@@ -60,8 +61,11 @@ impl Image {
             // Under the tables' lock: the data that an entry leads to was written before it.
             data_unsynced = writer.flush.data_unsynced.take();
         });
-        let synced = if data_unsynced { self.sync_data(writer) } else { Ok(()) };
+        let must_sync_data = data_unsynced && Rule::DataFileBeforeTables.is_kept();
+        let synced = if must_sync_data { self.sync_data(writer) } else { Ok(()) };
         let result = synced.and_then(|()| {
+            let unsynced = unsynced && Rule::DataSynced.is_kept();
+            let settles = settles && Rule::StatesSynced.is_kept();
             self.write_out(writer, &dirty.writes, dirty.barrier, unsynced || settles)
         });
         let succeeded = result.is_ok();
@@ -86,28 +90,31 @@ impl Image {
         barrier: bool,
         must_sync: bool,
     ) -> Result<()> {
-        let wrote_refcounts = self.write_refcounts(writer, barrier)?;
+        let before = barrier.then_some(Rule::BarrierBeforeEntries);
+        let wrote_refcounts = self.write_refcounts(writer, before)?;
         self.write_all(tables, "writing a table")?;
-        if must_sync || barrier || wrote_refcounts || !tables.is_empty() {
+        let wrote = barrier || wrote_refcounts || !tables.is_empty();
+        if must_sync || wrote && Rule::TablesSynced.is_kept() {
             self.sync(writer)?;
         }
         Ok(())
     }
 
-    /// Writes all refcounts; with `barrier` they and everything before are durable afterwards.
-    /// Whether there were any.
-    pub(super) fn write_refcounts(&self, writer: &Writer, barrier: bool) -> Result<bool> {
+    /// Writes all refcounts; where `before` names a rule, they and everything before are durable
+    /// afterwards. Whether there were any.
+    pub(super) fn write_refcounts(&self, writer: &Writer, before: Option<Rule>) -> Result<bool> {
         let dirty = writer.refcounts.collect();
         let any = !dirty.blocks.is_empty() || !dirty.links.is_empty();
         let result = self.write_all(&dirty.blocks, "writing a refcount block").and_then(|()| {
             if !dirty.links.is_empty() {
-                self.sync(writer)?;
+                self.sync_for(writer, Rule::BlocksBeforeLinks)?;
                 self.write_all(&dirty.links, "linking a refcount block").inspect_err(|e| {
                     self.health.latch_unknown(&e.to_string());
                 })?;
             }
             // A place that only the old links led to may be taken as soon as this is over.
-            if barrier || dirty.frees_places() { self.sync(writer) } else { Ok(()) }
+            let frees_places = dirty.frees_places().then_some(Rule::LinksBeforePlaces);
+            before.or(frees_places).map_or(Ok(()), |rule| self.sync_for(writer, rule))
         });
         let left = writer.refcounts.collected(dirty, result.is_ok());
         // Junk like any other: released once the next flush has made the switch durable for sure.
@@ -138,6 +145,11 @@ impl Image {
     /// Syncs the host file. A failure latches the image: what reached the disk is not known.
     pub(super) fn sync(&self, writer: &Writer) -> Result<()> {
         self.sync_file(writer, &*self.storage, "syncing the image")
+    }
+
+    /// Syncs the host file as `rule` demands.
+    pub(super) fn sync_for(&self, writer: &Writer, rule: Rule) -> Result<()> {
+        if rule.is_kept() { self.sync(writer) } else { Ok(()) }
     }
 
     /// The same for the external data file.
@@ -176,6 +188,20 @@ impl Image {
         self.writer.as_ref().is_some_and(|writer| {
             self.tables.is_dirty() || writer.refcounts.is_dirty() || writer.recycler.awaits_flush()
         })
+    }
+}
+
+impl Image {
+    /// Has the recycler of an image that was opened without threads ([`super::Options::threads`])
+    /// do its next step, as it would at `now`, which may lie in the future; whether there was one to
+    /// do.
+    ///
+    /// # Errors
+    /// `ReadOnly`; host errors, `Corrupt`. The step is due again.
+    pub fn recycle(&self, now: std::time::Instant) -> Result<bool> {
+        let writer = self.writer()?;
+        let worked = writer.agenda.lock().work(self, now);
+        self.note(worked)
     }
 }
 

@@ -43,6 +43,11 @@ impl LeakSearch {
     /// Ends the search and waits for its thread; whether that went as it should.
     pub(super) fn stop(self) -> bool {
         self.stop.store(true, Ordering::Release);
+        self.wait()
+    }
+
+    /// Waits for the end of the search; whether that went as it should.
+    fn wait(self) -> bool {
         self.thread.join().is_ok()
     }
 }
@@ -68,6 +73,15 @@ impl Image {
             .spawn(search)
             .map_err(|e| Error::io("starting the search for leaked clusters", e))?;
         Ok(Some(LeakSearch { stop, thread }))
+    }
+
+    /// Waits for the end of the search, if there is one.
+    pub(super) fn finish_search(&self, writer: &Writer) -> Result<()> {
+        let search = writer.leak_search.lock().take();
+        match search.is_none_or(LeakSearch::wait) {
+            true => Ok(()),
+            false => Err(Error::invalid("the search for leaks ended by a defect in this program")),
+        }
     }
 
     fn end_search(

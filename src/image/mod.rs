@@ -39,6 +39,7 @@ use crate::counters::CacheCounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Geometry;
 use crate::locks::GuestLocks;
+use crate::recycler::thread::Agenda;
 use crate::recycler::{Recycler, StateCounts, WorkDone};
 use crate::storage::Storage;
 use crate::tables::{Mapping, Run, Tables};
@@ -71,6 +72,10 @@ pub struct Options {
     pub settle_after: Duration,
     /// Bytes a second that are moved at most; `None` leaves it to the recycler.
     pub recycle_rate: Option<u64>,
+    /// Whether what works in the background does so in threads of its own. Without them the search
+    /// for leaks is over when the image is open, and the recycler works when it is told to
+    /// ([`Image::recycle`]): what happens depends on the calls alone, and can be repeated.
+    pub threads: bool,
     /// Whether the states of clusters are checked at each step, and all counts from time to time. A
     /// violation is a defect of this program; the image turns read-only.
     pub runtime_asserts: bool,
@@ -87,6 +92,7 @@ impl Default for Options {
             compact_after: CompactAfter::Percent(1),
             settle_after: Duration::from_secs(1),
             recycle_rate: None,
+            threads: true,
             runtime_asserts: false,
         }
     }
@@ -175,6 +181,8 @@ struct Writer {
     /// The header is as the first write wants it.
     prepared: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// What the recycler's thread would remember, where there is none.
+    agenda: Mutex<Agenda>,
     leak_search: Mutex<Option<leaks::LeakSearch>>,
 }
 

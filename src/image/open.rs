@@ -20,7 +20,9 @@ use crate::format::{
     Header, HostCluster, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, INCOMPATIBLE_KNOWN,
 };
 use crate::locks::GuestLocks;
+use crate::recycler::thread::Agenda;
 use crate::recycler::{Recycler, thread};
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, Tables};
 
@@ -210,6 +212,7 @@ impl Image {
                 opened_with_leaks: AtomicBool::new(false),
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
+                agenda: Mutex::new(Agenda::new(options.flush_after, options.recycle_rate)),
                 leak_search: Mutex::new(None),
             });
         }
@@ -242,7 +245,10 @@ impl Image {
         if options.return_leaks {
             *writer.leak_search.lock() = self.search_leaks(header)?;
         }
-        let thread = thread::spawn(self, options.flush_after, options.recycle_rate)
+        if !options.threads {
+            return self.finish_search(writer);
+        }
+        let thread = thread::spawn(self, Agenda::new(options.flush_after, options.recycle_rate))
             .map_err(|e| Error::io("starting the recycler", e))?;
         *writer.thread.lock() = Some(thread);
         Ok(())
@@ -265,7 +271,10 @@ impl Image {
             let patch = cleared.patch();
             self.storage
                 .write_at(&patch.bytes, patch.offset.0)
-                .and_then(|()| self.storage.sync())
+                .and_then(|()| match Rule::AutoclearFirst.is_kept() {
+                    true => self.storage.sync(),
+                    false => Ok(()),
+                })
                 .map_err(|e| Error::io("clearing autoclear feature bits in the header", e))?;
             *features = cleared;
         }

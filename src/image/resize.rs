@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::{Image, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster, MAX_L1_BYTES, Patch};
+use crate::rules::Rule;
 
 impl Image {
     /// Changes the virtual size to `size` bytes; growing adds zeros and is durable after the next
@@ -54,8 +55,10 @@ impl Image {
         self.clear_held(writer, cut.clone())?;
         // Before the header, so that the disk keeps its size where this fails.
         self.cut_data_file(cut.start)?;
-        self.flush_held(writer)?;
-        self.patch_header(writer, &Header::patch_size(cut.start))?;
+        if Rule::CutBeforeSize.is_kept() {
+            self.flush_held(writer)?;
+        }
+        self.patch_header(writer, &Header::patch_size(cut.start), Rule::SizeSynced)?;
         self.size.store(cut.start, Ordering::Release);
         self.note_cut(writer, cut.start);
         Ok(())
@@ -95,7 +98,9 @@ impl Image {
         let hides_little = self.geometry.version() < 3 && self.is_backed(added.end);
         let end = if hides_little { self.cluster_end(added.end) } else { mapped_end };
         self.clear_held(writer, added.start..end)?;
-        self.flush_held(writer)?;
+        if Rule::ClearBeforeGrowth.is_kept() {
+            self.flush_held(writer)?;
+        }
         let is_all = !hides_little && self.backed_clusters() <= mapped;
         writer.clear_past_end.store(is_all, Ordering::Release);
         Ok(())
@@ -124,8 +129,9 @@ impl Image {
                 .write_at(bytes, offset.0)
                 .map_err(|e| Error::io(format!("writing the new L1 table at {offset}"), e))?;
             // With everything that the table refers to, and its own clusters' refcounts.
-            self.write_refcounts(writer, true)?;
-            self.patch_header(writer, &Header::patch_l1(entries, offset))
+            self.write_refcounts(writer, Some(Rule::L1BeforeHeader))?;
+            let patch = Header::patch_l1(entries, offset);
+            self.patch_header(writer, &patch, Rule::L1SwitchBeforeReuse)
         });
         match switched {
             Ok(old) => writer.recycler.release(old),
@@ -139,10 +145,10 @@ impl Image {
         Ok(())
     }
 
-    /// Writes a part of the header, durably.
-    pub(super) fn patch_header(&self, writer: &Writer, patch: &Patch) -> Result<()> {
+    /// Writes a part of the header, durably, as `rule` demands.
+    pub(super) fn patch_header(&self, writer: &Writer, patch: &Patch, rule: Rule) -> Result<()> {
         self.write_header(patch)?;
-        self.sync(writer)
+        self.sync_for(writer, rule)
     }
 
     /// Writes a part of the header. Where that fails what is on disk is not known.

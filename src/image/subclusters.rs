@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::format::{
     GuestCluster, GuestOffset, HostCluster, L2Entry, MixedCluster, Subcluster, Subclusters,
 };
+use crate::rules::Rule;
 use crate::tables::{LinkOrder, Mapping, Run};
 
 impl Image {
@@ -71,7 +72,8 @@ impl Image {
             self.write_data(&bytes, self.host_offset(cluster, start))?;
             let new = MixedCluster { cluster: Some(cluster), copied: true, subclusters };
             if new != *old {
-                self.set_entry(guest, LinkOrder::AfterSync, new.entry())?;
+                let order = LinkOrder::as_demanded_by(Rule::SubclusterBeforeBit);
+                self.set_entry(guest, order, new.entry())?;
                 writer.recycler.note_change();
             }
             return Ok(());
@@ -87,7 +89,7 @@ impl Image {
         self.write_data(&bytes, self.host_offset(cluster, start))?;
         // Copies must be durable before the entry that replaces the originals.
         let order = match old.cluster.is_some() || shows_backing {
-            true => LinkOrder::AfterSync,
+            true => LinkOrder::as_demanded_by(Rule::CopyBeforeEntry),
             false => rooted.order(),
         };
         let new = MixedCluster { cluster: Some(cluster), copied: true, subclusters };

@@ -7,6 +7,7 @@ use super::data_file::Place;
 use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry};
+use crate::rules::Rule;
 use crate::storage::reserve_metadata;
 use crate::tables::{LinkOrder, Mapping, Run, TableState};
 
@@ -210,7 +211,10 @@ impl Image {
         match writer.refcounts.get(table)? {
             0 => return Err(self.uncounted(table)),
             // It is ours, only the flag was missing.
-            1 => return self.tables.install_table(cluster, table, shared, LinkOrder::AfterSync),
+            1 => {
+                let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
+                return self.tables.install_table(cluster, table, shared, order);
+            }
             _ => {}
         }
         let bytes = self.tables.read_table(table)?;
@@ -218,7 +222,8 @@ impl Image {
         let copy = rooted.first();
         self.write_host(&bytes, self.geometry.host_offset(copy).0)?;
         // The copy must be durable before the entry that leads to it.
-        let installed = self.tables.install_table(cluster, copy, shared, LinkOrder::AfterSync)?;
+        let order = LinkOrder::as_demanded_by(Rule::TableCopyBeforeEntry);
+        let installed = self.tables.install_table(cluster, copy, shared, order)?;
         if installed {
             rooted.linked(1);
             self.drop_reference(writer, table)?;
@@ -239,7 +244,8 @@ impl Image {
                     // higher: it goes first.
                     self.ensure_table(writer, guest)?;
                     let entry = L2Entry::Data { cluster: first, copied: true };
-                    self.set_entry(guest, LinkOrder::AfterSync, entry)?;
+                    let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
+                    self.set_entry(guest, order, entry)?;
                     writer.recycler.note_change();
                     return self.write_data(data, self.host_offset(first, at));
                 }

@@ -21,6 +21,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::alloc::ClusterSet;
+use crate::rules::Rule;
 
 /// Every cluster that is on its way, by state. The sets are disjoint.
 #[derive(Debug, Default)]
@@ -68,13 +69,19 @@ impl ClusterMap {
         if self.sets().iter().any(|set| set.overlaps(&clusters)) {
             return Err(NotInUse);
         }
-        self.junk.insert(clusters);
+        match Rule::JunkWaits.is_kept() {
+            true => self.junk.insert(clusters),
+            false => self.released.insert(clusters),
+        }
         Ok(())
     }
 
     /// One of several references to a cluster is gone from the tables in memory.
     pub fn drop_shared(&mut self, cluster: u64) {
-        self.shared.push(cluster);
+        match Rule::SharedJunkWaits.is_kept() {
+            true => self.shared.push(cluster),
+            false => self.shared_released.push(cluster),
+        }
     }
 
     /// A flush takes its copy of the tables now. Whether it has anything to settle.
@@ -166,7 +173,10 @@ impl ClusterMap {
 
     /// free -> erased: counted and zeroed, in memory.
     pub fn add_erased(&mut self, clusters: Range<u64>) {
-        self.erased.insert(clusters);
+        match Rule::ErasedWaits.is_kept() {
+            true => self.erased.insert(clusters),
+            false => self.available.insert(clusters),
+        }
     }
 
     /// available -> rooted: the first consecutive clusters of the pool, at most `wanted`.

@@ -28,6 +28,7 @@ pub use wake::WakeSignal;
 use crate::alloc::{Allocated, Refcounts};
 use crate::error::{Error, Result};
 use crate::format::{Geometry, HostCluster};
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::LinkOrder;
 
@@ -203,7 +204,8 @@ impl Recycler {
         }
         let clusters = self.allocate_zeroed(wanted)?;
         self.map.lock().add_rooted(clusters.clone());
-        Ok(Rooted { recycler: self, clusters, order: LinkOrder::AfterSync })
+        let order = LinkOrder::as_demanded_by(Rule::AllocatedBeforeEntry);
+        Ok(Rooted { recycler: self, clusters, order })
     }
 
     /// Consecutive free clusters before `end`, at least 1 and at most `wanted`, past the pool; `None`
@@ -578,8 +580,12 @@ impl Recycler {
         let zeroed = match allocated.is_new {
             true => {
                 self.tail_may_be_free.store(true, Ordering::Relaxed);
-                self.refcounts.extend_file()
+                match Rule::FileReachesAllocated.is_kept() {
+                    true => self.refcounts.extend_file(),
+                    false => Ok(()),
+                }
             }
+            false if !Rule::AllocatedReadsZeros.is_kept() => Ok(()),
             false => self.punch(allocated.clusters.clone()),
         };
         if let Err(e) = zeroed {

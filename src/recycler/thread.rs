@@ -2,9 +2,10 @@
 //!
 //! In this order: a flush is made when it is due; what is released is freed; the pool is filled; a
 //! flush is made when the pool waits for it; a pool that nobody uses is given up; the end of the
-//! file is cut when allocation has paused; clusters are moved. Otherwise it sleeps. It does not keep the image alive, and an error does not end it: the image is
-//! told (which may latch it), and the step is tried again later. What is due comes first, so that
-//! what cannot be freed or allocated keeps nothing from being flushed.
+//! file is cut when allocation has paused; clusters are moved. Otherwise it sleeps. It does not keep
+//! the image alive, and an error does not end it: the image is told (which may latch it), and the
+//! step is tried again later. What is due comes first, so that what cannot be freed or allocated
+//! keeps nothing from being flushed.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -40,10 +41,12 @@ pub trait Recycled: Send + Sync + 'static {
 
 /// What the thread remembers between two steps.
 #[derive(Debug, Default)]
-struct Agenda {
+pub struct Agenda {
     flush_due: Option<Instant>,
     last_pool_flush: Option<Instant>,
     not_before: Option<Instant>,
+    /// Changes wait at most so long for a flush, much junk less.
+    flush_after: Duration,
     pace: Pace,
 }
 
@@ -53,23 +56,18 @@ enum Next {
     SleepUntil(Option<Instant>),
 }
 
-/// Starts the thread, which ends when the wake signal is stopped or the image is gone. Changes wait
-/// at most `flush_after` for a flush, much junk less; clusters are moved at no more than `rate` bytes a second.
+/// Starts the thread, which does what is on `agenda` and ends when the wake signal is stopped or the
+/// image is gone.
 ///
 /// # Errors
 /// The host cannot start another thread.
-pub fn spawn<T: Recycled>(
-    image: &Arc<T>,
-    flush_after: Duration,
-    rate: Option<u64>,
-) -> io::Result<JoinHandle<()>> {
+pub fn spawn<T: Recycled>(image: &Arc<T>, mut agenda: Agenda) -> io::Result<JoinHandle<()>> {
     let wake = image.recycler().wake_signal().clone();
     let image = Arc::downgrade(image);
     std::thread::Builder::new().name("recycler".into()).spawn(move || {
-        let mut agenda = Agenda { pace: Pace::new(rate), ..Default::default() };
         let mut deadline = None;
         while wake.wait(deadline) {
-            deadline = match work(&image, &mut agenda, flush_after) {
+            deadline = match work(&image, &mut agenda) {
                 Some(deadline) => deadline,
                 None => return,
             };
@@ -78,11 +76,7 @@ pub fn spawn<T: Recycled>(
 }
 
 /// Does what is due; until when to sleep then, or `None` when the image is gone.
-fn work<T: Recycled>(
-    image: &Weak<T>,
-    agenda: &mut Agenda,
-    flush_after: Duration,
-) -> Option<Option<Instant>> {
+fn work<T: Recycled>(image: &Weak<T>, agenda: &mut Agenda) -> Option<Option<Instant>> {
     loop {
         let image = image.upgrade()?;
         if !image.is_writable() {
@@ -92,7 +86,7 @@ fn work<T: Recycled>(
         if let Some(at) = agenda.not_before.filter(|at| *at > now) {
             return Some(Some(at));
         }
-        match agenda.step(&*image, now, flush_after) {
+        match agenda.step(&*image, now) {
             Ok(Next::Again) => {}
             Ok(Next::SleepUntil(deadline)) => return Some(deadline),
             Err(e) => {
@@ -107,7 +101,22 @@ fn work<T: Recycled>(
 }
 
 impl Agenda {
-    fn step(&mut self, image: &impl Recycled, now: Instant, flush_after: Duration) -> Result<Next> {
+    /// Nothing remembered yet. Changes wait at most `flush_after` for a flush, much junk less;
+    /// clusters are moved at no more than `rate` bytes a second.
+    pub fn new(flush_after: Duration, rate: Option<u64>) -> Self {
+        Agenda { flush_after, pace: Pace::new(rate), ..Default::default() }
+    }
+
+    /// Does the next step that is due at `now`, which need not be the time that it is: without a
+    /// thread, the caller has the recycler work. Whether there was anything to do.
+    ///
+    /// # Errors
+    /// Those of the step; it is due again.
+    pub fn work(&mut self, image: &impl Recycled, now: Instant) -> Result<bool> {
+        self.step(image, now).map(|next| matches!(next, Next::Again))
+    }
+
+    fn step(&mut self, image: &impl Recycled, now: Instant) -> Result<Next> {
         let recycler = image.recycler();
         if self.flush_due.is_none() {
             recycler.forget_changes();
@@ -119,7 +128,7 @@ impl Agenda {
                 return Ok(Next::Again);
             }
         } else {
-            let latest = *self.flush_due.get_or_insert(now + flush_after);
+            let latest = *self.flush_due.get_or_insert(now + self.flush_after);
             let due = recycler.junk_due().map_or(latest, |at| at.min(latest));
             if due <= now {
                 self.flush_due = None;

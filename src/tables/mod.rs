@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::format::{
     COPIED, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, MixedCluster, be64,
 };
+use crate::rules::Rule;
 use crate::storage::Storage;
 
 /// L1 entries in one 512-byte sector, the unit in which the L1 table is written back.
@@ -86,6 +87,13 @@ pub enum LinkOrder {
     Any,
     /// Only after all that was written before the change is durable: the flush syncs first.
     AfterSync,
+}
+
+impl LinkOrder {
+    /// After a sync, which `rule` demands.
+    pub fn as_demanded_by(rule: Rule) -> Self {
+        if rule.is_kept() { LinkOrder::AfterSync } else { LinkOrder::Any }
+    }
 }
 
 /// The tables of one image.

@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::{L1_ENTRIES_PER_SECTOR, SliceCache, State, Tables, Write};
 use crate::error::Result;
 use crate::format::{HostCluster, L1Entry, OFFSET_MASK, be64};
+use crate::rules::Rule;
 
 /// A change of one entry of an L2 table, its first word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +117,7 @@ impl Tables {
                     bytes[within..within + 8].copy_from_slice(&edit.new.to_be_bytes());
                 }
             }
-            state.barrier = true;
+            state.barrier |= Rule::MoveBeforeEntry.is_kept();
             return Ok(true);
         }
     }
@@ -130,7 +131,7 @@ impl Tables {
         let Some(entry) = state.l1.get_mut(index as usize) else { return };
         *entry = *entry & !OFFSET_MASK | start;
         state.l1_dirty.insert(index as usize / L1_ENTRIES_PER_SECTOR);
-        state.barrier = true;
+        state.barrier |= Rule::TableMoveBeforeEntry.is_kept();
         self.metadata.insert(new);
     }
 
@@ -139,7 +140,7 @@ impl Tables {
     pub fn write_along(&self, write: Write) {
         let mut state = self.state.write();
         state.along.insert(write.0, write.1);
-        state.barrier = true;
+        state.barrier |= Rule::MoveBeforeWord.is_kept();
     }
 
     /// The number of guest clusters that one L2 table maps, from L1 entry `index` on.

@@ -480,6 +480,37 @@ fn other_users_do_here_what_they_may_do_on_the_host() {
     assert_eq!(names(&lab.images()), ["closed", "roots.qcow2", "shared"]);
 }
 
+/// A daemon that is not root may open only what its user may, but a file's maker may write to it
+/// whatever the mode says. In a mount namespace of its own, where everybody may use FUSE.
+#[test]
+fn without_root_files_are_made_too() {
+    let lab = Lab::new();
+    let (program, script) = (lab.path("program"), lab.path("script"));
+    fs::copy(crate::lab::PROGRAM, &program).unwrap();
+    for directory in [lab.images(), lab.point()] {
+        std::os::unix::fs::chown(directory, Some(65534), Some(65534)).unwrap();
+    }
+    let text = format!(
+        "cd {directory}
+         mkdir dev && mount -t tmpfs -o dev,mode=755 tmpfs dev
+         mknod -m 666 dev/fuse c 10 229 && mount --bind dev/fuse /dev/fuse
+         {NOBODY} {program} mount --log-file images/log images mnt
+         {NOBODY} bash -ec 'umask 277 && head -c 1M /dev/urandom > mnt/locked.raw'
+         {NOBODY} bash -ec 'cd mnt && mkdir d && mv locked.raw d && touch new.raw'
+         {NOBODY} bash -ec 'cd mnt && setfattr -n user.x -v y new.raw && chmod 640 new.raw'
+         ! {NOBODY} bash -c 'echo more >> mnt/d/locked.raw'
+         stat -c %a,%U images/d/locked.qcow2 images/new.qcow2
+         {NOBODY} {program} umount mnt",
+        directory = lab.path("").display(),
+        program = program.display(),
+    );
+    fs::write(&script, text).unwrap();
+    let said = sh!("unshare -m bash -e {}", script.display());
+    assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["400,nobody", "640,nobody"]);
+    assert_eq!(guest_bytes(&lab.image("d/locked.qcow2")).len(), MIB);
+    assert_sound(&lab.image("d/locked.qcow2"));
+}
+
 #[test]
 fn a_read_only_mount_changes_no_name() {
     let lab = Lab::new();

@@ -1,5 +1,5 @@
 //! Internal snapshots: taken, read, applied and deleted while the disk is written; against a model,
-//! QEMU, crashes and failures of the host.
+//! QEMU and failures of the host. Their crashes are searched in `tests/crash.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
@@ -7,7 +7,6 @@
 mod support;
 
 mod concurrent;
-mod crash;
 mod faults;
 mod foreign;
 mod model;

@@ -159,6 +159,20 @@ impl Made {
         }
     }
 
+    /// Adds a bitmap that records from now on, where there may be one and is none.
+    pub fn add_bitmap(&mut self) {
+        let is_inside = self.shape.data_file == DataFile::None;
+        if self.shape.version == 3 && is_inside && !self.has_bitmap && !self.has_snapshots() {
+            let mut add = Command::new("qemu-img");
+            qemu::run(add.args(["bitmap", "--add", "-g", "512"]).arg(&self.path).arg("bitmap"));
+            self.has_bitmap = true;
+        }
+    }
+
+    pub fn has_bitmap(&self) -> bool {
+        self.has_bitmap
+    }
+
     pub fn has_snapshots(&self) -> bool {
         !self.snapshots.taken.is_empty()
     }

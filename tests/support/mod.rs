@@ -4,6 +4,7 @@
 // Every test program compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod bitmaps;
 pub mod made;
 pub mod oracle;
 pub mod qemu;
@@ -52,6 +53,7 @@ pub fn busy(rng: &mut Rng) -> Options {
         compact_after: *rng.pick(&[CompactAfter::Off, CompactAfter::Bytes(1)]),
         settle_after: Duration::from_millis(*rng.pick(&[0, 2, 20])),
         recycle_rate: None,
+        threads: true,
         runtime_asserts: rng.one_in(2),
     }
 }

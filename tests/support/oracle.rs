@@ -8,18 +8,20 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::SECTOR;
 use super::rng::mix;
 
 /// What a client does to a range of sectors.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Operation {
     pub kind: Kind,
     /// The sectors concerned.
     pub sectors: Range<u64>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// Writes the sectors' [`pattern`].
     Write,

@@ -144,13 +144,12 @@ impl View {
         if length - shortest < self.survey.cluster_size {
             return "compaction: the file is as short as it can be".into();
         }
-        let moved = self.survey.behind.saturating_mul(self.survey.cluster_size);
-        format!(
-            "compaction: {} shorter, to {}, by moving {}",
-            size::show(length - shortest),
-            size::show(shortest),
-            size::show(moved)
-        )
+        let how = match self.survey.behind.saturating_mul(self.survey.cluster_size) {
+            0 => "without moving anything".to_owned(),
+            moved => format!("by moving {}", size::show(moved)),
+        };
+        let (less, shortest) = (size::show(length - shortest), size::show(shortest));
+        format!("compaction: {less} shorter, to {shortest}, {how}")
     }
 
     /// The lines below the picture.
@@ -318,6 +317,9 @@ mod tests {
                 "compaction: 8.0 MiB shorter, to 2.0 MiB, by moving 512.0 KiB",
             ]
         );
+        view.survey.behind = 0;
+        let line = "compaction: 8.0 MiB shorter, to 2.0 MiB, without moving anything";
+        assert_eq!(view.prospect(), line);
         view.survey.file_length = 2 << 20;
         assert_eq!(view.prospect(), "compaction: the file is as short as it can be");
     }

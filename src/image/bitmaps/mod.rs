@@ -35,6 +35,7 @@ use crate::format::{
     AUTOCLEAR_BITMAPS, BitmapBits, BitmapEntry, BitmapsExtension, EXTENSION_BITMAPS, Extension,
     Geometry, Header, HostCluster, HostOffset, be64, bitmap_directory,
 };
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::MetadataMap;
 
@@ -302,7 +303,7 @@ impl Image {
             self.storage
                 .write_at(&marked.bytes, marked.offset.0)
                 .map_err(|e| Error::io("marking bitmaps as in use", e))?;
-            self.sync(writer)?;
+            self.sync_for(writer, Rule::BitmapsMarkedFirst)?;
         }
         if bitmaps.marked.load(Ordering::Acquire) == UNTOUCHED {
             marked.warn_of_stale();

@@ -4,8 +4,7 @@
 //! copy what lies behind the end to free clusters
 //! write refcount blocks, sync
 //! one word for each copy: it is there now
-//! sync
-//! the old clusters are junk
+//! the old clusters are junk, which the next flush releases when it has synced
 //! ```
 //! There are few of them, so each kind is one step; whether they are in use by us does not matter.
 
@@ -16,6 +15,7 @@ use super::{Bitmaps, Directory, read_table};
 use crate::error::{Error, Result};
 use crate::format::{BitmapBits, Header, HostCluster, HostOffset, Patch};
 use crate::image::{Image, Writer};
+use crate::rules::Rule;
 
 /// Copies that nothing refers to yet.
 #[derive(Default)]
@@ -142,7 +142,7 @@ impl Image {
         if copies.words.is_empty() {
             return Ok(());
         }
-        self.write_refcounts(writer, true)?;
+        self.write_refcounts(writer, Some(Rule::BitmapMoveBeforeWords))?;
         for word in &copies.words {
             self.storage.write_at(&word.bytes, word.offset.0).map_err(|e| {
                 let error = Error::io(format!("linking moved bitmaps at {}", word.offset), e);
@@ -151,7 +151,6 @@ impl Image {
                 error
             })?;
         }
-        self.sync(writer)?;
         copies.left.into_iter().try_for_each(|old| writer.recycler.drop_used(old))
     }
 }

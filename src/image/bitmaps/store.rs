@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::format::{BitmapBits, BitmapEntry, Header, HostCluster, HostOffset, MAX_BITMAP_BYTES};
 use crate::image::{Image, Writer};
 use crate::recycler::{Recycler, Rooted};
+use crate::rules::Rule;
 
 /// What a directory that is not in force yet refers to, and what it does not refer to any more.
 #[derive(Default)]
@@ -86,7 +87,7 @@ impl Image {
         let length = new.bytes.len() as u64;
         new.offset = self.store_run(writer, &mut change, &new.bytes)?;
         change.left.push(self.geometry.host_clusters(directory.offset, length));
-        self.write_refcounts(writer, true)?;
+        self.write_refcounts(writer, Some(Rule::BitmapsBeforeHeader))?;
         self.switch(writer, bitmaps, change, new.offset)?;
         *directory = new;
         Ok(())
@@ -108,7 +109,7 @@ impl Image {
             rooted.linked(count);
         }
         written.map_err(|e| Error::io("writing the header's bitmaps extension", e))?;
-        self.sync(writer)?;
+        self.sync_for(writer, Rule::BitmapSwitchBeforeReuse)?;
         change.left.into_iter().for_each(|clusters| writer.recycler.release(clusters));
         Ok(())
     }

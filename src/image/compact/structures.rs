@@ -6,6 +6,7 @@ use super::{Compaction, Pass};
 use crate::error::{Error, Result};
 use crate::format::{Geometry, Header, HostCluster, HostOffset, OFFSET_MASK, be64};
 use crate::image::{Image, Writer, snapshots};
+use crate::rules::Rule;
 use crate::tables::Tables;
 
 /// The L1 table of a snapshot.
@@ -82,7 +83,9 @@ impl Image {
             }
         }
         // What changes within the snapshot table is in the file before the table is copied.
-        self.flush_held(writer)?;
+        if Rule::WordsBeforeTableMove.is_kept() {
+            self.flush_held(writer)?;
+        }
         self.move_snapshot_table(writer, compaction, pass)?;
         if !self.move_bitmaps(writer, pass.end)? {
             compaction.pin(|| "no room for bitmaps, or something else refers to them".into());

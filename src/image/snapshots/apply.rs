@@ -6,6 +6,7 @@ use super::table::read_l1;
 use super::{Image, SnapshotKey, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{COPIED, HostCluster, MAX_L1_BYTES, Snapshot};
+use crate::rules::Rule;
 
 impl Image {
     /// Makes the disk what snapshot `which` holds, its size
@@ -90,9 +91,9 @@ impl Image {
         let first = HostCluster(place.start);
         let offset = self.geometry.host_offset(first);
         let switched = self.tables.replace_l1(offset, l1.to_vec(), || {
-            self.write_refcounts(writer, true)?;
+            self.write_refcounts(writer, Some(Rule::AppliedBeforeHeader))?;
             let patch = self.disk_patch(size, l1.len() as u32, first)?;
-            self.patch_header(writer, &patch)
+            self.patch_header(writer, &patch, Rule::AppliedSwitchBeforeReuse)
         });
         match switched {
             Ok(old) => writer.recycler.release(old),

@@ -6,6 +6,7 @@ use super::table::l2_tables;
 use super::{Image, MAX_NAME, SnapshotInfo, Writer, info};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{COPIED, Header, HostCluster, MAX_SNAPSHOTS, Snapshot};
+use crate::rules::Rule;
 
 /// Refcounts of 16 bits (2 to the 4th) count more snapshots than an image is likely to have: they
 /// are tried without asking first.
@@ -104,8 +105,8 @@ impl Image {
         }
     }
 
-    /// Clears COPIED in the L2 tables of `l1`, durably, with whatever else has changed. The flush lock and all guest clusters are
-    /// held.
+    /// Clears COPIED in the L2 tables of `l1`, durably, with whatever else has changed. The flush
+    /// lock and all guest clusters are held.
     pub(super) fn share_entries(
         &self,
         writer: &Writer,
@@ -118,7 +119,7 @@ impl Image {
                 self.flush_held(writer)?;
             }
         }
-        self.flush_held(writer)
+        if Rule::FlagsBeforeSharing.is_kept() { self.flush_held(writer) } else { Ok(()) }
     }
 
     fn link_snapshot(

@@ -54,6 +54,7 @@ use super::open::read_header;
 use super::{Image, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster, HostOffset, Snapshot};
+use crate::rules::Rule;
 use crate::storage::Storage;
 
 pub(super) use table::{Table, read_bytes, read_entries};
@@ -240,8 +241,9 @@ impl Image {
             false => self.geometry.host_offset(HostCluster(clusters.start)),
         };
         let patch = Header::patch_snapshots(entries.len() as u32, offset);
-        let switched =
-            self.write_refcounts(writer, true).and_then(|_| self.patch_header(writer, &patch));
+        let switched = self
+            .write_refcounts(writer, Some(Rule::SnapshotsBeforeHeader))
+            .and_then(|_| self.patch_header(writer, &patch, Rule::SnapshotSwitchBeforeReuse));
         if let Err(e) = switched {
             self.forget_place(writer, clusters)?;
             return Err(e);

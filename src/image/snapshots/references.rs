@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::{Image, Writer};
 use crate::error::{Error, Result};
 use crate::format::{GuestCluster, HostCluster, L1Entry, L2Entry, be64};
+use crate::rules::Rule;
 use crate::tables::{LinkOrder, TableState};
 
 impl Image {
@@ -112,12 +113,14 @@ impl Image {
                     return Ok(());
                 }
                 let shared = TableState::Shared(table);
-                self.tables.install_table(first, table, shared, LinkOrder::AfterSync)?;
+                let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
+                self.tables.install_table(first, table, shared, order)?;
                 changed = true;
             }
         }
         // On disk the refcounts may still be higher: they go first.
-        self.tables.update(clusters, LinkOrder::AfterSync, |_, entry| {
+        let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
+        self.tables.update(clusters, order, |_, entry| {
             let Some((cluster, false)) = entry.host_cluster() else { return Ok(None) };
             let is_own = writer.refcounts.get(cluster)? == 1;
             changed |= is_own;

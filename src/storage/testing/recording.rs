@@ -172,6 +172,30 @@ impl RecordingStorage {
         Replay { log, file: self.file, at: 0, applied: 0, durable: self.initial.fork() }
     }
 
+    /// What was done so far to this file and to those beside it, each with the file's number.
+    pub fn log(&self) -> Vec<(usize, Entry)> {
+        self.log.lock().iter().map(|logged| (logged.file, logged.entry.clone())).collect()
+    }
+
+    /// Puts an entry of another recording's [`RecordingStorage::log`] at the end of this one's, with
+    /// its change made.
+    ///
+    /// # Errors
+    /// None but those of a log that no file could have.
+    pub fn append(&self, entry: Entry) -> io::Result<()> {
+        let mut log = self.log.lock();
+        if let Entry::Change(change) = &entry {
+            change.apply(&self.current, Fate::Kept)?;
+        }
+        self.push(&mut log, entry);
+        Ok(())
+    }
+
+    /// The file as it was at first.
+    pub fn initial(&self) -> &MemoryStorage {
+        &self.initial
+    }
+
     /// The file as it is now.
     pub fn current(&self) -> &MemoryStorage {
         &self.current
