@@ -23,6 +23,10 @@ pub enum ErrorKind {
     Unsupported,
     /// Another process uses the image, or somebody reads the snapshot.
     InUse,
+    /// The image is encrypted and its key was not given.
+    NoKey,
+    /// The image is encrypted with another key.
+    WrongKey,
     /// A snapshot of that name or id is not there.
     NotFound,
     /// A snapshot of that name is there already.
@@ -87,6 +91,8 @@ impl Error {
             ErrorKind::Corrupt => libc::EIO,
             ErrorKind::Unsupported => libc::EOPNOTSUPP,
             ErrorKind::InUse => libc::EBUSY,
+            ErrorKind::NoKey => libc::ENOKEY,
+            ErrorKind::WrongKey => libc::EKEYREJECTED,
             ErrorKind::NotFound => libc::ENOENT,
             ErrorKind::Exists => libc::EEXIST,
             ErrorKind::ReadOnly => libc::EROFS,

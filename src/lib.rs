@@ -19,6 +19,7 @@
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
 //! | [`confine`] | what the process gives up once it serves a mount |
+//! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
 //! | [`mod@format`] | bytes to values and back, pure |
@@ -79,6 +80,7 @@ pub mod check;
 pub mod cli;
 pub mod confine;
 pub mod counters;
+pub mod crypt;
 mod error;
 pub mod format;
 pub mod fs;

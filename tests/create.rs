@@ -10,6 +10,7 @@ use std::process::Command;
 
 use qcow2fs::ErrorKind;
 use qcow2fs::catalog::create_image;
+use qcow2fs::catalog::{Alone, Keys};
 use qcow2fs::check::check;
 use qcow2fs::image::{
     BackingFile, Beside, CompressionType, CreateOptions, Image, NewDataFile, Options,
@@ -163,7 +164,7 @@ fn a_data_file_is_made_with_its_image() {
         assert_eq!(info(&path)["format-specific"]["data"]["data-file-raw"], raw);
         assert_eq!(std::fs::metadata(&data).unwrap().len(), MIB);
         let writable = Options { writable: true, ..Default::default() };
-        let beside = Beside { backing: None, data: Some(host_file(&data)) };
+        let beside = Beside { data: Some(host_file(&data)), ..Beside::default() };
         let image = Image::open_with(host_file(&path), &writable, beside).unwrap();
         image.write(4096, &[9; 4096]).unwrap();
         image.close().unwrap();
@@ -206,7 +207,7 @@ fn an_image_in_use_is_not_replaced() {
     let path = directory.path().join("new.qcow2");
     create_image(&path, &CreateOptions::default(), IfTaken::Fail).unwrap();
     let allowed = [];
-    let reader = qcow2fs::catalog::Alone::open(&path, &allowed, &Options::default()).unwrap();
+    let reader = Alone::open(&path, &allowed, Keys::default(), &Options::default()).unwrap();
     let refused = create_image(&path, &CreateOptions::default(), IfTaken::Replace).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
     reader.close().unwrap();

@@ -220,7 +220,9 @@ impl Layers {
             let file = host_file(path);
             below = Some(match is_raw(path) {
                 true => Arc::new(RawBacking::new(file).unwrap()),
-                false => open_read_only(file, Beside { backing: below, data: None }).unwrap(),
+                false => {
+                    open_read_only(file, Beside { backing: below, ..Beside::default() }).unwrap()
+                }
             });
         }
         below
@@ -284,7 +286,7 @@ impl Subject {
             Data::Inside => None,
             Data::External | Data::Raw => Some(host_file(&self.data_path())),
         };
-        Beside { backing: self.layers.open(), data }
+        Beside { backing: self.layers.open(), data, cipher: None }
     }
 
     fn data_path(&self) -> PathBuf {

@@ -349,8 +349,8 @@ fn disks_of_any_shape_hold_what_was_written() {
     for_seeds("disks_of_any_shape_hold_what_was_written", 20, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
-        let shape = Shape::random(&mut rng, 16 << 20);
-        println!("{seed}: {shape} {} bytes", shape.size);
+        let shape = Shape::random(&mut rng, 16 << 20).encrypted_one_in(4, &mut rng);
+        println!("{seed}: {shape} {} bytes, {}", shape.size, shape.encryption);
         let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
         let made = Made::furnished(shape, directory.path(), &mut rng);
         let mut history = History::begin(seed, made, most);
@@ -373,7 +373,8 @@ fn disks_with_subclusters_hold_what_was_written() {
         shape.extended_l2 = true;
         shape.data_file = DataFile::None;
         shape.size = (shape.cluster_size() * rng.within(1..12) - rng.within(0..32) * 512).max(512);
-        println!("{seed}: {shape} {} bytes", shape.size);
+        let shape = shape.encrypted_one_in(4, &mut rng);
+        println!("{seed}: {shape} {} bytes, {}", shape.size, shape.encryption);
         let most = shape.size.max(4 * shape.cluster_size()) * 3 / 2 / 512 * 512;
         // Short histories: what shows through is soon hidden.
         let backed = !rng.one_in(3);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::chain::Chains;
 use super::host::Root;
+use super::keys::Keys;
 use super::node::Opened;
 use crate::error::{Error, Result};
 use crate::image::{Image, Options};
@@ -16,12 +17,13 @@ pub struct Alone {
 }
 
 impl Alone {
-    /// Opens the image at `path`. `options` say whether for writing.
+    /// Opens the image at `path`, with its key from `keys` where it is encrypted. `options` say
+    /// whether for writing.
     ///
     /// # Errors
-    /// `InUse`, those of [`Image::open`] and of the host; `ReadOnly` with an image that takes no
+    /// `InUse`, `NoKey`, those of [`Image::open`] and of the host; `ReadOnly` with an image that takes no
     /// writes.
-    pub fn open(path: &Path, allowed: &[PathBuf], options: &Options) -> Result<Alone> {
+    pub fn open(path: &Path, allowed: &[PathBuf], keys: Keys, options: &Options) -> Result<Alone> {
         let failed = |e| Error::io("opening the image", e);
         let path = path.canonicalize().map_err(failed)?;
         let name = path.file_name().map(Path::new).unwrap_or(Path::new("/"));
@@ -31,7 +33,7 @@ impl Alone {
         if !place.metadata().map_err(failed)?.is_file() {
             return Err(Error::invalid("not a regular file"));
         }
-        let chains = Chains::new(directory, allowed)?;
+        let chains = Chains::new(directory, allowed, keys)?;
         let (opened, _) = Opened::new(&place, options.writable, options, &chains, name)?;
         Ok(Alone { opened })
     }

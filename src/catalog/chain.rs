@@ -15,9 +15,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::host::{self, HostId, Root, Stamp};
+use super::keys::Keys;
 use super::node::open_host_file;
+use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, BackingFile, Beside, Image, Options, RawBacking};
+use crate::image::{Backing, BackingFile, Beside, Image, Options, RawBacking, Summary};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -34,6 +36,7 @@ pub(super) struct Chains {
     /// given by, which images may have recorded: a symbolic link may be on those.
     roots: Vec<(PathBuf, Root)>,
     users: Arc<Users>,
+    keys: Keys,
 }
 
 /// By whom each such file is used: the names of open images.
@@ -57,13 +60,15 @@ pub(super) struct DataFile {
     _uses: Uses,
 }
 
-/// The files beside an image's own.
+/// What belongs to an image beside its own file.
 #[derive(Default)]
 pub(super) struct Files {
     /// What it is based on; `None` when it stands alone.
     pub(super) chain: Option<Chain>,
     /// Its external data file; `None` when the data is in the image.
     pub(super) data: Option<DataFile>,
+    /// What its data is encrypted with; `None` when it is not.
+    pub(super) cipher: Option<Arc<DataCipher>>,
 }
 
 /// What has been opened of a chain so far.
@@ -104,17 +109,18 @@ impl Drop for Uses {
 }
 
 impl Chains {
-    /// Files may lie beneath `source` and the `allowed` directories.
+    /// Files may lie beneath `source` and the `allowed` directories; `keys` open those that are
+    /// encrypted.
     ///
     /// # Errors
     /// Those of the host for a directory that cannot be opened.
-    pub(super) fn new(source: &Path, allowed: &[PathBuf]) -> Result<Chains> {
+    pub(super) fn new(source: &Path, allowed: &[PathBuf], keys: Keys) -> Result<Chains> {
         let directories = std::iter::once(source).chain(allowed.iter().map(PathBuf::as_path));
         let real = directories.map(|directory| open_root(directory, |path| path.canonicalize()));
         let given =
             allowed.iter().map(|directory| open_root(directory, |path| std::path::absolute(path)));
         let roots = real.chain(given).collect::<Result<Vec<_>>>()?;
-        Ok(Chains { roots, users: Arc::default() })
+        Ok(Chains { roots, users: Arc::default(), keys })
     }
 
     /// The name of an open image that uses this file as a backing or data file.
@@ -138,8 +144,12 @@ impl Chains {
         options: &Options,
     ) -> Result<Files> {
         let summary = Image::summarize(file)?;
-        if (summary.backing.is_none() && summary.data_file.is_none()) || summary.refusal.is_some() {
+        if summary.refusal.is_some() {
             return Ok(Files::default());
+        }
+        let cipher = self.unlock(path, file, &summary)?;
+        if summary.backing.is_none() && summary.data_file.is_none() {
+            return Ok(Files { cipher, ..Files::default() });
         }
         let metadata =
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
@@ -170,7 +180,18 @@ impl Chains {
         let backing = followed.transpose()?;
         let (stamps, uses) = (opened.stamps, opened.uses);
         let chain = backing.map(|backing| Chain { backing, stamps, _uses: uses });
-        Ok(Files { chain, data })
+        Ok(Files { chain, data, cipher })
+    }
+
+    /// The cipher of an encrypted image, which is called `name`.
+    fn unlock(
+        &self,
+        name: &Path,
+        file: &HostFile,
+        summary: &Summary,
+    ) -> Result<Option<Arc<DataCipher>>> {
+        let unlock = |encryption| self.keys.unlock(name, file, encryption);
+        summary.encryption.map(unlock).transpose()
     }
 
     /// What the host says of the data file `name` of the image at `path`, without opening it;
@@ -259,6 +280,10 @@ impl Chains {
             Some("qcow2") => {
                 let summary = Image::summarize(&*file).map_err(in_file)?;
                 let mut beside = Beside::default();
+                if summary.refusal.is_none() {
+                    let name = self.name_of(&path);
+                    beside.cipher = self.unlock(name, &file, &summary).map_err(in_file)?;
+                }
                 if let Some(name) = summary.data_file.filter(|_| summary.refusal.is_none()) {
                     let read_only = [false, false];
                     let data = self.data_file(&path, &name, read_only, &mut opened.seen);
@@ -285,6 +310,12 @@ impl Chains {
                 image.display()
             )))),
         }
+    }
+
+    /// The name of a file within the nearest directory that it may lie in.
+    fn name_of<'a>(&self, path: &'a Path) -> &'a Path {
+        let names = self.roots.iter().filter_map(|(root, _)| path.strip_prefix(root).ok());
+        names.min_by_key(|name| name.components().count()).unwrap_or(path)
     }
 
     /// Opens a file for reading if it lies where it may.

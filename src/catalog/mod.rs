@@ -30,6 +30,7 @@ mod chain;
 mod change;
 mod create;
 mod host;
+mod keys;
 mod metrics;
 mod names;
 mod node;
@@ -44,6 +45,7 @@ pub use alone::Alone;
 pub use change::AttributeChange;
 pub use create::create_image;
 pub use host::{HostSpace, SetTime};
+pub use keys::{Keys, Prompt};
 pub use metrics::metrics;
 pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
@@ -80,6 +82,8 @@ pub struct Options {
     pub overlay: Option<OverlayOptions>,
     /// Directories beside the image directory that backing and data files may lie in.
     pub allow: Vec<PathBuf>,
+    /// Where the keys of encrypted images come from.
+    pub keys: Keys,
     /// How images are opened; `writable` is decided here.
     pub image: image::Options,
     /// What new images are like.
@@ -165,7 +169,7 @@ impl Catalog {
         Ok(Catalog {
             root,
             source: source.to_owned(),
-            chains: Chains::new(source, &options.allow)?,
+            chains: Chains::new(source, &options.allow, options.keys.clone())?,
             overlays: options
                 .overlay
                 .as_ref()

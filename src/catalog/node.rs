@@ -455,6 +455,7 @@ impl Opened {
         let beside = Beside {
             backing: files.chain.as_ref().map(|chain| Arc::clone(&chain.backing)),
             data: files.data.as_ref().map(|data| Arc::clone(&data.file) as _),
+            cipher: files.cipher.clone(),
         };
         let image = Image::open_with(Arc::clone(&file) as _, &options, beside)?;
         let opened = Opened { image, file, files, writable };

@@ -141,6 +141,11 @@ impl Overlays {
         if let Some(reason) = summary.refusal {
             return Err(Error::new(ErrorKind::Unsupported, reason));
         }
+        if summary.encryption.is_some() {
+            let text = "the image is encrypted, and what is written to its overlay would not be: \
+                        mount it without `--overlay`, or read it only";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
         let name = self.source.join(path).as_os_str().as_bytes().to_vec();
         let options = CreateOptions {
             virtual_size: summary.virtual_size,

@@ -10,7 +10,7 @@ use clap::ValueEnum;
 
 use super::progress::Progress;
 use super::{signals, size};
-use crate::catalog::{Alone, create_image};
+use crate::catalog::{Alone, Keys, create_image};
 use crate::error::{Error, ErrorKind};
 use crate::image::{BackingFile, CompactAfter, CompressionType, CreateOptions, Image, Options};
 use crate::storage::{HostFile, IfTaken};
@@ -194,7 +194,7 @@ fn fill(args: &Args, signal: &AtomicI32) -> Result<(), String> {
         ErrorKind::InUse => format!("somebody else has opened it meanwhile: {e}"),
         _ => e.to_string(),
     };
-    let opened = Alone::open(&args.image, &[], &options).map_err(line)?;
+    let opened = Alone::open(&args.image, &[], Keys::default(), &options).map_err(line)?;
     let image = opened.image();
     let mut progress = Progress::new(args.image.display().to_string(), false);
     let zeros = vec![0; if args.preallocation == Preallocation::Full { PIECE } else { 0 }];

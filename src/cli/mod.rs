@@ -14,6 +14,7 @@ mod daemon;
 mod detach;
 mod helper;
 mod info;
+mod keys;
 mod live;
 mod logging;
 mod map;

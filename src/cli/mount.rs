@@ -14,7 +14,7 @@ use super::helper::Helper;
 use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::Served;
-use super::{logging, signals, size};
+use super::{keys, logging, signals, size};
 use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::confine::{self, Layer, Place};
 use crate::fs::Filesys;
@@ -68,6 +68,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
     unconfined: Vec<Layer>,
     #[command(flatten)]
+    keys: keys::Args,
+    #[command(flatten)]
     create: CreateArgs,
     /// Write to qcow2 overlays in this directory, and leave the images as they are
     #[arg(long, value_name = "DIR")]
@@ -87,7 +89,8 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, unconfined=LAYER, log_file=FILE, noatime, noexec, sync, and what mount(8) and fstab pass
+    /// ephemeral, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime, noexec, sync,
+    /// and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -213,6 +216,9 @@ impl Plan {
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
         let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..)).collect();
+        let mut keys = args.keys;
+        keys.key_file.append(&mut options.key_files);
+        keys.keys = keys.keys.or(options.keys.take());
         let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
         let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
         if let Some(overlay) = &overlay {
@@ -233,6 +239,7 @@ impl Plan {
                 gid: options.gid,
                 umask: options.umask.unwrap_or(0),
                 allow,
+                keys: keys.keys()?,
                 overlay,
                 image,
                 create,
@@ -296,6 +303,10 @@ impl Plan {
         let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
         places.push(place(&self.directory));
         places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
+        let keys = &self.catalog.keys;
+        let key_files = keys.files.iter().map(|(_, file)| file);
+        let key_places = key_files.chain(&keys.directory).chain(&keys.credentials);
+        places.extend(key_places.map(|path| Place { path: path.clone(), write: false }));
         // Where the standard descriptors lead once the terminal is let go of.
         places.push(Place { path: "/dev/null".into(), write: true });
         confine::confine(&self.unconfined, &places);

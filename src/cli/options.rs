@@ -1,8 +1,10 @@
 //! The options after `-o`, as mount(8) and fstab pass them. Pure.
 
+use std::path::PathBuf;
+
 use fuser::MountOption;
 
-use super::size;
+use super::{keys, size};
 use crate::confine::Layer;
 use crate::image::{CompactAfter, CompressionType};
 
@@ -19,6 +21,8 @@ pub(super) struct MountOptions {
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
     pub(super) unconfined: Vec<Layer>,
+    pub(super) key_files: Vec<(PathBuf, PathBuf)>,
+    pub(super) keys: Option<PathBuf>,
     pub(super) create_cluster_size: Option<u64>,
     pub(super) create_refcount_bits: Option<u32>,
     pub(super) create_extended_l2: bool,
@@ -92,6 +96,8 @@ impl MountOptions {
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
             ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
+            ("key_file", Some(value)) => self.key_files.push(keys::named(value)?),
+            ("keys", Some(value)) => self.keys = Some(value.into()),
             ("create_cluster_size", Some(value)) => {
                 self.create_cluster_size = Some(size::parse(value)?);
             }
@@ -167,7 +173,7 @@ mod tests {
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
-                   overlay=/o,ephemeral,unconfined=landlock",
+                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -180,6 +186,8 @@ mod tests {
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
             unconfined: vec![Layer::Landlock],
+            key_files: vec![("a".into(), "/f".into())],
+            keys: Some("/k".into()),
             create_cluster_size: Some(4096),
             create_refcount_bits: Some(8),
             create_extended_l2: true,

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use super::keys;
 use super::mounted::Mounted;
 use super::size::{self, NewSize};
 use crate::catalog::Alone;
@@ -33,6 +34,8 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by the image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Args,
     /// The image
     image: PathBuf,
     /// The new size, or with + or - what to add or cut off
@@ -60,13 +63,14 @@ fn resize(args: &Args) -> Result<(u64, u64), String> {
     let line = |e: Error| e.to_string();
     let allowed = args.allow.iter().map(|path| super::mount::allowed(path));
     let allowed = allowed.collect::<Result<Vec<_>, _>>()?;
+    let keys = keys::or_ask(&args.keys)?;
     let options = Options {
         writable: true,
         keep_erased: 0,
         compact_after: CompactAfter::Off,
         ..Options::default()
     };
-    let opened = match Alone::open(&args.image, &allowed, &options) {
+    let opened = match Alone::open(&args.image, &allowed, keys, &options) {
         Err(e) if e.kind() == ErrorKind::InUse => match Mounted::open_in(&args.image) {
             Some(mount) => return in_mount(&mount.raw_file(), args),
             None => return Err(line(e)),

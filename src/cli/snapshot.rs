@@ -13,8 +13,9 @@ use std::time::{Duration, SystemTime};
 use clap::Subcommand;
 
 use super::{shown, size};
+use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, Image, Options, SnapshotInfo};
+use crate::image::{Backing, Beside, CompactAfter, Image, Options, SnapshotInfo};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -141,9 +142,16 @@ fn offline(path: &Path, change: impl FnOnce(&Image) -> Result<()>) -> Result<()>
     let file = super::check::open(path, true)?;
     image_lock::acquire(&file, None, Access::Write)?;
     let file = Arc::new(HostFile::new(file));
-    let backing = Image::summarize(&*file)?.backing.map(|_| Arc::new(Unread) as Arc<dyn Backing>);
-    let options = Options { writable: true, keep_erased: 0, ..Options::default() };
-    let image = Image::open_over(file, &options, backing)?;
+    let summary = Image::summarize(&*file)?;
+    let beside = Beside {
+        backing: summary.backing.map(|_| Arc::new(Unread) as Arc<dyn Backing>),
+        // No data is read or written for that either.
+        cipher: summary.encryption.map(|_| Arc::new(DataCipher::without_key())),
+        data: None,
+    };
+    let compact_after = CompactAfter::Off;
+    let options = Options { writable: true, keep_erased: 0, compact_after, ..Options::default() };
+    let image = Image::open_with(file, &options, beside)?;
     let done = change(&image);
     done.and(image.close())
 }

@@ -134,7 +134,7 @@ impl Process {
             exit_code: i32,
         }
         /// `_IOWR(0xff, 11, struct pidfd_info)`.
-        const GET_INFO: libc::c_ulong = 0xc040_ff0b;
+        const GET_INFO: libc::Ioctl = 0xc040_ff0b_u32 as libc::Ioctl;
         const EXIT: u64 = 1 << 3;
         let mut info = PidfdInfo { mask: EXIT, ..Default::default() };
         // A zombie has its wait status in /proc; this tells when the parent has taken notice of it.

@@ -20,6 +20,9 @@ pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// A refcount table is at most this many bytes (QEMU's limit).
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
+/// A LUKS header is at most this many bytes, key slots included.
+const MAX_LUKS_BYTES: u64 = 1 << 30;
+
 /// Refcounts may be too low: rebuild them before allocating.
 pub const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
 /// Something is wrong: read-only until repaired.
@@ -370,6 +373,20 @@ impl Header {
     /// The data of the first extension of `kind`.
     pub fn extension(&self, kind: u32) -> Option<&[u8]> {
         self.extensions.iter().find(|e| e.kind == kind).map(|e| e.data.as_slice())
+    }
+
+    /// Where the LUKS header is, and how many bytes it has with its key slots; `None` without one.
+    ///
+    /// # Errors
+    /// `Corrupt`: it starts no cluster, or is longer than any.
+    pub fn luks(&self) -> Result<Option<(HostOffset, u64)>> {
+        let Some(data) = self.extension(EXTENSION_LUKS) else { return Ok(None) };
+        let (offset, length) = (HostOffset(be64(data, 0)), be64(data, 8));
+        let is_aligned = self.geometry.is_aligned(offset.0);
+        if data.len() != 16 || !is_aligned || length > MAX_LUKS_BYTES {
+            return Err(Error::corrupt("header: the LUKS extension makes no sense"));
+        }
+        Ok(Some((offset, length)))
     }
 
     /// The name of incompatible feature `bit` from the image's own feature name table.

@@ -27,4 +27,4 @@ pub use header::{
 pub use snapshot::{MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, Snapshot};
 pub use subclusters::{Subcluster, Subclusters};
 
-pub(crate) use header::be64;
+pub(crate) use header::{be32, be64};

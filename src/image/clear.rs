@@ -1,8 +1,8 @@
 //! Discarding and zeroing. Both make a range read as zeros and give back what they can.
 //!
-//! Whole clusters are unmapped. Parts of a cluster are punched out of the host file in place; a
-//! cluster that has become a hole as a whole is unmapped too, so trims smaller than a cluster add
-//! up. Where there are subclusters, those that a part covers are unmapped ([`super::subclusters`]).
+//! Whole clusters are unmapped. Parts of a cluster are punched out of the host file in place, or
+//! overwritten with encrypted zeros; a cluster that has become a hole, or all zeros, as a whole is
+//! unmapped too, so trims smaller than a cluster add up. Where there are subclusters, those that a part covers are unmapped ([`super::subclusters`]).
 
 use std::ops::Range;
 
@@ -91,7 +91,11 @@ impl Image {
                     let guest = self.geometry.guest_cluster(GuestOffset(at));
                     self.ensure_table(writer, guest)?;
                     let table_end = self.table_end(guest).min(run_end >> bits);
-                    if self.data.is_external && mapping != Mapping::Uniform(Run::Backing) {
+                    let is_plain = self.data.cipher.is_none();
+                    if self.data.is_external
+                        && is_plain
+                        && mapping != Mapping::Uniform(Run::Backing)
+                    {
                         // At once: whatever the tables on disk say, it reads as it did or zeros.
                         self.erase_data(at..table_end << bits)?;
                     }
@@ -106,14 +110,17 @@ impl Image {
     /// Makes one guest cluster, which `run` starts with, a data cluster of zeros.
     fn map_zeros(&self, writer: &Writer, at: u64, run: Run) -> Result<()> {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
+        let start = guest.0 << self.geometry.cluster_bits();
         if let Run::Data { first, copied: true } = run {
-            let start = self.geometry.host_offset(first).0;
-            return self.erase_data(start..start + self.cluster_size());
+            return self.zero_data(self.location(first, start), self.cluster_size());
         }
         self.ensure_table(writer, guest)?;
         let rooted = writer.recycler.take(1)?;
         let entry = L2Entry::Data { cluster: rooted.first(), copied: true };
-        self.set_entry(guest, rooted.order(), entry)?;
+        if self.data.cipher.is_some() {
+            self.zero_data(self.location(rooted.first(), start), self.cluster_size())?;
+        }
+        self.set_entry(guest, self.order_of_new(rooted.order()), entry)?;
         rooted.linked(1);
         writer.recycler.note_change();
         self.drop_old(writer, run)
@@ -205,17 +212,15 @@ impl Image {
         cluster: HostCluster,
         range: Range<u64>,
     ) -> Result<()> {
-        let length = range.end - range.start;
-        let at = self.host_offset(cluster, range.start);
-        self.erase_data(at..at + length)?;
         if self.data.is_raw {
-            return Ok(());
+            return self.zero_data(self.location(cluster, range.start), range.end - range.start);
         }
-        let start = self.geometry.host_offset(cluster).0;
-        if self.is_hole(start..start + self.geometry.cluster_size())? {
-            return self.clear_clusters(writer, guest.0..guest.0 + 1);
+        let start = guest.0 << self.geometry.cluster_bits();
+        let whole = start..start + self.cluster_size();
+        match self.zero_part(&whole, &range, self.geometry.host_offset(cluster).0)? {
+            true => self.clear_clusters(writer, guest.0..guest.0 + 1),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Whether a range of the file that data is in has none, as far as the host can tell.

@@ -15,6 +15,8 @@
 //! no cluster is ever unmapped, zeroing erases the file, and before data goes to a cluster that is
 //! not mapped (QEMU maps all when it makes the image, and unmaps what it discards) the whole L2
 //! table is filled and flushed. The file is at least as long as the disk.
+//! Where the data is encrypted the file by itself says nothing, so that mark goes with the first
+//! write, no zeros are punched, and what is discarded keeps its blocks.
 //!
 //! Which file it is and whether it may be opened is decided by the caller of [`Image::open_with`];
 //! nothing here follows a name.
@@ -23,6 +25,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Image, Writer};
+use crate::crypt::{DataCipher, Location};
 use crate::error::{Error, Result};
 use crate::format::{GuestCluster, GuestOffset, HostCluster, HostOffset, L2Entry, MixedCluster};
 use crate::recycler::Rooted;
@@ -39,10 +42,12 @@ pub(super) struct DataFile {
     pub(super) is_external: bool,
     /// It reads as the disk by itself.
     pub(super) is_raw: bool,
+    /// What encrypts the data, wherever it is.
+    pub(super) cipher: Option<Arc<DataCipher>>,
 }
 
 /// Where new guest clusters get their data, in consecutive host clusters. Those of the image file
-/// read as zeros; those of a data file as anything.
+/// read as zeros, unless the image is encrypted; those of a data file as anything.
 #[must_use = "what is not linked goes back to where it came from"]
 pub(super) enum Place<'a> {
     /// Clusters of the image file.
@@ -197,13 +202,17 @@ impl Image {
     /// Makes the parts of `place` zeros that will not be written: `written` are the guest offsets
     /// that will.
     pub(super) fn clear_around(&self, place: &Place<'_>, written: &Range<u64>) -> Result<()> {
-        let Place::External(clusters) = place else { return Ok(()) };
-        let bits = self.geometry.cluster_bits();
-        self.erase_data(clusters.start << bits..written.start)?;
-        self.erase_data(written.end..clusters.end << bits)
+        if self.data.cipher.is_none() && matches!(place, Place::Pool(_)) {
+            return Ok(());
+        }
+        let start = written.start - self.geometry.within(written.start);
+        let end = start + (place.count() << self.geometry.cluster_bits());
+        let first = self.location(place.first(), start);
+        self.zero_data(first, written.start - start)?;
+        self.zero_data(first.after((written.end - start) as usize), end - written.end)
     }
 
-    /// Makes a range of the file that data is in read zeros, in place.
+    /// Makes a range of the file that data is in zeros, in place.
     pub(super) fn erase_data(&self, range: Range<u64>) -> Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -214,7 +223,16 @@ impl Image {
         erased
     }
 
-    pub(super) fn write_data(&self, data: &[u8], offset: u64) -> Result<()> {
+    /// Writes data that belongs at `at`.
+    pub(super) fn write_data(&self, data: &[u8], at: Location) -> Result<()> {
+        match &self.data.cipher {
+            None => self.write_plain(data, at.host),
+            Some(cipher) => self.write_encrypted(cipher, data, at),
+        }
+    }
+
+    /// Writes bytes as they stand in the file that data is in.
+    pub(super) fn write_plain(&self, data: &[u8], offset: u64) -> Result<()> {
         self.check_place(offset..offset + data.len() as u64)?;
         let written = self
             .data
@@ -252,7 +270,16 @@ impl Image {
         Ok(())
     }
 
-    pub(super) fn read_data(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    /// Reads the data at `at`.
+    pub(super) fn read_data(&self, buf: &mut [u8], at: Location) -> Result<()> {
+        match &self.data.cipher {
+            None => self.read_plain(buf, at.host),
+            Some(cipher) => self.read_encrypted(cipher, buf, at),
+        }
+    }
+
+    /// Reads bytes as they stand in the file that data is in.
+    pub(super) fn read_plain(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.data
             .storage
             .read_at(buf, offset)
@@ -281,6 +308,11 @@ impl Image {
 
     /// Cuts what an external data file is longer by than a disk of `size` bytes.
     pub(super) fn cut_data_file(&self, size: u64) -> Result<()> {
+        // What decrypts to zeros behind the end of the disk stays.
+        let size = match self.data.cipher {
+            Some(_) => size.next_multiple_of(self.cluster_size()),
+            None => size,
+        };
         self.set_data_file_length(size, |old| old > size)
     }
 

@@ -11,6 +11,7 @@ mod clear;
 mod compact;
 mod create;
 mod data_file;
+mod encryption;
 mod flush;
 mod flush_lock;
 mod health;
@@ -36,6 +37,7 @@ use serde::Serialize;
 
 use crate::alloc::Refcounts;
 use crate::counters::CacheCounts;
+use crate::crypt::Location;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Geometry;
 use crate::locks::GuestLocks;
@@ -47,6 +49,7 @@ use crate::tables::{Mapping, Run, Tables};
 pub use backing::{Backing, RawBacking};
 pub use compact::{CompactAfter, CompactionStatus, Prospect};
 pub use create::{CompressionType, CreateOptions, NewDataFile};
+pub use encryption::Encryption;
 pub use open::{BackingFile, Beside, Summary};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
@@ -327,6 +330,12 @@ impl Image {
     fn within_disk(&self, range: std::ops::Range<u64>) -> std::ops::Range<u64> {
         let size = self.virtual_size();
         range.start.min(size)..range.end.min(size)
+    }
+
+    /// Where guest offset `at` and its data are when its cluster is `cluster`, and those after it
+    /// follow.
+    fn location(&self, cluster: crate::format::HostCluster, at: u64) -> Location {
+        Location { host: self.host_offset(cluster, at), guest: at }
     }
 
     /// Where guest offset `at` is in the file when its cluster is `cluster`.

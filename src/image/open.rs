@@ -8,12 +8,14 @@ use parking_lot::Mutex;
 use super::bitmaps::Bitmaps;
 use super::compact::Compaction;
 use super::data_file::DataFile;
+use super::encryption::{Encryption, fitting};
 use super::flush_lock::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
 use super::snapshots::{Snapshots, Table};
 use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
+use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE,
@@ -38,6 +40,8 @@ pub struct Summary {
     /// The name of the external data file that the image needs, as raw bytes: relative to the
     /// image, or absolute, or something else altogether.
     pub data_file: Option<Vec<u8>>,
+    /// How it is encrypted; then it needs a cipher ([`Image::unlock`]).
+    pub encryption: Option<Encryption>,
     /// Why the image cannot be opened, in one line; `None` when it can.
     pub refusal: Option<String>,
 }
@@ -59,6 +63,8 @@ pub struct Beside {
     /// Where the guest's data is, if not in the image file ([`Summary::data_file`]). For a writable
     /// image it must be open for writing; nobody else may use it meanwhile.
     pub data: Option<Arc<dyn Storage>>,
+    /// What the data is encrypted with ([`Image::unlock`]).
+    pub cipher: Option<Arc<DataCipher>>,
 }
 
 /// The feature words as they stand in the header.
@@ -81,6 +87,7 @@ impl Image {
             cluster_size: header.geometry.cluster_size(),
             backing: backing_file(&header),
             data_file: header.geometry.data_file().then(|| data_file_name(&header).to_vec()),
+            encryption: Encryption::of(&header),
             refusal: refusal(&header),
         })
     }
@@ -112,20 +119,20 @@ impl Image {
         options: &Options,
         backing: Option<Arc<dyn Backing>>,
     ) -> Result<Arc<Image>> {
-        Image::open_with(storage, options, Beside { backing, data: None })
+        Image::open_with(storage, options, Beside { backing, ..Beside::default() })
     }
 
     /// Opens an image that needs other files.
     ///
     /// # Errors
     /// As [`Image::open`]; `Unsupported` where the image needs a file that is not given, or does
-    /// not need one that is.
+    /// not need one that is; `NoKey` where it needs a cipher.
     pub fn open_with(
         storage: Arc<dyn Storage>,
         options: &Options,
         beside: Beside,
     ) -> Result<Arc<Image>> {
-        let Beside { backing, data } = beside;
+        let Beside { backing, data, cipher } = beside;
         let mut header = read_header(&*storage)?;
         if let Some(reason) = refusal(&header) {
             return Err(Error::new(ErrorKind::Unsupported, reason));
@@ -138,10 +145,13 @@ impl Image {
             let reason = not_served("an external data file", CONVERT);
             return Err(Error::new(ErrorKind::Unsupported, reason));
         }
+        let cipher = fitting(&header, cipher)?;
+        let marked_raw = header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0;
         let data = DataFile {
             is_external: data.is_some(),
-            is_raw: header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 && data.is_some(),
+            is_raw: marked_raw && data.is_some() && cipher.is_none(),
             storage: data.unwrap_or_else(|| storage.clone()),
+            cipher,
         };
         let compression = match header.compression_type {
             0 => Compression::Deflate,
@@ -159,6 +169,12 @@ impl Image {
         let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
         let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
+        if let Some((offset, length)) = header.luks()? {
+            let clusters = header.geometry.host_clusters(offset, length);
+            for cluster in clusters {
+                metadata.insert(HostCluster(cluster));
+            }
+        }
         let tables = Tables::open(
             storage.clone(),
             header.geometry,
@@ -322,12 +338,11 @@ fn refusal(header: &Header) -> Option<String> {
     {
         return Some(reason);
     }
-    let (feature, remedy) = if header.crypt_method != 0 {
-        ("encryption", "`qemu-img convert` with the key makes an image without it")
-    } else {
-        return None;
-    };
-    Some(not_served(feature, remedy))
+    if header.crypt_method > 2 {
+        let kind = header.crypt_method;
+        return Some(format!("encryption method {kind} is not known: {CONVERT}"));
+    }
+    None
 }
 
 /// Why an image with an external data file is not served. QEMU makes none of these.

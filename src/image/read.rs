@@ -49,7 +49,7 @@ impl Image {
                     compressed.push(CompressedCluster { offset, length, into: piece });
                 }
                 Run::Data { first, .. } => {
-                    self.read_data(piece, self.host_offset(first, at))?;
+                    self.read_data(piece, self.location(first, at))?;
                 }
                 Run::Compressed { offset, length } => {
                     self.read_compressed(offset, length, self.geometry.within(at), piece)?;
@@ -97,8 +97,8 @@ impl Image {
             let (run, end) = self.note(self.run_at(at, size))?;
             match run {
                 // Where every cluster has its place, holes in the file are as good as those in
-                // the tables.
-                Run::Data { first, .. } if self.data.is_external => {
+                // the tables, unless they are encrypted.
+                Run::Data { first, .. } if self.data.is_external && self.data.cipher.is_none() => {
                     let found = self.seek_data(self.host_offset(first, at))?;
                     if let Some(start) = found.filter(|start| *start < end) {
                         return Ok(Some(start..end));

@@ -6,6 +6,8 @@
 //! data. Clearing whole subclusters changes their bits alone, and punches where the cluster is
 //! ours; a host cluster in which nothing is allocated any more is dropped.
 //!
+//! Where data is encrypted nothing is punched, and every subcluster that is written to is filled.
+//!
 //! Clusters that read zeros as a whole are written as without subclusters, all of the new cluster
 //! allocated: it reads zeros where nothing is written, and later writes find their place ready.
 
@@ -69,7 +71,7 @@ impl Image {
         if let Some(cluster) = self.own_cluster(writer, guest, old)? {
             let (start, bytes) = self.with_edges(&range, data, old, true)?;
             self.ensure_table(writer, guest)?;
-            self.write_data(&bytes, self.host_offset(cluster, start))?;
+            self.write_data(&bytes, self.location(cluster, start))?;
             let new = MixedCluster { cluster: Some(cluster), copied: true, subclusters };
             if new != *old {
                 let order = LinkOrder::as_demanded_by(Rule::SubclusterBeforeBit);
@@ -82,15 +84,17 @@ impl Image {
         let rooted = writer.recycler.take(1)?;
         let cluster = rooted.first();
         if let Some(source) = old.cluster {
-            self.copy_allocated(source, cluster, self.not_covered(old.subclusters, &range))?;
+            let kept = self.not_covered(old.subclusters, &range);
+            self.copy_allocated(source, cluster, guest, kept)?;
         }
-        // The new cluster reads zeros: only what comes from the backing file has to be filled in.
-        let (start, bytes) = self.with_edges(&range, data, old, false)?;
-        self.write_data(&bytes, self.host_offset(cluster, start))?;
+        // The new cluster reads zeros, if not through a cipher: only what comes from the backing file
+        // has to be filled in.
+        let (start, bytes) = self.with_edges(&range, data, old, self.data.cipher.is_some())?;
+        self.write_data(&bytes, self.location(cluster, start))?;
         // Copies must be durable before the entry that replaces the originals.
         let order = match old.cluster.is_some() || shows_backing {
             true => LinkOrder::as_demanded_by(Rule::CopyBeforeEntry),
-            false => rooted.order(),
+            false => self.order_of_new(rooted.order()),
         };
         let new = MixedCluster { cluster: Some(cluster), copied: true, subclusters };
         self.set_entry(guest, order, new.entry())?;
@@ -170,11 +174,12 @@ impl Image {
         subclusters.with(self.geometry.subclusters(&whole), Subcluster::Unallocated)
     }
 
-    /// Copies the subclusters that are allocated from one host cluster to another.
+    /// Copies the subclusters of `guest` that are allocated from one host cluster to another.
     fn copy_allocated(
         &self,
         from: HostCluster,
         to: HostCluster,
+        guest: GuestCluster,
         subclusters: Subclusters,
     ) -> Result<()> {
         let size = self.geometry.subcluster_size();
@@ -183,10 +188,10 @@ impl Image {
             let (kind, end) = subclusters.run(first);
             if kind == Subcluster::Allocated {
                 let (start, length) = (u64::from(first) * size, u64::from(end - first) * size);
-                let source = self.geometry.host_offset(from).0 + start;
+                let at = (guest.0 << self.geometry.cluster_bits()) + start;
                 let mut bytes = vec![0; length as usize];
-                self.read_data(&mut bytes, source)?;
-                self.write_data(&bytes, self.geometry.host_offset(to).0 + start)?;
+                self.read_data(&mut bytes, self.location(from, at))?;
+                self.write_data(&bytes, self.location(to, at))?;
             }
             first = end;
         }
@@ -251,13 +256,11 @@ impl Image {
         match self.run_at(range.start, range.end)?.0 {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => {
-                let host = self.host_offset(first, range.start);
-                self.erase_data(host..host + (range.end - range.start))?;
                 let size = self.geometry.subcluster_size();
                 let start = range.start - range.start % size;
-                let host = self.host_offset(first, start);
-                match self.is_hole(host..host + size)? {
-                    true => self.clear_whole(writer, start..start + size),
+                let whole = start..start + size;
+                match self.zero_part(&whole, &range, self.host_offset(first, start))? {
+                    true => self.clear_whole(writer, whole),
                     false => Ok(()),
                 }
             }
@@ -274,7 +277,10 @@ impl Image {
         let mut any = false;
         while at < range.end {
             let (run, end) = self.run_at(at, range.end)?;
-            if let Run::Data { first, copied: true } = run {
+            // A hole would not be zeros as long as the entry on disk is the old one.
+            if let Run::Data { first, copied: true } = run
+                && self.data.cipher.is_none()
+            {
                 let host = self.host_offset(first, at);
                 self.erase_data(host..host + (end - at))?;
             }

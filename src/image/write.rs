@@ -29,11 +29,13 @@ impl Image {
         let range = offset..end;
         self.map_raw(writer, &range)?;
         self.record_change(writer, &range);
-        let mut at = {
+        let mut at = if self.is_writable_by_many(&range) {
             let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
             // The disk may have been cut while nothing was held.
             let within_disk = offset..end.min(self.virtual_size()).max(offset);
             self.note(self.write_in_place(&within_disk, data))?
+        } else {
+            offset
         };
         if at < end {
             let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
@@ -67,7 +69,7 @@ impl Image {
             let (run, end) = self.run_at(at, range.end)?;
             let Run::Data { first, copied: true } = run else { break };
             let piece = &data[(at - range.start) as usize..(end - range.start) as usize];
-            self.write_data(piece, self.host_offset(first, at))?;
+            self.write_data(piece, self.location(first, at))?;
             at = end;
         }
         Ok(at)
@@ -88,7 +90,7 @@ impl Image {
         let data = &data[..(end - at) as usize];
         match run {
             Run::Data { first, copied: true } => {
-                self.write_data(data, self.host_offset(first, at))?;
+                self.write_data(data, self.location(first, at))?;
                 Ok(end)
             }
             Run::Data { copied: false, .. } | Run::Compressed { .. } | Run::Backing => {
@@ -116,7 +118,7 @@ impl Image {
         let taken_end = (first.0 + place.count()) << self.geometry.cluster_bits();
         let end = data_end.min(taken_end);
         self.clear_around(&place, &(at..end))?;
-        self.write_data(&data[..(end - at) as usize], self.host_offset(place.first(), at))?;
+        self.write_data(&data[..(end - at) as usize], self.location(place.first(), at))?;
         self.link(writer, first, place)?;
         Ok(end)
     }
@@ -153,7 +155,8 @@ impl Image {
         let mut linked = 0;
         let mut replaced = Vec::new();
         let guest = first.0..first.0 + count;
-        let result = self.tables.update(guest, place.order(), |_, entry| {
+        let order = self.order_of_new(place.order());
+        let result = self.tables.update(guest, order, |_, entry| {
             replaced.extend(entry.host_cluster().map(|(old, _)| old));
             let cluster = HostCluster(host.0 + linked);
             linked += 1;
@@ -247,7 +250,7 @@ impl Image {
                     let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
                     self.set_entry(guest, order, entry)?;
                     writer.recycler.note_change();
-                    return self.write_data(data, self.host_offset(first, at));
+                    return self.write_data(data, self.location(first, at));
                 }
                 _ => {}
             }
@@ -261,7 +264,7 @@ impl Image {
         self.ensure_table(writer, guest)?;
         let place = self.take_place(writer, guest, 1)?;
         let cluster = place.first();
-        self.write_data(&copy, self.geometry.host_offset(cluster).0)?;
+        self.write_data(&copy, self.location(cluster, guest.0 << self.geometry.cluster_bits()))?;
         // The copy must be durable before the entry that replaces the original.
         let entry = L2Entry::Data { cluster, copied: true };
         self.set_entry(guest, place.order_of_copy(), entry)?;
@@ -273,7 +276,9 @@ impl Image {
     /// Fills `cluster` with the guest cluster that `at` lies in and `run` starts with.
     fn read_cluster(&self, at: u64, run: Run, cluster: &mut [u8]) -> Result<()> {
         match run {
-            Run::Data { first, .. } => self.read_data(cluster, self.geometry.host_offset(first).0),
+            Run::Data { first, .. } => {
+                self.read_data(cluster, self.location(first, at - self.geometry.within(at)))
+            }
             Run::Compressed { offset, length } => self.read_compressed(offset, length, 0, cluster),
             Run::Backing => self.read_backing(at - self.geometry.within(at), cluster),
             Run::Unallocated | Run::Zero => {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::write::is_all_zero;
 use super::{Image, Writer};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tables::Run;
 
 /// So much is looked at while guest clusters are held, and one cluster at least.
@@ -83,10 +83,7 @@ impl Image {
         let mut bytes = vec![0; length as usize];
         match run {
             Run::Data { first, copied: true } => {
-                let from = self.host_offset(first, at);
-                self.storage
-                    .read_at(&mut bytes, from)
-                    .map_err(|e| Error::io(format!("reading data at {from:#x}"), e))?;
+                self.read_data(&mut bytes, self.location(first, at))?;
             }
             // Version 2 needs a data cluster of zeros instead where there is a backing file.
             Run::Compressed { offset, length }

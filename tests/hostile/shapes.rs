@@ -153,7 +153,7 @@ impl Sound {
             Some(data) => Arc::new(data.fork()) as _,
             None => none() as _,
         });
-        Beside { backing, data }
+        Beside { backing, data, cipher: None }
     }
 }
 

@@ -25,6 +25,7 @@ mod data_files;
 mod devices;
 mod directory;
 mod discards;
+mod encryption;
 mod files;
 mod filesystems;
 mod hosts;

@@ -10,6 +10,7 @@ use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{FailingStorage, Fault, MemoryStorage, Operation as Host};
 
 use crate::model::{whole_disk, whole_view};
+use crate::support::luks::Encryption;
 use crate::support::made::Made;
 use crate::support::qemu::{DataFile, Shape};
 use crate::support::{difference, open_read_only, scratch, verify_clean};
@@ -132,6 +133,7 @@ fn whatever_fails_while_snapshots_change_leaves_them_whole() {
             preallocation: "off",
             lazy_refcounts: false,
             extended_l2: false,
+            encryption: Encryption::None,
             data_file: DataFile::None,
         };
         let directory = scratch();

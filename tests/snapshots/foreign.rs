@@ -9,6 +9,7 @@ use qcow2fs::image::Options;
 use qcow2fs::storage::testing::MemoryStorage;
 
 use crate::model::{whole_disk, whole_view};
+use crate::support::luks::Encryption;
 use crate::support::made::Made;
 use crate::support::qemu::{self, DataFile, Shape};
 use crate::support::{scratch, verify_clean};
@@ -31,6 +32,7 @@ fn with_vm_state(directory: &Path) -> Made {
         preallocation: "off",
         lazy_refcounts: false,
         extended_l2: false,
+        encryption: Encryption::None,
         data_file: DataFile::None,
     };
     let made = Made::empty(shape, directory);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use crate::support::luks::Encryption;
 use crate::support::made::Made;
 use crate::support::qemu::{self, DataFile, Shape};
 use crate::support::rng::Rng;
@@ -209,7 +210,7 @@ impl<'a> History<'a> {
         let path = directory.join("judged.qcow2");
         std::fs::write(&path, self.storage.contents()).unwrap();
         qemu::assert_clean(&path);
-        let list = qemu::run(Command::new("qemu-img").args(["snapshot", "-l"]).arg(&path));
+        let list = qemu::run(qemu::on(Command::new("qemu-img").args(["snapshot", "-l"]), &path));
         for (name, _) in &self.model.snapshots {
             assert!(list.split_whitespace().any(|word| word == name), "no {name} in {list}");
         }
@@ -223,9 +224,8 @@ impl<'a> History<'a> {
         }
         if let Some(index) = self.some_snapshot() {
             let (name, content) = &self.model.snapshots[index];
-            let applied =
-                Command::new("qemu-img").args(["snapshot", "-a", name]).arg(&path).output();
-            let applied = applied.unwrap();
+            let mut apply = Command::new("qemu-img");
+            let applied = qemu::on(apply.args(["snapshot", "-a", name]), &path).output().unwrap();
             if applied.status.success() {
                 assert_same("what QEMU applied", &qemu::contents(&path, None), content);
                 qemu::assert_clean(&path);
@@ -248,7 +248,7 @@ pub fn small_shape(rng: &mut Rng) -> Shape {
     }
     shape.extended_l2 &= shape.cluster_bits >= 14;
     shape.data_file = DataFile::None;
-    shape
+    shape.encrypted_one_in(6, rng)
 }
 
 #[test]
@@ -275,6 +275,7 @@ fn refcounts_of_one_bit_and_data_files_refuse_a_snapshot_before_anything_changes
             preallocation: "off",
             lazy_refcounts: false,
             extended_l2: false,
+            encryption: Encryption::None,
             data_file,
         });
     }

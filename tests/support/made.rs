@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use qcow2fs::crypt::DataCipher;
 use qcow2fs::image::{Backing, Beside, Image, Options, RawBacking};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
@@ -25,6 +26,7 @@ pub struct Made {
     /// What the disk holds.
     pub contents: Vec<u8>,
     snapshots: Snapshots,
+    cipher: Option<Arc<DataCipher>>,
 }
 
 /// The internal snapshots that an image has, and what each holds.
@@ -42,7 +44,8 @@ impl Made {
         let contents = vec![0; shape.size as usize];
         let snapshots = Snapshots::default();
         let (backing, may_share, has_bitmap) = (None, false, false);
-        Made { path, shape, backing, may_share, has_bitmap, contents, snapshots }
+        let cipher = shape.encryption.cipher(&path);
+        Made { path, shape, backing, may_share, has_bitmap, contents, snapshots, cipher }
     }
 
     /// An image with any of what there can be.
@@ -67,7 +70,7 @@ impl Made {
             let granularity = (512 << rng.within(0..8)).to_string();
             let mut add = Command::new("qemu-img");
             add.args(["bitmap", "--add", "-g", &granularity]);
-            qemu::run(add.arg(&path).arg("bitmap"));
+            qemu::run(qemu::on(&mut add, &path).arg("bitmap"));
         }
         let mut may_share = false;
         if rng.one_in(2) {
@@ -81,7 +84,9 @@ impl Made {
         let snapshots = Snapshots::default();
         let takes_snapshot = !has_bitmap && is_inside && rng.one_in(2);
         may_share |= takes_snapshot;
-        let mut made = Made { path, shape, backing, may_share, has_bitmap, contents, snapshots };
+        let cipher = shape.encryption.cipher(&path);
+        let mut made =
+            Made { path, shape, backing, may_share, has_bitmap, contents, snapshots, cipher };
         if takes_snapshot {
             made.snapshots.change(&made.shape, &made.path, &made.contents, rng);
         }
@@ -120,7 +125,7 @@ impl Made {
 
     /// What the image needs when its data file is `data`.
     pub fn beside(&self, data: Option<Arc<dyn Storage>>) -> Beside {
-        Beside { backing: self.backing(), data }
+        Beside { backing: self.backing(), data, cipher: self.cipher.clone() }
     }
 
     /// The external data file.
@@ -204,12 +209,14 @@ impl Snapshots {
         }
         if !self.taken.is_empty() && rng.one_in(2) {
             let (name, _) = self.taken.swap_remove(rng.within(0..self.taken.len() as u64) as usize);
-            qemu::run(Command::new("qemu-img").args(["snapshot", "-d", &name]).arg(path));
+            let mut delete = Command::new("qemu-img");
+            qemu::run(qemu::on(delete.args(["snapshot", "-d", &name]), path));
             return;
         }
         self.count += 1;
         let name = format!("snapshot{}", self.count);
-        let taken = Command::new("qemu-img").args(["snapshot", "-c", &name]).arg(path).output();
+        let mut take = Command::new("qemu-img");
+        let taken = qemu::on(take.args(["snapshot", "-c", &name]), path).output();
         // Narrow refcounts can be too narrow.
         match taken.unwrap().status.success() {
             true => self.taken.push((name, contents.to_vec())),

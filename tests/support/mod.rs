@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub mod bitmaps;
+pub mod luks;
 pub mod made;
 pub mod oracle;
 pub mod qemu;

@@ -1,9 +1,11 @@
 //! QEMU's own tools: they make the images and judge what became of them.
 
 use std::fmt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use super::luks::{Encryption, KEY};
 use super::rng::Rng;
 
 /// Where an image's data is.
@@ -33,6 +35,7 @@ pub struct Shape {
     pub data_file: DataFile,
     /// Whether L2 entries tell subclusters apart; version 3, cluster_bits 14 at least.
     pub extended_l2: bool,
+    pub encryption: Encryption,
 }
 
 impl Shape {
@@ -49,6 +52,7 @@ impl Shape {
             lazy_refcounts,
             data_file,
             extended_l2,
+            encryption: Encryption::None,
         }
     }
 
@@ -94,6 +98,19 @@ impl Shape {
         Shape { version, preallocation, lazy_refcounts, extended_l2, data_file, ..plain }
     }
 
+    /// The same shape, encrypted in some way one time in `n`.
+    pub fn encrypted_one_in(mut self, n: u64, rng: &mut Rng) -> Self {
+        if rng.one_in(n) {
+            self.encryption = Encryption::random(rng);
+            // What QEMU then allocates reads as anything, for it as for us.
+            self.preallocation = "off";
+            if self.data_file == DataFile::Raw {
+                self.data_file = DataFile::Plain;
+            }
+        }
+        self
+    }
+
     /// Makes the image at `path`, on `backing` where there is one.
     pub fn create(&self, path: &Path, backing: Option<&Path>) {
         let mut command = Command::new("qemu-img");
@@ -105,7 +122,18 @@ impl Shape {
             let qcow2 = backing.extension().is_some_and(|e| e == "qcow2");
             command.args(["-F", if qcow2 { "qcow2" } else { "raw" }, "-b"]).arg(backing);
         }
+        if self.encryption != Encryption::None {
+            command.args([
+                "--object",
+                &secret(),
+                "-o",
+                "encrypt.format=aes,encrypt.key-secret=key",
+            ]);
+        }
         run(command.arg(path).arg(self.size.to_string()));
+        if let Encryption::Luks(parameters) = &self.encryption {
+            super::luks::make(path, parameters);
+        }
     }
 }
 
@@ -126,6 +154,28 @@ impl fmt::Display for Shape {
         }
         Ok(())
     }
+}
+
+fn secret() -> String {
+    format!("secret,id=key,data={KEY}")
+}
+
+/// A QEMU command on the image at `path`, with its key where it is encrypted.
+pub fn on<'a>(command: &'a mut Command, path: &Path) -> &'a mut Command {
+    match is_encrypted(path) {
+        false => command.args(["-f", "qcow2"]).arg(path),
+        true => command.args(["--object", &secret(), "--image-opts"]).arg(options(path)),
+    }
+}
+
+fn is_encrypted(path: &Path) -> bool {
+    let mut header = [0; 36];
+    std::fs::File::open(path).unwrap().read_exact(&mut header).unwrap();
+    header[35] != 0
+}
+
+fn options(path: &Path) -> String {
+    format!("driver=qcow2,encrypt.key-secret=key,file.filename={}", path.display())
 }
 
 /// Runs a tool that must succeed.
@@ -149,19 +199,19 @@ fn text(output: &Output) -> String {
 /// Neither corruption nor a leak.
 #[track_caller]
 pub fn assert_clean(path: &Path) {
-    let output = finish(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(path));
+    let output = finish(on(Command::new("qemu-img").arg("check"), path));
     let complaint = text(&output);
     assert_eq!(output.status.code(), Some(0), "qemu-img check {path:?}:\n{complaint}");
 }
 
 /// Removes leaks: QEMU leaves one where a compressed write or a snapshot fails.
 pub fn repair_leaks(path: &Path) {
-    run(Command::new("qemu-img").args(["check", "-q", "-r", "leaks", "-f", "qcow2"]).arg(path));
+    run(on(Command::new("qemu-img").args(["check", "-q", "-r", "leaks"]), path));
 }
 
 /// No corruption; leaks may be there. The error is what qemu-img says.
 pub fn check_allowing_leaks(path: &Path) -> Result<(), String> {
-    let output = finish(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(path));
+    let output = finish(on(Command::new("qemu-img").arg("check"), path));
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         _ => Err(text(&output)),
@@ -173,7 +223,12 @@ pub fn check_allowing_leaks(path: &Path) -> Result<(), String> {
 pub fn assert_same(path: &Path, expected: &[u8]) {
     let raw = path.with_extension("expected");
     std::fs::write(&raw, expected).unwrap();
-    run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "qcow2"]).arg(&raw).arg(path));
+    let mut command = Command::new("qemu-img");
+    command.args(["compare", "--object", &secret(), "--image-opts"]);
+    let raw_options = format!("driver=raw,file.filename={}", raw.display());
+    let key = if is_encrypted(path) { "encrypt.key-secret=key," } else { "" };
+    let file = path.display();
+    run(command.arg(raw_options).arg(format!("driver=qcow2,{key}file.filename={file}")));
     std::fs::remove_file(&raw).unwrap();
     // Without strict mode, which also compares what is allocated, zeros at the end are no
     // difference.
@@ -186,11 +241,11 @@ pub fn assert_same(path: &Path, expected: &[u8]) {
 pub fn contents(path: &Path, snapshot: Option<&str>) -> Vec<u8> {
     let raw = path.with_extension("converted");
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-f", "qcow2", "-O", "raw"]);
+    command.args(["convert", "-O", "raw"]);
     if let Some(name) = snapshot {
         command.args(["-l", &format!("snapshot.name={name}")]);
     }
-    run(command.arg(path).arg(&raw));
+    run(on(&mut command, path).arg(&raw));
     let bytes = std::fs::read(&raw).unwrap();
     std::fs::remove_file(&raw).unwrap();
     bytes
@@ -208,11 +263,11 @@ pub fn io(path: &Path, commands: &[String]) {
 /// allocated. The error is what it says.
 pub fn try_io(path: &Path, commands: &[String]) -> Result<(), String> {
     let mut command = Command::new("qemu-io");
-    command.args(["-f", "qcow2", "-d", "unmap"]);
+    command.args(["-d", "unmap"]);
     for line in commands {
         command.args(["-c", line]);
     }
-    let output = finish(command.arg(path));
+    let output = finish(on(&mut command, path));
     let said = text(&output);
     let failed = ["failed", "error", "not supported"].iter().any(|word| said.contains(word));
     if output.status.success() && !failed { Ok(()) } else { Err(said) }

@@ -6,20 +6,12 @@ use super::{Counter, MAX_TABLES_BYTES, too_big};
 use crate::error::{Error, Result};
 use crate::format::{
     AUTOCLEAR_BITMAPS, BitmapBits, BitmapEntry, BitmapsExtension, EXTENSION_BITMAPS,
-    EXTENSION_LUKS, HostOffset, be64,
 };
-
-/// A LUKS header is at most this many bytes, key slots included.
-const MAX_LUKS_BYTES: u64 = 1 << 30;
 
 impl Counter<'_> {
     /// Counts the LUKS header.
     pub(super) fn luks_header(&mut self) -> Result<()> {
-        let Some(data) = self.header.extension(EXTENSION_LUKS) else { return Ok(()) };
-        let (offset, size) = (HostOffset(be64(data, 0)), be64(data, 8));
-        if data.len() != 16 || !self.g.is_aligned(offset.0) || size > MAX_LUKS_BYTES {
-            return Err(Error::corrupt("header: the LUKS extension makes no sense"));
-        }
+        let Some((offset, size)) = self.header.luks()? else { return Ok(()) };
         if size != 0 {
             self.structure(offset, size, "the LUKS header");
         }

@@ -10,9 +10,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-const SET_FREE: libc::c_ulong = 0x4c01;
-const CONFIGURE: libc::c_ulong = 0x4c0a;
-const GET_FREE: libc::c_ulong = 0x4c82;
+const SET_FREE: libc::Ioctl = 0x4c01;
+const CONFIGURE: libc::Ioctl = 0x4c0a;
+const GET_FREE: libc::Ioctl = 0x4c82;
 const FLAG_READ_ONLY: u32 = 1;
 const FLAG_PARTITIONS: u32 = 8;
 const FLAG_DIRECT_IO: u32 = 16;

@@ -13,7 +13,7 @@ pub(super) use attachment::Attachment;
 use attachment::Mounted;
 use loop_device::{LoopDevice, listed};
 
-use super::{shown, signals};
+use super::{keys, shown, signals};
 
 const EXAMPLES: &str = "Examples:
   qcow2fs attach images/disk.qcow2 /mnt/disk                  # no mount needed before
@@ -50,6 +50,8 @@ pub(super) struct Args {
     /// Trust this directory too, as for `qcow2fs mount` (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Args,
     /// Print JSON
     #[arg(long)]
     json: bool,

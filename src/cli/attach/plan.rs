@@ -15,10 +15,18 @@ pub(super) fn image_arguments(args: &Args) -> Result<Vec<String>, String> {
     if args.read_only {
         arguments.push("--read-only".to_owned());
     }
+    let text = |path: &Path| {
+        let text = path.to_str().map(str::to_owned);
+        text.ok_or_else(|| format!("{} is no text", path.display()))
+    };
     for directory in &args.allow {
-        let text = directory.to_str();
-        let text = text.ok_or_else(|| format!("{} is no text", directory.display()))?;
-        arguments.extend(["--allow".to_owned(), text.to_owned()]);
+        arguments.extend(["--allow".to_owned(), text(directory)?]);
+    }
+    if let Some(directory) = &args.keys.keys {
+        arguments.extend(["--keys".to_owned(), text(directory)?]);
+    }
+    for (name, file) in &args.keys.key_file {
+        arguments.extend(["--key-file".to_owned(), format!("{}={}", text(name)?, text(file)?)]);
     }
     Ok(arguments)
 }
@@ -106,12 +114,28 @@ mod tests {
 
     #[test]
     fn an_image_is_mounted_alone_first() {
-        let line =
-            ["a b.qcow2", "/m", "-p", "2", "-r", "-o", "noatime", "-t", "xfs", "--allow", "/base"];
+        let line = [
+            "a b.qcow2",
+            "/m",
+            "-p",
+            "2",
+            "-r",
+            "-o",
+            "noatime",
+            "-t",
+            "xfs",
+            "--allow",
+            "/base",
+            "--keys",
+            "/keys",
+            "--key-file",
+            "a=/k",
+        ];
         let commands = commands(&args(&line), &Target::Image("/i/a b.qcow2".into()));
         let wanted = [
             "mkdir -p /run/qcow2fs/attached/1/raw",
-            "qcow2fs mount --read-only --allow /base '/i/a b.qcow2' /run/qcow2fs/attached/1/raw",
+            "qcow2fs mount --read-only --allow /base --keys /keys --key-file a=/k '/i/a b.qcow2' \
+             /run/qcow2fs/attached/1/raw",
             "device=$(losetup --find --show --direct-io=on --partscan --read-only \
              '/run/qcow2fs/attached/1/raw/a b.raw')",
             "mount -t xfs -o noatime,ro \"${device}p2\" /m",

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::mounted::Mounted;
 use super::progress::Progress;
-use super::{logging, signals, size};
+use super::{keys, logging, signals, size};
 use crate::catalog::Alone;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{CompactAfter, CompactionStatus, Image, Options};
@@ -53,6 +53,8 @@ pub(super) struct Args {
     /// Trust this directory too: backing files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Args,
     /// Print a JSON object for each image
     #[arg(long)]
     json: bool,
@@ -140,6 +142,7 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
     let line = |e: Error| e.to_string();
     let allowed = args.allow.iter().map(|path| super::mount::allowed(path));
     let allowed = allowed.collect::<Result<Vec<_>, _>>()?;
+    let keys = keys::or_ask(&args.keys)?;
     let options = Options {
         writable: !args.dry_run,
         keep_erased: 0,
@@ -147,7 +150,7 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
         compact_after: CompactAfter::Off,
         ..Options::default()
     };
-    let opened = match Alone::open(path, &allowed, &options) {
+    let opened = match Alone::open(path, &allowed, keys, &options) {
         Err(e) if e.kind() == ErrorKind::InUse && !args.dry_run => {
             let Some(mount) = Mounted::open_in(path) else { return Err(line(e)) };
             let closed_only = [(args.detect_zeroes, "--detect-zeroes"), (args.defrag, "--defrag")];

@@ -338,7 +338,13 @@ impl Image {
         self.storage
             .read_at(&mut bytes, from)
             .map_err(|e| Error::io(format!("reading data at {from:#x}"), e))?;
-        self.write_blocks(&bytes, self.geometry.host_offset(target).0)
+        let place = self.geometry.host_offset(target).0;
+        if self.is_bound_to_place() {
+            // What is zeros here need not be zeros there.
+            self.carry(&mut bytes, source, target)?;
+            return self.write_host(&bytes, place);
+        }
+        self.write_blocks(&bytes, place)
     }
 
     fn write_blocks(&self, bytes: &[u8], offset: u64) -> Result<()> {

@@ -90,6 +90,11 @@ impl Image {
         if !self.move_bitmaps(writer, pass.end)? {
             compaction.pin(|| "no room for bitmaps, or something else refers to them".into());
         }
+        if let Some((at, length)) = self.reread_header()?.luks()?
+            && self.geometry.host_clusters(at, length).end > pass.end
+        {
+            compaction.pin(|| format!("the LUKS header at {at}, which stays where it is"));
+        }
         writer.refcounts.shrink_structure(pass.end)?;
         self.flush_held(writer)?;
         self.reread_snapshots()
