@@ -18,7 +18,7 @@
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
-//! | [`confine`] | what the process gives up once it serves a mount |
+//! | [`confine`] | what the process gives up, where asked to, once it serves a mount |
 //! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
@@ -71,7 +71,7 @@
 //! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |
-//! | a defect that runs the attacker's code | no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
+//! | a defect that runs the attacker's code | with `--confine`, no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
 //! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide | `tests/mount/options.rs` |
 
 pub mod alloc;

@@ -64,7 +64,7 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         seconds: 40,
         states: 18_000,
     }
-    .run(small_shape);
+    .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn every_crash_leaves_subclusters_with_old_or_new_data() {
         seconds: 20,
         states: 7_000,
     }
-    .run(shape_with_subclusters);
+    .run(|rng| shape_with_subclusters(rng).encrypted_one_in(8, rng));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::process::Command;
 #[allow(dead_code)]
 mod documents;
 
-const FORMAT_PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/man/qcow2fs.5");
+const FORMAT_PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/packaging/man/qcow2fs.5");
 
 /// The text of a page as people see it, on one line, hyphens as they are typed. Complaints of the
 /// formatter are failures.

@@ -10,61 +10,72 @@ mod support;
 use std::io;
 use std::ops::Range;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use qcow2fs::image::{Image, Options};
+use qcow2fs::image::{Condition, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
 use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
 use support::{busy, difference, for_seeds, scratch};
 
-/// A file that the search reads slowly, so that much happens meanwhile.
-struct SlowToSearch(Arc<MemoryStorage>);
+/// A file that the search reads slowly, so that much happens meanwhile, and not while the gate is
+/// shut.
+struct SlowToSearch {
+    file: Arc<MemoryStorage>,
+    gate: Mutex<()>,
+}
+
+impl SlowToSearch {
+    fn new(file: &Arc<MemoryStorage>) -> Arc<Self> {
+        Arc::new(SlowToSearch { file: file.clone(), gate: Mutex::default() })
+    }
+}
 
 impl Storage for SlowToSearch {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if std::thread::current().name() == Some("leak search") {
             std::thread::sleep(Duration::from_millis(3));
+            drop(self.gate.lock());
         }
-        self.0.read_at(buf, offset)
+        self.file.read_at(buf, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
-        self.0.len()
+        self.file.len()
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_at(data, offset)
+        self.file.write_at(data, offset)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync()
+        self.file.sync()
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.0.punch_hole(range)
+        self.file.punch_hole(range)
     }
 
     fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.0.zero_range(range)
+        self.file.zero_range(range)
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.0.allocate(range)
+        self.file.allocate(range)
     }
 
     fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.0.seek_data(offset)
+        self.file.seek_data(offset)
     }
 
     fn allocated(&self) -> io::Result<u64> {
-        self.0.allocated()
+        self.file.allocated()
     }
 }
 
@@ -122,7 +133,7 @@ fn what_a_killed_process_leaked_is_returned_while_the_disk_is_in_use() {
         leaked += qcow2fs::check::check(&MemoryStorage::new(left.clone())).unwrap().leaks;
 
         let storage = Arc::new(MemoryStorage::new(left));
-        let slow = Arc::new(SlowToSearch(storage.clone()));
+        let slow = SlowToSearch::new(&storage);
         let image = Image::open(slow, &pool(&mut rng)).unwrap();
         // A larger L1 table moves, and the place that it leaves is freed while the search reads it.
         if shape.cluster_bits <= 12 && !has_snapshot && rng.one_in(2) {
@@ -173,4 +184,26 @@ fn a_search_that_is_cut_short_by_a_close_changes_nothing() {
         qemu::assert_clean(&path);
         qemu::assert_same(&path, &expected);
     });
+}
+
+#[test]
+fn the_status_says_that_leaks_are_looked_for() {
+    let directory = scratch();
+    let path = directory.path().join("disk.qcow2");
+    Shape::new(16, 16, 1 << 20).create(&path, None);
+    let file = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
+    let slow = SlowToSearch::new(&file);
+    let shut = slow.gate.lock().unwrap();
+    let options = Options { writable: true, ..Options::default() };
+    let image = Image::open(slow.clone(), &options).unwrap();
+    let status = image.status().unwrap();
+    assert_eq!(status.condition, Condition::Recovering);
+    assert_eq!(status.health, "ok", "nothing is wrong");
+    drop(shut);
+    let started = Instant::now();
+    while image.status().unwrap().condition != Condition::Ok {
+        assert!(started.elapsed() < Duration::from_secs(20), "the search does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    image.close().unwrap();
 }

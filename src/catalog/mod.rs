@@ -514,7 +514,7 @@ impl Catalog {
     fn count_close(&self, node: &Node, closed: Result<()>) {
         if let Err(e) = closed {
             self.close_errors.fetch_add(1, Ordering::Relaxed);
-            log::error!("closing {}: {e}", node.path().display());
+            node.log(&e.context("closing it"));
         }
     }
 

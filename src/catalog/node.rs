@@ -7,6 +7,7 @@
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
@@ -32,10 +33,16 @@ pub struct Node {
     pub(crate) size_change: Mutex<()>,
     /// What the header says, and under which stamp it said so.
     pub(super) header: Mutex<Option<(Stamp, Header)>>,
-    /// What was logged of it last: the same line is not logged twice in a row.
-    logged: Mutex<Option<String>>,
+    /// What was logged of it last: the same is not logged twice in a row.
+    logged: Mutex<Option<Logged>>,
     /// What was requested of it, from the first request on.
     io: OnceLock<Box<Io>>,
+}
+
+struct Logged {
+    line: String,
+    /// The errno, where the host had no space.
+    full: Option<i32>,
 }
 
 /// The requests for an image since the kernel first asked for it.
@@ -98,6 +105,19 @@ struct Slot {
     /// since then holds as long as the stamps do.
     closed: Option<Vec<Stamp>>,
 }
+
+/// What [`Node::look`] finds.
+pub(super) enum Look<R> {
+    /// No image is open.
+    Closed,
+    /// It is being opened or closed.
+    Busy,
+    /// One is open, and this is what was asked of it.
+    Open(R),
+}
+
+/// How long `status` waits for an image that is being opened or closed.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 pub(super) struct Opened {
     image: Arc<Image>,
@@ -202,13 +222,16 @@ impl Node {
         }
     }
 
-    /// Logs what went wrong, unless that was the last thing logged of this file.
+    /// Logs what went wrong, unless that was the last thing logged of this file. A host without
+    /// space is one thing, whatever for the space was.
     pub fn log(&self, error: &Error) {
         let line = format!("{}: {error}", self.path().display());
+        let full = Some(error.errno()).filter(|code| matches!(*code, libc::ENOSPC | libc::EDQUOT));
         let mut logged = self.logged.lock();
-        if logged.as_ref() != Some(&line) {
+        let is_same = |last: &Logged| last.line == line || full.is_some() && last.full == full;
+        if !logged.as_ref().is_some_and(is_same) {
             log::error!("{line}");
-            *logged = Some(line);
+            *logged = Some(Logged { line, full });
         }
     }
 
@@ -219,7 +242,7 @@ impl Node {
 
     /// The last line that was logged of this file.
     pub(super) fn last_logged(&self) -> Option<String> {
-        self.logged.lock().clone()
+        self.logged.lock().as_ref().map(|logged| logged.line.clone())
     }
 
     /// Where its requests are counted.
@@ -273,15 +296,21 @@ impl Node {
         data.file.file().metadata().ok()
     }
 
+    /// The state of the image, where one is open, and how many handles there are; does not wait long
+    /// for one that is being opened or closed.
+    pub(super) fn look<R>(&self, look: impl FnOnce(&Image, bool, u32) -> R) -> Look<R> {
+        let Some(slot) = self.slot.try_read_for(PATIENCE) else { return Look::Busy };
+        match &slot.open {
+            Some(opened) => Look::Open(look(&opened.image, opened.writable, slot.handles)),
+            None => Look::Closed,
+        }
+    }
+
     /// The host file and the image while they are open.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
         let slot = self.slot.read();
         let opened = slot.open.as_ref()?;
         Some(look(&opened.image, opened.file.file(), opened.writable))
-    }
-
-    pub(super) fn open_handles(&self) -> u32 {
-        self.slot.read().handles
     }
 
     /// Counts a handle in, opening the image for it where that is due. `find` finds the file. Where
@@ -304,6 +333,7 @@ impl Node {
                 format!("it is a backing or data file of {}, which is open", user.display()),
             ));
         }
+        let options = &Options { label: self.path().display().to_string(), ..options.clone() };
         let mut slot = self.slot.write();
         let mut keep_cache = true;
         match &slot.open {
@@ -409,7 +439,8 @@ impl Slot {
 
     fn close(&mut self) -> Result<()> {
         let Some(opened) = self.open.take() else { return Ok(()) };
-        let closed = opened.image.close();
+        let failure = opened.image.failure().map_or(Ok(()), Err);
+        let closed = opened.image.close().and(failure);
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::node::Look;
 use super::{Catalog, IoCounts};
 use crate::confine;
 use crate::image;
@@ -17,8 +18,7 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
-    /// What the process has given up.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// What the process has given up; nothing where it was not asked to.
     pub confined: Option<&'static confine::Report>,
     /// The directory of the overlays that are written instead of the images; nothing where the
     /// images are written.
@@ -68,15 +68,20 @@ impl Catalog {
         nodes.sort_by_key(|node| node.path());
         let name = |node: &super::Node| node.raw_path().display().to_string();
         let image = |node: &super::Node| {
-            let handles = node.open_handles();
-            node.peek(|image, _, writable| {
-                let (status, error) = match image.status() {
-                    Ok(status) => (Some(status), None),
-                    Err(e) => (None, Some(e.to_string())),
-                };
-                let io = node.io_counts();
-                ImageStatus { name: name(node), writable, handles, io, image: status, error }
-            })
+            let name = name(node);
+            let found = node.look(|image, writable, handles| (image.status(), writable, handles));
+            let (status, writable, handles) = match found {
+                Look::Closed => return None,
+                Look::Busy => (Err("it is being opened or closed".into()), false, 0),
+                Look::Open((status, writable, handles)) => {
+                    (status.map_err(|e| e.to_string()), writable, handles)
+                }
+            };
+            let (image, error) = match status {
+                Ok(status) => (Some(status), None),
+                Err(error) => (None, Some(error)),
+            };
+            Some(ImageStatus { name, writable, handles, io: node.io_counts(), image, error })
         };
         let refusal = |node: &super::Node| {
             let error = node.last_logged()?;

@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::unmounting;
-use crate::storage::image_lock::process_name;
+use crate::storage::processes;
 
 /// How long the search may take.
 const SEARCH: Duration = Duration::from_secs(2);
@@ -15,7 +18,7 @@ const NAMED: usize = 8;
 /// Who uses something under `mountpoint`, in one line; empty when nobody is found.
 pub(super) fn users(mountpoint: &Path) -> String {
     let mut users = loop_devices(mountpoint);
-    users.extend(processes(mountpoint));
+    users.extend(users_among_processes(mountpoint));
     users.extend(mounts(mountpoint));
     let more = users.len().saturating_sub(NAMED);
     users.truncate(NAMED);
@@ -25,16 +28,19 @@ pub(super) fn users(mountpoint: &Path) -> String {
     users.join(", ")
 }
 
-fn processes(mountpoint: &Path) -> Vec<String> {
+/// As far as they are found in time: to look at one may wait for what it waits for, and that may be
+/// the mount.
+fn users_among_processes(mountpoint: &Path) -> Vec<String> {
+    let found = Arc::new(Mutex::new(Vec::new()));
+    let (place, finds) = (mountpoint.to_owned(), Arc::clone(&found));
     let deadline = Instant::now() + SEARCH;
-    let own = std::process::id();
-    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| pid != own)
-        .take_while(|_| Instant::now() < deadline)
-        .filter(|&pid| uses(pid, mountpoint))
-        .map(|pid| format!("{} (pid {pid})", process_name(pid)))
-        .collect()
+    processes::within(SEARCH, move || {
+        processes::others()
+            .take_while(|_| Instant::now() < deadline)
+            .filter(|&pid| uses(pid, &place))
+            .for_each(|pid| finds.lock().push(format!("{} (pid {pid})", processes::name(pid))));
+    });
+    std::mem::take(&mut *found.lock())
 }
 
 fn uses(pid: u32, mountpoint: &Path) -> bool {

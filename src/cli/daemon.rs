@@ -23,6 +23,7 @@ pub(super) fn fork() -> io::Result<Parent> {
         0 => {
             // SAFETY: setsid takes nothing; it cannot fail in a child that leads no group.
             unsafe { libc::setsid() };
+            close_inherited(&child_end);
             Ok(Parent(child_end))
         }
         _ => {
@@ -40,6 +41,20 @@ pub(super) fn fork() -> io::Result<Parent> {
                     1
                 }
             })
+        }
+    }
+}
+
+/// Closes what the process was started with beyond the standard three, and keeps `kept`: whoever waits
+/// for the end of a pipe that it happened to have open would wait as long as the mount is there.
+fn close_inherited(kept: &impl AsRawFd) {
+    let kept = kept.as_raw_fd().unsigned_abs();
+    for (first, last) in [(3, kept - 1), (kept + 1, libc::c_uint::MAX)] {
+        if first <= last {
+            // SAFETY: nothing in this process owns a descriptor but the standard ones and `kept`: it
+            // has just forked, and has opened no other before. Where the kernel does not know the
+            // call, they stay open.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0 as libc::c_uint) };
         }
     }
 }

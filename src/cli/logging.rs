@@ -8,7 +8,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, WriteLogger};
 
 /// The level of `-v` and `-q`, each counted: warnings and worse without them, `-v` tells of what is
-/// done.
+/// done, `-vv` of what it comes to, `-vvv` of each request.
 pub(super) fn level(verbose: u8, quiet: u8) -> LevelFilter {
     match i16::from(verbose) - i16::from(quiet) {
         ..=-2 => LevelFilter::Off,
@@ -47,8 +47,11 @@ pub(super) fn to_syslog(level: LevelFilter) {
 
 fn config(level: LevelFilter) -> simplelog::Config {
     let mut config = ConfigBuilder::new();
-    if level < LevelFilter::Debug {
+    // Every request and every answer.
+    if level < LevelFilter::Trace {
         config.add_filter_ignore_str("fuser");
+    }
+    if level < LevelFilter::Debug {
         config.set_target_level(LevelFilter::Off).set_thread_level(LevelFilter::Off);
     }
     config.set_time_format_rfc3339().build()

@@ -20,6 +20,7 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
+    pub(super) confine: bool,
     pub(super) unconfined: Vec<Layer>,
     pub(super) key_files: Vec<(PathBuf, PathBuf)>,
     pub(super) keys: Option<PathBuf>,
@@ -173,7 +174,8 @@ mod tests {
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
-                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,unconfined=landlock",
+                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,confine,\
+                   unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -185,6 +187,7 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
+            confine: true,
             unconfined: vec![Layer::Landlock],
             key_files: vec![("a".into(), "/f".into())],
             keys: Some("/k".into()),
@@ -222,6 +225,7 @@ mod tests {
             "compact_after=soon",
             "recycle_rate=0",
             "unconfined=all",
+            "confine=all",
             "create_compression=lzma",
             "create_refcount_bits=some",
         ] {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use super::unmounting::Served;
+use super::unmounting::{self, Served};
 use crate::catalog::Catalog;
 
 /// The signals, kept from every thread that is started after [`block`].
@@ -70,7 +70,7 @@ impl Signals {
 
 /// Unmounts; the session ends with it. Says who is in the way when it is busy.
 fn unmount(mount: &Served) -> bool {
-    let error = match mount.unmount(false) {
+    let error = match unmounting::while_busy(unmounting::LEAVING, || mount.unmount(false)) {
         Ok(()) => return true,
         Err(e) => e,
     };

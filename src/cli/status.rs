@@ -110,22 +110,26 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
         page += &recycler(image);
         page += rate;
     }
+    if let Some(failed @ 1..) = status["close_errors"].as_u64() {
+        page += &format!("{failed} times an image could not be closed in order; check it\n");
+    }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
     }
     page
 }
 
-/// What the process has not given up, in a line; nothing where it has given up all it can.
+/// Whether the process is confined, and by what not, in a line; nothing where it was not asked to be.
 fn confinement(confined: &Value) -> String {
     let layers = confined.as_object().into_iter().flatten();
     let lacking = layers.filter(|(_, state)| **state != "on");
     let lacking: Vec<_> = lacking
         .map(|(layer, state)| format!("{layer} ({})", state.as_str().unwrap_or("?")))
         .collect();
-    match lacking.is_empty() {
-        true => String::new(),
-        false => format!("not confined by {}\n", lacking.join(", ")),
+    match (confined.is_object(), lacking.is_empty()) {
+        (false, _) => String::new(),
+        (true, true) => "confined\n".into(),
+        (true, false) => format!("not confined by {}\n", lacking.join(", ")),
     }
 }
 
@@ -148,19 +152,30 @@ pub(super) fn headline(status: &Value) -> String {
     )
 }
 
-/// How an image is, with the reason where it is not well.
+/// How an image is: a word, and the reason where it is not well.
 pub(super) fn condition(image: &Value) -> String {
-    text(if image["health"].is_string() { &image["health"] } else { &image["error"] })
+    let known = |key: &str| image[key].as_str().is_some();
+    match image["health"].as_str() {
+        Some("ok") if known("condition") => text(&image["condition"]),
+        Some(_) if known("condition") => {
+            format!("{}: {}", text(&image["condition"]), text(&image["health"]))
+        }
+        _ => text(&image["error"]),
+    }
 }
 
 /// The same as it is shown.
 pub(super) fn coloured_condition(image: &Value, colours: bool) -> String {
     let condition = condition(image);
-    let colour = if condition == "ok" { terminal::GREEN } else { terminal::RED };
+    let is_well = matches!(condition.as_str(), "ok" | "recovering");
+    let colour = if is_well { terminal::GREEN } else { terminal::RED };
     terminal::coloured(&condition, colour, colours)
 }
 
 fn sizes(image: &Value, colours: bool) -> String {
+    if image["error"].is_string() {
+        return format!("{}: {}\n", text(&image["name"]), coloured_condition(image, colours));
+    }
     let bytes = |key: &str| image[key].as_u64().map_or("?".into(), size::show);
     let access = if image["writable"] == true { "written" } else { "read" };
     let live = match image["live"].as_u64() {
@@ -280,11 +295,21 @@ mod tests {
         let status = serde_json::json!({
             "pid": 7, "source": "/i", "mountpoint": "/m", "read_only": false,
             "images": [{"name": "a/b.raw", "writable": true, "virtual_size": 1073741824,
-                        "file_length": 1048576, "allocated": 524288, "health": "ok"}],
+                        "file_length": 1048576, "allocated": 524288,
+                        "condition": "ok", "health": "ok"},
+                       {"name": "d.raw", "writable": true, "virtual_size": 512,
+                        "file_length": 512, "allocated": 512,
+                        "condition": "read-only", "health": "syncing the image: I/O error"},
+                       {"name": "e.raw", "error": "it is being opened or closed"}],
+            "close_errors": 2,
             "errors": [{"name": "c.raw", "error": "c.qcow2: is in use"}],
         });
         let wanted = "/i on /m, process 7\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
+            d.raw: written, disk 512 B, file 512 B, on the host 512 B, \
+            read-only: syncing the image: I/O error\n\
+            e.raw: it is being opened or closed\n\
+            2 times an image could not be closed in order; check it\n\
             last error: c.qcow2: is in use\n";
         assert_eq!(page(&status, &[], false), wanted);
     }

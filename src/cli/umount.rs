@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{busy, status, unmounting};
 
@@ -24,7 +24,7 @@ pub(super) struct Args {
 
 /// Runs the command; returns the exit code.
 pub(super) fn run(args: &Args) -> i32 {
-    match unmount(&args.mountpoint, Duration::ZERO) {
+    match unmount(&args.mountpoint, unmounting::LEAVING) {
         Ok(()) => 0,
         Err(line) => {
             eprintln!("qcow2fs: {line}");
@@ -50,7 +50,8 @@ pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
     // Opened while the process surely lives: afterwards its number may be another's.
     let process = Process::open(pid)
         .map_err(|e| format!("finding the process {pid} that serves {shown}: {e}"))?;
-    once_idle(&mountpoint, patience).map_err(|e| match e.raw_os_error() {
+    let unmounted = unmounting::while_busy(patience, || unmounting::unmount(&mountpoint, false));
+    unmounted.map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY) => match busy::users(&mountpoint) {
             users if users.is_empty() => format!("{shown} is busy"),
             users => format!("{shown} is busy: in use by {users}"),
@@ -65,18 +66,6 @@ pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
         Ended::Code(0) | Ended::Unknown => Ok(()),
         Ended::Code(_) => {
             Err(format!("{shown} is unmounted, but an image was not closed in order: see the log"))
-        }
-    }
-}
-
-fn once_idle(mountpoint: &Path, patience: Duration) -> io::Result<()> {
-    let start = Instant::now();
-    loop {
-        match unmounting::unmount(mountpoint, false) {
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < patience => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            done => return done,
         }
     }
 }

@@ -8,29 +8,32 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::busy;
 use super::helper::Helper;
 
 /// The mount that this process serves. What others have mounted in the same place, over it or after
 /// it, is never touched.
 pub(super) struct Served {
     mountpoint: PathBuf,
-    helper: Arc<Helper>,
+    /// Who unmounts it where this process has given up the right to.
+    helper: Option<Arc<Helper>>,
     /// Nobody else's as long as the connection is up.
     device: Vec<u8>,
     connection: OwnedFd,
 }
 
 impl Served {
-    /// What has just been mounted at `mountpoint`; the kernel talks to it through `connection`, and
-    /// `helper` may unmount it.
+    /// What has just been mounted at `mountpoint`; the kernel talks to it through `connection`.
+    /// With a `helper`, that one unmounts it.
     ///
     /// # Errors
     /// Those of the host.
     pub(super) fn new(
         mountpoint: PathBuf,
         connection: BorrowedFd<'_>,
-        helper: Arc<Helper>,
+        helper: Option<Arc<Helper>>,
     ) -> io::Result<Served> {
         let connection = connection.try_clone_to_owned()?;
         let device = device_at(&mountpoint).ok_or_else(not_there)?;
@@ -61,12 +64,19 @@ impl Served {
         if !self.is_connected() {
             return Err(not_there());
         }
-        self.helper.unmount(Some(&self.device), lazy)
+        match &self.helper {
+            Some(helper) => helper.unmount(Some(&self.device), lazy),
+            None if shows(&self.mountpoint, &self.device) => unmount(&self.mountpoint, lazy),
+            None => Err(not_there()),
+        }
     }
 
-    /// Who uses something under the mount point: [`super::busy::users`].
+    /// Who uses something under the mount point: [`busy::users`].
     pub(super) fn users(&self) -> String {
-        self.helper.users()
+        match &self.helper {
+            Some(helper) => helper.users(),
+            None => busy::users(&self.mountpoint),
+        }
     }
 
     fn is_connected(&self) -> bool {
@@ -76,6 +86,7 @@ impl Served {
     }
 }
 
+/// The error where a mount is not what is seen at its place.
 pub(super) fn not_there() -> io::Error {
     io::Error::other("it is detached already, or something else is mounted over it")
 }
@@ -157,6 +168,28 @@ pub(super) fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     }
 }
 
+/// How long somebody who is just looking at the mount, or just leaving it, may keep it busy.
+pub(super) const LEAVING: Duration = Duration::from_secs(1);
+
+/// Does `unmount` again while it says `EBUSY`, until `patience` is over.
+///
+/// # Errors
+/// Those of `unmount`.
+pub(super) fn while_busy(
+    patience: Duration,
+    mut unmount: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match unmount() {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
+}
+
 fn with_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let mut helper = Command::new("fusermount3");
     helper.arg(if lazy { "-uz" } else { "-u" }).arg("--").arg(mountpoint);
@@ -176,6 +209,27 @@ fn with_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_just_leaving_is_waited_for_and_who_stays_is_not() {
+        let busy = || io::Error::from_raw_os_error(libc::EBUSY);
+        let mut tries = 0;
+        let leaving = while_busy(Duration::from_secs(60), || {
+            tries += 1;
+            if tries < 3 { Err(busy()) } else { Ok(()) }
+        });
+        assert!(leaving.is_ok() && tries == 3, "{leaving:?} after {tries}");
+        assert_eq!(
+            while_busy(Duration::ZERO, || Err(busy())).unwrap_err().raw_os_error(),
+            Some(libc::EBUSY)
+        );
+        let mut tries = 0;
+        let other = while_busy(Duration::from_secs(60), || {
+            tries += 1;
+            Err(io::Error::from_raw_os_error(libc::EINVAL))
+        });
+        assert!(other.is_err() && tries == 1);
+    }
 
     #[test]
     fn the_mount_table_is_read_with_any_name_and_the_latest_mount_last() {

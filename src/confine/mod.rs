@@ -1,4 +1,4 @@
-//! What this process gives up once it serves a mount: whoever takes it over, by a defect that an
+//! What this process gives up once it serves a mount with `--confine`: whoever takes it over, by a defect that an
 //! image finds, gets no further than what serving images needs.
 //!
 //! | layer | what is left |

@@ -60,11 +60,20 @@ pub struct Filesys {
 }
 
 impl Filesys {
-    /// Serves `catalog`. Its threads start with the first request that needs them.
+    /// Serves `catalog`. Threads are started here: not before the daemon has forked.
     ///
-    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
+    /// # Errors
+    /// Those of the host when it cannot start a thread.
+    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Filesys { verbs, pool: Pool::new(SLOW_THREADS) }
+        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+    }
+
+    /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
+    /// gives its privileges up while it has no threads.
+    pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
+        let verbs = Arc::new(Verbs::new(catalog, mountpoint));
+        Filesys { verbs, pool: Pool::without_threads(SLOW_THREADS) }
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {

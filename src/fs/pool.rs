@@ -1,6 +1,7 @@
 //! The slow pool: a few threads for what may block, so that one image's slow flush never stalls
 //! reads of the others. It knows nothing of what it runs.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::thread::{self, JoinHandle};
@@ -9,8 +10,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads that run jobs in the order of their coming. They start with the first job: a process
-/// gives its privileges up while it has no threads. Dropping it waits until all are done.
+/// Threads that run jobs in the order of their coming. Dropping it waits until all are done.
 pub(super) struct Pool {
     /// `None` only while it is dropped.
     jobs: Option<Sender<Job>>,
@@ -21,14 +21,25 @@ pub(super) struct Pool {
 
 impl Pool {
     /// A pool of `size` threads.
-    pub(super) fn new(size: usize) -> Pool {
+    ///
+    /// # Errors
+    /// Those of the host when it cannot start a thread.
+    pub(super) fn new(size: usize) -> io::Result<Pool> {
+        let mut pool = Pool::without_threads(size);
+        let threads = (0..size).map(|number| pool.start(number)).collect::<io::Result<Vec<_>>>()?;
+        pool.threads = OnceLock::from(threads);
+        Ok(pool)
+    }
+
+    /// A pool of `size` threads that start with the first job.
+    pub(super) fn without_threads(size: usize) -> Pool {
         let (jobs, queue) = unbounded();
         Pool { jobs: Some(jobs), queue, size, threads: OnceLock::new() }
     }
 
     /// Runs `job` on one of the threads; here, if not one could be started.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
-        if self.threads.get_or_init(|| self.start()).is_empty() {
+        if self.threads.get_or_init(|| self.start_all()).is_empty() {
             return run(Box::new(job));
         }
         if let Some(jobs) = &self.jobs {
@@ -37,12 +48,9 @@ impl Pool {
         }
     }
 
-    fn start(&self) -> Vec<JoinHandle<()>> {
-        let start = |number: usize| {
-            let queue = self.queue.clone();
-            thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
-        };
-        let started = (0..self.size).map_while(|number| match start(number) {
+    /// As many as the host lets us: requests are waiting.
+    fn start_all(&self) -> Vec<JoinHandle<()>> {
+        let started = (0..self.size).map_while(|number| match self.start(number) {
             Ok(thread) => Some(thread),
             Err(e) => {
                 log::warn!("only {number} threads for slow requests could be started: {e}");
@@ -50,6 +58,11 @@ impl Pool {
             }
         });
         started.collect()
+    }
+
+    fn start(&self, number: usize) -> io::Result<JoinHandle<()>> {
+        let queue = self.queue.clone();
+        thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
     }
 }
 
@@ -83,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_job_that_blocks_or_panics_keeps_no_other_waiting() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2).unwrap();
         let (done, finished) = crossbeam_channel::bounded(1);
         let (release, blocked) = crossbeam_channel::bounded::<()>(0);
         pool.run(move || {
@@ -97,15 +110,16 @@ mod tests {
 
     #[test]
     fn dropping_the_pool_runs_what_is_queued() {
-        let ran = Arc::new(AtomicU32::new(0));
-        let pool = Pool::new(1);
-        for _ in 0..100 {
-            let ran = Arc::clone(&ran);
-            pool.run(move || {
-                ran.fetch_add(1, Ordering::Relaxed);
-            });
+        for pool in [Pool::new(1).unwrap(), Pool::without_threads(1)] {
+            let ran = Arc::new(AtomicU32::new(0));
+            for _ in 0..100 {
+                let ran = Arc::clone(&ran);
+                pool.run(move || {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            drop(pool);
+            assert_eq!(ran.load(Ordering::Relaxed), 100);
         }
-        drop(pool);
-        assert_eq!(ran.load(Ordering::Relaxed), 100);
     }
 }

@@ -234,14 +234,14 @@ impl crate::recycler::thread::Recycled for Image {
     }
 
     fn recycler_failed(&self, error: Error) {
-        if !self.is_writable() {
-            return;
-        }
-        match self.note(Err::<(), _>(error)) {
-            Err(e) if self.is_writable() => {
-                log::warn!("recycling freed clusters failed and is tried again: {e}");
-            }
-            _ => {}
-        }
+        self.note_trouble(error);
+    }
+
+    fn recycler_is_done(&self) {
+        self.forget_trouble();
+    }
+
+    fn compaction_failed(&self, error: Error) {
+        Image::compaction_failed(self, error);
     }
 }

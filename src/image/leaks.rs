@@ -110,9 +110,15 @@ impl Image {
         writer.recycler.hold_frees(false);
         match returned {
             Ok(0) => {}
-            Ok(count) => log::info!("{count} clusters that had leaked are being freed"),
+            Ok(count) => log::info!(
+                "{}: {count} clusters that had leaked are being freed",
+                self.health.label()
+            ),
             Err(_) if stop.load(Ordering::Acquire) || !self.health.is_good() => {}
-            Err(e) => log::warn!("clusters that may have leaked are not looked for: {e}"),
+            Err(e) => log::warn!(
+                "{}: clusters that may have leaked are not looked for: {e}",
+                self.health.label()
+            ),
         }
     }
 

@@ -50,6 +50,7 @@ pub use backing::{Backing, RawBacking};
 pub use compact::{CompactAfter, CompactionStatus, Prospect};
 pub use create::{CompressionType, CreateOptions, NewDataFile};
 pub use encryption::Encryption;
+pub use health::Condition;
 pub use open::{BackingFile, Beside, Summary};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
@@ -75,6 +76,8 @@ pub struct Options {
     pub settle_after: Duration,
     /// Bytes a second that are moved at most; `None` leaves it to the recycler.
     pub recycle_rate: Option<u64>,
+    /// What the log calls the image: its name.
+    pub label: String,
     /// Whether what works in the background does so in threads of its own. Without them the search
     /// for leaks is over when the image is open, and the recycler works when it is told to
     /// ([`Image::recycle`]): what happens depends on the calls alone, and can be repeated.
@@ -95,6 +98,7 @@ impl Default for Options {
             compact_after: CompactAfter::Percent(1),
             settle_after: Duration::from_secs(1),
             recycle_rate: None,
+            label: String::new(),
             threads: true,
             runtime_asserts: false,
         }
@@ -115,7 +119,9 @@ pub struct Status {
     /// Bytes of the external data file, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_file_length: Option<u64>,
-    /// `ok`, or why the image is read-only.
+    /// How the image is, in a word.
+    pub condition: Condition,
+    /// `ok`, or what is wrong.
     pub health: String,
     /// Whether it is open for writing.
     pub writable: bool,
@@ -154,6 +160,8 @@ pub struct Image {
     /// Reads and writes that have come in.
     requests: AtomicU64,
     health: health::Health,
+    /// It was marked as corrupt already when it was opened.
+    opened_corrupt: bool,
     backing: Option<Arc<dyn Backing>>,
     compression: inflate::Compression,
     inflated: inflate::InflateCache,
@@ -214,13 +222,15 @@ impl Image {
         let writer = self.writer.as_ref();
         let external = self.data.is_external.then_some(&self.data.storage);
         let in_data_file = external.map_or(Ok(0), |data| data.allocated()).map_err(host)?;
+        let (condition, health) = self.condition();
         Ok(Status {
             virtual_size: self.virtual_size(),
             cluster_size: self.cluster_size(),
             file_length: self.storage.len().map_err(host)?,
             allocated: self.storage.allocated().map_err(host)? + in_data_file,
             data_file_length: external.map(|data| data.len()).transpose().map_err(host)?,
-            health: self.health.reason().unwrap_or_else(|| "ok".into()),
+            condition,
+            health,
             writable: self.is_writable(),
             clusters: writer.map(|w| w.recycler.counts()).unwrap_or_default(),
             recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),

@@ -157,13 +157,14 @@ impl Image {
             0 => Compression::Deflate,
             _ => Compression::Zstd,
         };
-        let health = Health::default();
-        if header.incompatible_features & INCOMPATIBLE_CORRUPT != 0 {
-            health.latch("it is marked as corrupt: run `qcow2fs check --repair all` on it");
+        let health = Health::new(&options.label);
+        let opened_corrupt = header.incompatible_features & INCOMPATIBLE_CORRUPT != 0;
+        if opened_corrupt {
+            health.latch_corrupt("it is marked as corrupt: run `qcow2fs check --repair all` on it");
         }
         let writable = options.writable && health.is_good();
         if writable && header.incompatible_features & INCOMPATIBLE_DIRTY != 0 {
-            log::info!("the image was not closed cleanly: rebuilding its refcounts");
+            log::info!("{} was not closed cleanly: rebuilding its refcounts", health.label());
             header = crate::alloc::rebuild::rebuild_dirty(&*storage, &header)?;
         }
         let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
@@ -241,6 +242,7 @@ impl Image {
             tables,
             requests: AtomicU64::new(0),
             health,
+            opened_corrupt,
             backing,
             compression,
             inflated: InflateCache::new(header.geometry.cluster_size()),

@@ -35,8 +35,12 @@ pub trait Recycled: Send + Sync + 'static {
     fn compact_some(&self, now: Instant) -> Result<Compacted>;
     /// How many requests have come in so far.
     fn requests(&self) -> u64;
-    /// A step of the recycler failed.
+    /// A step of the recycler failed; it is tried again.
     fn recycler_failed(&self, error: Error);
+    /// All that was due was done, compaction aside.
+    fn recycler_is_done(&self);
+    /// A step of compaction failed; when to try again is the image's matter.
+    fn compaction_failed(&self, error: Error);
 }
 
 /// What the thread remembers between two steps.
@@ -88,7 +92,10 @@ fn work<T: Recycled>(image: &Weak<T>, agenda: &mut Agenda) -> Option<Option<Inst
         }
         match agenda.step(&*image, now) {
             Ok(Next::Again) => {}
-            Ok(Next::SleepUntil(deadline)) => return Some(deadline),
+            Ok(Next::SleepUntil(deadline)) => {
+                image.recycler_is_done();
+                return Some(deadline);
+            }
             Err(e) => {
                 image.recycler_failed(e);
                 agenda.not_before = Some(Instant::now() + PAUSE_AFTER_ERROR);
@@ -167,12 +174,16 @@ impl Agenda {
         }
         let mut move_due = self.pace.wait_until(now);
         if move_due.is_none() {
-            match image.compact_some(now)? {
-                Compacted::Nothing => {}
-                Compacted::Later(at) => move_due = Some(at),
-                Compacted::Moved(bytes) => {
+            match image.compact_some(now) {
+                Ok(Compacted::Nothing) => {}
+                Ok(Compacted::Later(at)) => move_due = Some(at),
+                Ok(Compacted::Moved(bytes)) => {
                     self.pace.stepped(now, Instant::now(), bytes, image.requests());
                     return Ok(Next::Again);
+                }
+                Err(e) => {
+                    image.compaction_failed(e);
+                    move_due = Some(now + PAUSE_AFTER_ERROR);
                 }
             }
         }

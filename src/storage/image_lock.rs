@@ -9,8 +9,7 @@
 //! least one sees the other. The scheme is QEMU's (`block/file-posix.c`).
 //!
 //! Nothing here ever waits for a lock, and nothing reads or writes the image. Who else has it open is
-//! only asked within a time limit, by a thread that may be left behind: a process that hangs in the
-//! kernel makes whoever looks at it hang too.
+//! only asked within a time limit.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,13 +17,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{OnceLock, mpsc};
-use std::thread;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::processes;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What an image is locked for.
@@ -44,8 +42,6 @@ const UNSHARED: i64 = 200;
 const NOT_SHARED: [i64; 2] = [1, 3];
 /// How long the search for the other process may take.
 pub const SEARCH: Duration = Duration::from_millis(300);
-/// At most so many searches are under way, those that hang included.
-const MAX_SEARCHES: usize = 8;
 
 impl Access {
     fn used(self) -> &'static [i64] {
@@ -212,39 +208,13 @@ fn other_holder(file: &File) -> Option<Holder> {
         asker: std::process::id(),
     };
     let search = move || SEARCHER.get().map_or_else(|| find_holder(&wanted), |by| by(&wanted));
-    within(SEARCH, search).flatten()
-}
-
-/// What `search` finds, if it does within `limit`. It goes on for as long as it likes.
-fn within<T: Send + 'static>(
-    limit: Duration,
-    search: impl FnOnce() -> T + Send + 'static,
-) -> Option<T> {
-    static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
-    if UNDER_WAY.fetch_add(1, Ordering::Relaxed) >= MAX_SEARCHES {
-        UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
-        return None;
-    }
-    let (answer, answered) = mpsc::channel();
-    let run = move || {
-        let found = search();
-        UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
-        // Nobody may be waiting any more.
-        let _ = answer.send(found);
-    };
-    if thread::Builder::new().name("holder-search".into()).spawn(run).is_err() {
-        UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
-        return None;
-    }
-    answered.recv_timeout(limit).ok()
+    processes::within(SEARCH, search).flatten()
 }
 
 /// The process that has `wanted` open, as far as this one may see.
 pub fn find_holder(wanted: &Wanted) -> Option<Holder> {
     let deadline = Instant::now() + SEARCH;
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    let pids = processes.filter_map(|p| p.file_name().to_str()?.parse::<u32>().ok());
-    for pid in pids.filter(|&pid| pid != wanted.asker) {
+    for pid in processes::others().filter(|&pid| pid != wanted.asker) {
         if Instant::now() > deadline {
             return None;
         }
@@ -257,18 +227,10 @@ pub fn find_holder(wanted: &Wanted) -> Option<Holder> {
                     .is_ok_and(|m| (m.dev(), m.ino()) == (wanted.device, wanted.inode))
         };
         if descriptors.flatten().any(|d| holds(&d.path())) {
-            return Some(Holder { pid, name: process_name(pid) });
+            return Some(Holder { pid, name: processes::name(pid) });
         }
     }
     None
-}
-
-/// The name of a process, or `?`.
-pub fn process_name(pid: u32) -> String {
-    match fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(name) => name.trim_end().to_owned(),
-        Err(_) => "?".to_owned(),
-    }
 }
 
 #[cfg(test)]
@@ -350,15 +312,6 @@ mod tests {
         }
         drop(qemu);
         acquire(&images.open(), None, Access::Write).unwrap();
-    }
-
-    #[test]
-    fn a_search_that_hangs_keeps_nobody_waiting() {
-        let (_hold, released) = mpsc::channel::<()>();
-        let started = Instant::now();
-        assert_eq!(within(Duration::from_millis(50), move || released.recv().is_ok()), None);
-        assert!(started.elapsed() < Duration::from_secs(10));
-        assert_eq!(within(Duration::from_secs(10), || 7), Some(7));
     }
 
     #[test]

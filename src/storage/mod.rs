@@ -10,6 +10,7 @@ use std::ops::Range;
 mod host_file;
 pub mod image_lock;
 mod new_file;
+pub(crate) mod processes;
 pub mod testing;
 
 pub use host_file::HostFile;

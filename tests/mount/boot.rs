@@ -12,7 +12,7 @@ use crate::lab::{
 };
 
 const SOON: Duration = Duration::from_secs(20);
-const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/systemd");
+const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/packaging/systemd");
 
 /// The program where mount(8) looks for helpers, under a type that nobody else has.
 struct Helper {
@@ -207,7 +207,7 @@ fn says_of_ours(line: &str) -> bool {
 
 #[test]
 fn the_manual_tells_of_each_file_and_option_of_a_mount() {
-    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/man/qcow2fs.5");
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/packaging/man/qcow2fs.5");
     let page = fs::read_to_string(page).unwrap();
     let lab = Lab::new();
     let mount = lab.mount();

@@ -15,7 +15,7 @@ use crate::lab::{
 const MIB: u64 = 1 << 20;
 
 /// An image whose file is long and nearly empty: every eighth cluster of 64 KiB holds data.
-fn scattered(lab: &Lab, name: &str, mib: u64, options: &str) -> std::path::PathBuf {
+pub fn scattered(lab: &Lab, name: &str, mib: u64, options: &str) -> std::path::PathBuf {
     let image = lab.create(name, &format!("{mib}M"), options);
     let raw = lab.path("scattered.raw");
     fs::write(&raw, pattern(mib, (mib * MIB) as usize)).unwrap();

@@ -8,11 +8,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use crate::compact::scattered;
 use crate::devices::{FileSystem, LoopDevice};
 use crate::discards::{open, read_all};
-use crate::lab::{Lab, assert_same, assert_sound, eventually, pattern};
+use crate::lab::{Lab, assert_same, assert_sound, eventually, guest_bytes, pattern};
 
 const SOON: Duration = Duration::from_secs(10);
+/// For what comes after pauses of its own.
+const LONG: Duration = Duration::from_secs(120);
 /// Seconds after which a frozen file system thaws by itself.
 const THAW: u64 = 4;
 /// As many as there may be threads that answer the kernel.
@@ -130,6 +133,61 @@ fn a_full_disk_loses_nothing_and_a_discard_makes_room() {
     assert_same(&found[16 * MIB..end], &data[16 * MIB..end], "written until it was full");
     assert_same(&found[128 * MIB..132 * MIB], &data[..4 * MIB], "written when there was room");
     mount.umount();
+    small.umount();
+    device.detach();
+}
+
+#[test]
+fn a_full_host_is_told_of_once_and_when_it_is_over() {
+    const MIB: usize = 1 << 20;
+    let lab = Lab::new();
+    let (device, small) = small_file_system(&lab, "small", "64M");
+    let image = scattered(&lab, "small/disk.qcow2", 32, "");
+    sh!("qemu-img resize -q -f qcow2 {} 256M", image.display());
+    let disk = guest_bytes(&image);
+    let filler = small.point().join("filler");
+    attempt!("cat /dev/zero >{}", filler.display());
+    let mount = lab.mount_with("--compact-after 1");
+    let file = open(&mount.path("small/disk.raw"));
+    let look = || mount.status()["images"][0].clone();
+    let lines = |text: &str| mount.log().lines().filter(|line| line.contains(text)).count();
+
+    // Clusters cannot move, since there is no room for the copy.
+    let failed = || look()["compaction"]["failed"].is_string();
+    eventually(LONG, failed, || format!("{:#}", look()));
+    assert_eq!(look()["condition"], "degraded", "{:#}", look());
+    let full: Vec<_> = (0..32)
+        .map(|n| file.write_all_at(&pattern(n, MIB), (64 + n) << 20))
+        .filter_map(|written| written.err()?.raw_os_error())
+        .collect();
+    assert!(full.len() > 16 && full.iter().all(|code| *code == libc::ENOSPC), "{full:?}");
+    // In place: data, and what is there already to count and to map it.
+    file.write_all_at(&pattern(99, 4096), 3 << 16).unwrap();
+    file.sync_all().unwrap();
+    assert_same(
+        &read_all(&mount.path("small/disk.raw"))[11 << 16..12 << 16],
+        &disk[11 << 16..12 << 16],
+        "read on a full host",
+    );
+    // Longer than it takes to try again.
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(lines("compaction failed"), 1, "{}", mount.log());
+    assert!(lines("recycler fails") <= 2 && lines("No space left") <= 6, "{}", mount.log());
+
+    sh!("rm {}", filler.display());
+    let again = || file.write_all_at(&pattern(100, MIB), 128 << 20).is_ok();
+    eventually(SOON, again, || "there is space again".into());
+    file.sync_all().unwrap();
+    // Somebody who asks for it need not wait until it is tried again.
+    sh!("$qcow2fs compact {}", image.display());
+    eventually(LONG, || look()["condition"] == "ok", || format!("{:#}\n{}", look(), mount.log()));
+    drop(file);
+    mount.umount();
+    assert_sound(&image);
+    let found = guest_bytes(&image);
+    assert_same(&found[3 << 16..(3 << 16) + 4096], &pattern(99, 4096), "written on a full host");
+    assert_same(&found[(3 << 16) + 4096..32 << 20], &disk[(3 << 16) + 4096..32 << 20], "the rest");
+    assert_same(&found[128 << 20..129 << 20], &pattern(100, MIB), "written when there was room");
     small.umount();
     device.detach();
 }

@@ -267,8 +267,12 @@ impl Mount {
         mount.pid = mount.status()["pid"].as_i64().expect("status has a pid") as i32;
         let (pid, (alarm, silence)) = (mount.pid, mpsc::channel::<()>());
         thread::spawn(move || {
-            if silence.recv_timeout(DAEMON_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("daemon {pid} has taken {DAEMON_LIMIT:?}: killed");
+            // Searches may be told to take longer.
+            let seconds = std::env::var("QCOW2FS_MODEL_SECONDS").ok();
+            let longer = seconds.and_then(|text| text.parse().ok()).unwrap_or(0);
+            let limit = DAEMON_LIMIT + Duration::from_secs(longer);
+            if silence.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("daemon {pid} has taken {limit:?}: killed");
                 signal(pid, libc::SIGKILL);
             }
         });

@@ -28,6 +28,7 @@ mod discards;
 mod encryption;
 mod files;
 mod filesystems;
+mod health;
 mod hosts;
 mod info;
 mod layers;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -233,6 +233,38 @@ fn sigterm_unmounts_cleanly() {
 }
 
 #[test]
+fn the_daemon_keeps_nothing_open_that_it_was_started_with() {
+    let lab = Lab::new();
+    let (inherited, log) = (lab.path("inherited"), lab.path("log"));
+    let (images, point) = (lab.images(), lab.point());
+    sh!(
+        "exec 7>{0} 200>{0}; $qcow2fs mount --log-file {1} {2} {3}",
+        inherited.display(),
+        log.display(),
+        images.display(),
+        point.display()
+    );
+    let mount = Mount::adopt(point, log);
+    let links = fs::read_dir(format!("/proc/{}/fd", mount.pid())).unwrap();
+    let open: Vec<_> = links.map(|link| fs::read_link(link.unwrap().path()).unwrap()).collect();
+    assert!(open.contains(&PathBuf::from("/dev/fuse")), "{open:?}");
+    assert!(!open.contains(&inherited), "{open:?}");
+    mount.umount();
+}
+
+#[test]
+fn the_log_tells_of_each_request_only_when_it_tells_everything() {
+    for (flags, tells) in [("-v", false), ("-vv", true)] {
+        let lab = Lab::new();
+        // One more `-v` is there already.
+        let mount = lab.mount_with(flags);
+        mount.status();
+        assert_eq!(mount.log().contains("fuser"), tells, "-v {flags}: {}", mount.log());
+        mount.umount();
+    }
+}
+
+#[test]
 fn a_busy_mount_stays_and_serves() {
     let lab = Lab::new();
     let image = lab.create("disk.qcow2", "8M", "");
@@ -243,7 +275,9 @@ fn a_busy_mount_stays_and_serves() {
     assert!(!busy.ok(), "a busy mount was unmounted");
     assert!(busy.err.contains("busy"), "umount does not say why: {}", busy.text());
     signal(mount.pid(), libc::SIGTERM);
-    std::thread::sleep(Duration::from_millis(500));
+    // Not before it has given up waiting for the file to be closed.
+    let stays = || mount.log().contains("is busy, still serving it");
+    eventually(Duration::from_secs(30), stays, || mount.log());
     file.write_all_at(b"served", 0).unwrap();
     let mut found = [0; 6];
     file.read_exact_at(&mut found, 0).unwrap();

@@ -54,6 +54,7 @@ pub fn busy(rng: &mut Rng) -> Options {
         compact_after: *rng.pick(&[CompactAfter::Off, CompactAfter::Bytes(1)]),
         settle_after: Duration::from_millis(*rng.pick(&[0, 2, 20])),
         recycle_rate: None,
+        label: String::new(),
         threads: true,
         runtime_asserts: rng.one_in(2),
     }

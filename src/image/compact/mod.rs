@@ -61,6 +61,9 @@ const MOST_WAITS: u32 = 200;
 const WAIT: Duration = Duration::from_millis(10);
 /// Nor does it flush more often than this meanwhile.
 const MOST_LAST_FLUSHES: u32 = 8;
+/// What has failed is tried again so long afterwards, and then after twice the time, up to the last.
+const FIRST_RETRY: Duration = Duration::from_secs(4);
+const LAST_RETRY: Duration = Duration::from_secs(60);
 /// So much is moved between two flushes at most: what a flush by a client finds to write is bounded.
 const BYTES_BETWEEN_FLUSHES: u64 = 32 << 20;
 
@@ -122,7 +125,7 @@ pub struct CompactionStatus {
     /// What stays at the end of the file, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pinned: Option<String>,
-    /// Why the last pass ended early.
+    /// Why the last pass ended early, until one goes through.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
 }
@@ -142,6 +145,8 @@ pub(super) struct Compaction {
     /// A pass has begun since this was last looked at.
     has_moved: bool,
     failed: Option<String>,
+    /// After a failure: not before then, and how long that was to wait.
+    retry: Option<(Instant, Duration)>,
     /// The compressed bytes dropped that were known when it was last looked how full host clusters
     /// are.
     surveyed_at: Option<u64>,
@@ -244,6 +249,7 @@ impl Compaction {
             pinned: None,
             has_moved: false,
             failed: None,
+            retry: None,
             surveyed_at: None,
             is_cramped: false,
             has_compressed: true,
@@ -329,6 +335,7 @@ impl Image {
         }
         compaction.asked = ask;
         compaction.failed = None;
+        compaction.retry = None;
         self.tell(writer, &compaction);
         drop(compaction);
         writer.recycler.wake_signal().wake();
@@ -480,14 +487,28 @@ impl Image {
             Err(e) => {
                 // Whatever has changed in memory is whole; the next pass begins anew.
                 self.close_packer(writer, &mut pass);
-                compaction.looked_at = None;
-                compaction.asked = false;
-                compaction.failed = Some(e.to_string());
                 Err(e)
             }
         };
         self.tell(writer, &compaction);
         result
+    }
+
+    /// A step of compaction has failed with this. It is tried again, each time after a longer pause:
+    /// on a full disk for one there is nothing to win by haste.
+    pub(super) fn compaction_failed(&self, error: Error) {
+        let Err(error) = self.note(Err::<(), _>(error)) else { return };
+        let Some(writer) = self.writer.as_ref().filter(|_| self.is_writable()) else { return };
+        let mut compaction = writer.compaction.lock();
+        if compaction.failed.is_none() {
+            log::warn!("{}: compaction failed and is tried again: {error}", self.health.label());
+        }
+        let pause = compaction.retry.map_or(FIRST_RETRY, |(_, last)| (last * 2).min(LAST_RETRY));
+        compaction.retry = Some((Instant::now() + pause, pause));
+        compaction.looked_at = None;
+        compaction.asked = false;
+        compaction.failed = Some(error.to_string());
+        self.tell(writer, &compaction);
     }
 
     /// Ends a pass that is under way: the image is being closed.
@@ -516,6 +537,9 @@ impl Image {
             false => compaction.after.threshold(length),
         };
         let Some(threshold) = threshold else { return Ok(Look::Not(Compacted::Nothing)) };
+        if let Some((at, _)) = compaction.retry.filter(|(at, _)| *at > now) {
+            return Ok(Look::Not(Compacted::Later(at)));
+        }
         // What there is to win grows by what is freed, and by nothing else.
         let (then, won) = compaction.looked_at.unwrap_or_default();
         let has_looked = compaction.looked_at.is_some() && !compaction.asked;
@@ -568,7 +592,6 @@ impl Image {
         drop(flush);
         compaction.pinned = None;
         compaction.has_moved = true;
-        compaction.failed = None;
         log::debug!("compacting: {} clusters become {}", prospect.end, prospect.used);
         let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
         let surveys = compaction.has_compressed && compaction.surveyed_at != Some(dropped);
@@ -693,6 +716,8 @@ impl Image {
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
         // A pass that has moved much may be worth another; one that has not is not, until more is
         // freed.
+        compaction.failed = None;
+        compaction.retry = None;
         let worth_another = win > 0 && (pass.moved > win || compaction.is_unfinished(pass));
         compaction.asked &= worth_another;
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
