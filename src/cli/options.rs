@@ -96,6 +96,7 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
+            ("confine", None) => self.confine = true,
             ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
             ("key_file", Some(value)) => self.key_files.push(keys::named(value)?),
             ("keys", Some(value)) => self.keys = Some(value.into()),
