@@ -22,6 +22,8 @@ pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
 /// A LUKS header is at most this many bytes, key slots included.
 const MAX_LUKS_BYTES: u64 = 1 << 30;
+/// What the header's `crypt_method` says of LUKS.
+const CRYPT_LUKS: u32 = 2;
 
 /// Refcounts may be too low: rebuild them before allocating.
 pub const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
