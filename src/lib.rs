@@ -18,6 +18,7 @@
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
+//! | [`confine`] | what the process gives up, where asked to, once it serves a mount |
 //! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
@@ -54,11 +55,30 @@
 //! the flush lock, guest clusters ([`locks`]), [`tables`], [`alloc`]'s refcounts, [`recycler`]'s
 //! cluster map, the recycler's wake flag. No data I/O happens under tables, refcounts or the map.
 //! Nobody who holds guest clusters starts a flush.
+//!
+//! # Attacks
+//! Images come from strangers. What is tried, what happens, and which test tries it:
+//!
+//! | attack | response | test |
+//! |---|---|---|
+//! | any byte of the metadata is changed | an error, or what the image then says; no panic, no hang, no write outside | `tests/hostile/mutation.rs`, `tests/check/hostile.rs` |
+//! | a table, or what it points to, lies past the end of the file | read-only, marked as corrupt | `tests/hostile/mutation.rs`, `tests/hostile/bombs.rs` |
+//! | tables of tens of MiB, in holes or all over the file; one L2 table for all L1 entries; a million snapshots; bitmaps without end | opened in at most 64 MiB, or refused | `tests/hostile/bombs.rs` |
+//! | a cluster that inflates to gigabytes, a zstd window of gigabytes | inflated no further than a cluster, windows of 16 MiB at most | `tests/hostile/bombs.rs` |
+//! | data over metadata, metadata over metadata | looked up before every write, of the header, all L1 and L2 tables, refcount table and blocks, snapshot table, bitmaps; read-only, marked as corrupt | `tests/check/damage.rs`, `tests/hostile/mutation.rs` |
+//! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
+//! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
+//! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
+//! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
+//! | two names of one file | one image | `tests/mount/directory.rs` |
+//! | a defect that runs the attacker's code | with `--confine`, no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
+//! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide | `tests/mount/options.rs` |
 
 pub mod alloc;
 pub mod catalog;
 pub mod check;
 pub mod cli;
+pub mod confine;
 pub mod counters;
 pub mod crypt;
 mod error;

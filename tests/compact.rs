@@ -268,7 +268,7 @@ fn what_is_left_of_compressed_clusters_is_packed_together() {
         match by_itself {
             true => wait_until("a short file", || match lengths(&packed) {
                 (length, allocated) if length <= goal && allocated <= goal => Ok(()),
-                both => Err(format!("{both:?} bytes, not {goal}")),
+                both => Err(format!("{both:?} bytes, not {goal}: {:?}", image.status().unwrap())),
             }),
             false => image.compact(|_| true).unwrap(),
         }

@@ -18,6 +18,7 @@ mod support;
 
 use crash_search::Campaign;
 use crash_search::history::{Plan, SNAPSHOTS, WRITES};
+use crash_search::search::Tally;
 use support::SECTOR;
 use support::qemu::{DataFile, Shape};
 use support::rng::Rng;
@@ -65,6 +66,26 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         states: 18_000,
     }
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
+}
+
+/// A refcount block that had moved was linked and the one that counts its place was not, which had
+/// moved as well.
+#[test]
+fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
+    let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
+    let campaign = Campaign {
+        test,
+        plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
+        backed: 3,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
+        seconds: 0,
+        states: 0,
+    };
+    let shape = |rng: &mut Rng| small_shape(rng).encrypted_one_in(8, rng);
+    let found = campaign.examine(1_795_270_163_391_651, &shape, &mut Tally::default());
+    assert!(found.is_ok(), "it is back: {:?}", found.err().map(|trouble| trouble.complaint));
 }
 
 #[test]

@@ -480,6 +480,30 @@ fn an_image_whose_snapshots_cannot_be_read_is_not_marked_as_corrupt() {
     assert!(storage.memory.contents() == bytes, "the image was changed");
 }
 
+/// Two references and a refcount of 1: to drop one would free what the other still refers to. The
+/// search after the open finds it before anything is freed.
+#[test]
+fn two_references_that_are_counted_once_make_an_image_read_only() {
+    let (mut bytes, cluster) = with_a_shared_cluster();
+    let count = refcount_at(&bytes, cluster) as usize;
+    bytes[count..count + 2].copy_from_slice(&1u16.to_be_bytes());
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let options = Options { return_leaks: true, ..quiet() };
+    let image = Image::open(storage.clone(), &options).unwrap();
+    wait_until("nobody has found it", || !image.is_writable());
+    let health = image.status().unwrap().health;
+    assert!(health.contains("2 references and refcount 1"), "{health}");
+    image.write(0, &[1; 512]).unwrap_err();
+    image.discard(0..CLUSTER).unwrap_err();
+    let mut read = vec![0; CLUSTER as usize];
+    for guest in 0..2 {
+        image.read(guest * CLUSTER, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 7), "guest cluster {guest}");
+    }
+    let _says_so_again = image.close();
+    assert_ne!(storage.contents()[79] & 2, 0, "the corrupt bit");
+}
+
 /// A raw data file reads by itself as the disk does, after a crash too: data may go only where the
 /// mapping is durable, though somebody else has made it and has not flushed it.
 #[test]

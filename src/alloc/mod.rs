@@ -102,8 +102,9 @@ pub struct Allocated {
 pub struct DirtyRefcounts {
     /// Step 1.
     pub blocks: Vec<Write>,
-    /// Step 3: entries of the table, or the header's new pointer.
-    pub links: Vec<Write>,
+    /// Step 3: entries of the table, or the header's new pointer. A sync comes before each turn: a
+    /// block may lie in a cluster that another one counts, which is linked first.
+    pub links: Vec<Vec<Write>>,
     block_writes: usize,
     entries: BTreeSet<usize>,
     moved_from: Vec<Range<u64>>,
@@ -488,14 +489,42 @@ impl Refcounts {
             let clusters = self.geometry.clusters_for(bytes.len() as u64).0 as u32;
             let patch = Header::patch_refcount_table(state.table_offset, clusters);
             dirty.blocks.push((state.table_offset.0, bytes));
-            dirty.links.push((patch.offset.0, patch.bytes));
+            dirty.links.push(vec![(patch.offset.0, patch.bytes)]);
         } else {
-            let entry = |&i: &usize| {
+            let entry = |i: usize| {
                 (state.table_offset.0 + i as u64 * 8, state.table[i].to_be_bytes().to_vec())
             };
-            dirty.links = dirty.entries.iter().map(entry).collect();
+            let turns = self.turns(&state, &dirty.entries);
+            dirty.links = turns.into_iter().map(|t| t.into_iter().map(entry).collect()).collect();
         }
         dirty
+    }
+
+    /// The order in which new entries of the table become durable: each after that of the block
+    /// which counts the place that it leads to.
+    fn turns(&self, state: &State, entries: &BTreeSet<usize>) -> Vec<Vec<usize>> {
+        let mut turns = Vec::new();
+        let mut left = entries.clone();
+        while !left.is_empty() {
+            let depends = |i: &usize| self.counted_by(state, *i).is_some_and(|c| left.contains(&c));
+            let mut turn: Vec<_> = left.iter().copied().filter(|i| !depends(i)).collect();
+            if turn.is_empty() {
+                // Blocks that count each other: who moves them sees to it that there are none.
+                turn = left.iter().copied().collect();
+            }
+            turn.iter().for_each(|i| {
+                left.remove(i);
+            });
+            turns.push(turn);
+        }
+        turns
+    }
+
+    /// The index of the block that counts the place of block `index`, if that is another one.
+    fn counted_by(&self, state: &State, index: usize) -> Option<usize> {
+        let place = *state.table.get(index)? >> self.geometry.cluster_bits();
+        let counting = usize::try_from(place / self.geometry.refcounts_per_block()).ok()?;
+        (place != 0 && counting != index).then_some(counting)
     }
 
     /// How the flush of `dirty` went. Where it failed, all of it is due again; where it succeeded,

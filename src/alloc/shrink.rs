@@ -178,11 +178,21 @@ impl Refcounts {
         }
         for index in 0..state.table.len() {
             let place = state.table[index] >> self.geometry.cluster_bits();
+            if place >= from && self.counts_unlinked(&state, index) {
+                continue;
+            }
             if place >= from && self.move_block(&mut state, index, place, from)? {
                 freed += 1;
             }
         }
         Ok(freed + self.move_table(&mut state, from)?)
+    }
+
+    /// Whether block `index` counts the place of another one that the table on disk does not lead to
+    /// yet. If it moved too, a crash could find the other one linked and its count not: it moves
+    /// after the flush.
+    fn counts_unlinked(&self, state: &State, index: usize) -> bool {
+        state.table_dirty.iter().any(|&other| self.counted_by(state, other) == Some(index))
     }
 
     /// Whether block `index` counts no cluster but perhaps its own, `place`.

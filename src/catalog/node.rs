@@ -503,6 +503,12 @@ impl Opened {
         id(self.file.file()) == id(place)
     }
 
+    /// Whether the file with these attributes is the one that is open.
+    pub(super) fn is_named(&self, metadata: &Metadata) -> bool {
+        let own = self.file.file().metadata();
+        own.is_ok_and(|own| HostId::of(&own) == HostId::of(metadata))
+    }
+
     pub(super) fn image(&self) -> &Arc<Image> {
         &self.image
     }

@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -105,23 +105,33 @@ impl Overlays {
         }
     }
 
-    /// Fails unless the overlay is one on the image at `path`.
+    /// Fails unless the overlay is one on the image at `path`, of the kind that is made here: with
+    /// another one, names in its header would decide which files are opened and how.
     ///
     /// # Errors
     /// `Unsupported`; those of [`Image::summarize`] and of the host.
     pub(super) fn check(&self, overlay: &File, path: &Path) -> Result<()> {
         let file = host::open_file(overlay, false)
             .map_err(|e| Error::io(format!("opening the overlay {}", self.place(path)), e))?;
-        let backing = Image::summarize(&HostFile::new(file))?.backing;
-        let image = self.source.join(path);
-        if backing.is_some_and(|backing| backing.name == image.as_os_str().as_bytes()) {
-            return Ok(());
-        }
-        let (overlay, image) = (self.place(path), image.display());
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("the overlay {overlay} is not based on {image}: move it away"),
-        ))
+        let summary = Image::summarize(&HostFile::new(file))
+            .map_err(|e| e.context(format!("the overlay {}", self.place(path))))?;
+        let ours = self.backing(path);
+        let fault = match &summary.backing {
+            Some(backing) if backing.name == ours.name => {
+                let is_ours = summary.data_file.is_none() && *backing == ours;
+                (!is_ours).then(|| "is no overlay of ours".to_owned())
+            }
+            _ => Some(format!("is not based on {}", self.source.join(path).display())),
+        };
+        let Some(fault) = fault else { return Ok(()) };
+        let text = format!("the overlay {} {fault}: move it away", self.place(path));
+        Err(Error::new(ErrorKind::Unsupported, text))
+    }
+
+    /// The backing file of the overlay of `path`: the image.
+    fn backing(&self, path: &Path) -> BackingFile {
+        let name = self.source.join(path).into_os_string().into_vec();
+        BackingFile { name, format: Some("qcow2".into()) }
     }
 
     /// Makes the overlay of an image, unless there is one.
@@ -146,10 +156,9 @@ impl Overlays {
                         mount it without `--overlay`, or read it only";
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
-        let name = self.source.join(path).as_os_str().as_bytes().to_vec();
         let options = CreateOptions {
             virtual_size: summary.virtual_size,
-            backing: Some(BackingFile { name, format: Some("qcow2".into()) }),
+            backing: Some(self.backing(path)),
             ..CreateOptions::default()
         };
         let directory = match self.kind {
@@ -176,7 +185,8 @@ impl Overlays {
         let mut at = PathBuf::new();
         for part in path.parent().unwrap_or(Path::new("")).components() {
             let parent = self.root.place(&at)?;
-            match fs::create_dir(host::path_of(&parent).join(part)) {
+            // The daemon has no umask, and only the daemon needs to get in.
+            match fs::DirBuilder::new().mode(0o700).create(host::path_of(&parent).join(part)) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
                 _ => at.push(part),
             }

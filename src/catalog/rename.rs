@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, RenameFlags};
+use rustix::io::Errno;
 
 use super::host::{self, HostId};
 use super::{Catalog, Node, errno, names, read_only};
@@ -149,8 +150,9 @@ impl Catalog {
     ///
     /// # Errors
     /// `EPERM` for an image that would not be called `.raw`, or that names other files relative to the
-    /// directory which it would leave; `EINVAL` for an exchange of an image with a directory; `InUse`
-    /// for what an open image is based on; and those of the host.
+    /// directory which it would leave; `EINVAL` for an exchange of an image with a directory; `EEXIST`
+    /// where the host has the new name for something that is not shown; `InUse` for what an open image
+    /// is based on; and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         self.names_may_change()?;
         let _names = self.names.write();
@@ -178,8 +180,12 @@ impl Catalog {
         let (old_parent, _) = self.place_among_names(from.0)?;
         let (new_parent, _) = self.place_among_names(to.0)?;
         let old_name = source.path.file_name().unwrap_or(from.1);
-        rustix::fs::renameat_with(&old_parent, old_name, &new_parent, &new_name, flags)
-            .map_err(|e| Error::io(what, e.into()))?;
+        let (old, new) = ((&old_parent, old_name), (&new_parent, new_name.as_os_str()));
+        match target.is_some() || !flags.is_empty() {
+            true => rustix::fs::renameat_with(old.0, old.1, new.0, new.1, flags),
+            false => rename_to_free_name(old, new),
+        }
+        .map_err(|e| Error::io(what, e.into()))?;
         let new_path = to.0.path().join(new_name);
         let found: Vec<_> = std::iter::once(&source).chain(&target).collect();
         self.names_moved(&self.nodes_at(&found), &source.path, &new_path, flags);
@@ -271,6 +277,23 @@ impl Catalog {
         each(&|node| node.move_names(to, aside));
         each(&|node| node.move_names(from, to));
         each(&|node| node.move_names(aside, from));
+    }
+}
+
+/// Renames where nothing is known to have the new name: what is not shown, or has just appeared,
+/// keeps it, and the error is `EEXIST`.
+fn rename_to_free_name(old: (&File, &OsStr), new: (&File, &OsStr)) -> rustix::io::Result<()> {
+    let rename = |flags| rustix::fs::renameat_with(old.0, old.1, new.0, new.1, flags);
+    match rename(RenameFlags::NOREPLACE) {
+        // Some of the host's file systems do not know the flag.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            match rustix::fs::statat(new.0, new.1, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(_) => Err(Errno::EXIST),
+                Err(Errno::NOENT) => rename(RenameFlags::empty()),
+                Err(e) => Err(e),
+            }
+        }
+        renamed => renamed,
     }
 }
 

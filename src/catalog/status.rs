@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::node::Look;
 use super::{Catalog, IoCounts};
+use crate::confine;
 use crate::image;
 
 /// A whole mount.
@@ -17,6 +18,8 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
+    /// What the process has given up; nothing where it was not asked to.
+    pub confined: Option<&'static confine::Report>,
     /// The directory of the overlays that are written instead of the images; nothing where the
     /// images are written.
     pub overlay: Option<String>,
@@ -90,6 +93,7 @@ impl Catalog {
             source: self.source.display().to_string(),
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
+            confined: confine::report(),
             overlay: overlay.map(|overlay| overlay.directory.display().to_string()),
             ephemeral: overlay.is_some_and(|overlay| overlay.ephemeral),
             close_errors: self.close_errors.load(std::sync::atomic::Ordering::Relaxed),

@@ -290,6 +290,30 @@ fn names_are_changed_on_the_images() {
 }
 
 #[test]
+fn what_is_not_shown_is_not_replaced() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    fs::create_dir(tree.path("d")).unwrap();
+    symlink("elsewhere", tree.path("link.qcow2")).unwrap();
+    symlink("elsewhere", tree.path("link")).unwrap();
+    assert!(Command::new("mkfifo").arg(tree.path("fifo.qcow2")).status().unwrap().success());
+    let root = tree.catalog.node(ROOT).unwrap();
+    for (from, to) in [("a.raw", "link.raw"), ("a.raw", "fifo.raw"), ("d", "link")] {
+        let refused = tree.catalog.rename((&root, from.as_ref()), (&root, to.as_ref()), 0);
+        assert_eq!(refused.unwrap_err().errno(), libc::EEXIST, "{from} to {to}");
+    }
+    for name in ["link.qcow2", "link"] {
+        assert!(tree.path(name).is_symlink(), "{name}");
+    }
+    assert!(tree.path("fifo.qcow2").exists());
+    assert_eq!(tree.names(), ["a.raw", "d"]);
+    // What is shown is replaced as ever.
+    tree.image("b.qcow2", "2M");
+    tree.catalog.rename((&root, "b.raw".as_ref()), (&root, "a.raw".as_ref()), 0).unwrap();
+    assert_eq!(tree.lookup(ROOT, "a.raw").unwrap().size, 2 * MIB);
+}
+
+#[test]
 fn options_override_owner_and_mode() {
     let tree =
         Tree::with(Options { uid: Some(70), gid: Some(80), umask: 0o077, ..Default::default() });

@@ -29,7 +29,8 @@ const PIECE: usize = 1 << 20;
 /// recorded as it is given: relative to the directory of the new image, or absolute.
 ///
 /// Preallocation: metadata maps all of the disk to clusters without space on the host; falloc
-/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left.
+/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left,
+/// unless somebody else has opened it by then.
 ///
 /// Exit code: 0 done; 1 failed; 2 arguments that make no sense; 128 plus the number of the signal that
 /// ended it.
@@ -97,7 +98,7 @@ pub(super) fn run(args: &Args) -> i32 {
     let done = signals::block()
         .note()
         .map_err(|e| format!("starting a thread: {e}"))
-        .and_then(|signal| create(args, &signal).map(|()| signal.load(Ordering::Acquire)));
+        .and_then(|signal| create(args, &signal));
     match done {
         Ok(0) => 0,
         Ok(signal) => 128 + signal,
@@ -108,7 +109,8 @@ pub(super) fn run(args: &Args) -> i32 {
     }
 }
 
-fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<(), String> {
+/// Returns the signal that ended it, 0 for none.
+fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<i32, String> {
     if args.preallocation != Preallocation::Off && args.backing.is_some() {
         return Err("preallocation would hide the backing file: leave one of them out".into());
     }
@@ -119,14 +121,9 @@ fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<(), String> {
         _ => e.to_string(),
     })?;
     if args.preallocation == Preallocation::Off {
-        return Ok(());
+        return Ok(signal.load(Ordering::Acquire));
     }
-    let filled = fill(args, signal);
-    if filled.is_err() || signal.load(Ordering::Acquire) != 0 {
-        // Half of what was asked for is of no use to anybody.
-        std::fs::remove_file(&args.image).map_err(|e| format!("removing it again: {e}"))?;
-    }
-    filled
+    fill(args, signal)
 }
 
 fn options(args: &Args) -> Result<CreateOptions, String> {
@@ -181,8 +178,9 @@ fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u
     size.map_err(of_it)
 }
 
-/// Allocates all of the disk, until a signal comes.
-fn fill(args: &Args, signal: &AtomicI32) -> Result<(), String> {
+/// Allocates all of the disk, until a signal comes, which it returns; else 0. Half of what was asked
+/// for is of no use to anybody: it is removed, while our lock tells that nobody else has it.
+fn fill(args: &Args, signal: &AtomicI32) -> Result<i32, String> {
     let options = Options {
         writable: true,
         keep_erased: 0,
@@ -214,8 +212,14 @@ fn fill(args: &Args, signal: &AtomicI32) -> Result<(), String> {
         at = next;
         progress.written("allocated", at, end);
     }
-    let closed = opened.close();
-    done.and(closed).map_err(line)
+    let stopped_by = signal.load(Ordering::Acquire);
+    let done = done.and_then(|()| image.close()).map_err(line);
+    let removed = match done.is_err() || stopped_by != 0 {
+        true => opened.remove(&args.image).map_err(|e| format!("removing it again: {e}")),
+        false => Ok(()),
+    };
+    let closed = opened.close().map_err(line);
+    removed.and(done).and(closed).map(|()| stopped_by)
 }
 
 fn write_zeros(image: &Image, range: std::ops::Range<u64>, zeros: &[u8]) -> crate::Result<()> {

@@ -12,6 +12,7 @@ mod compact;
 mod create;
 mod daemon;
 mod detach;
+mod helper;
 mod info;
 mod keys;
 mod live;

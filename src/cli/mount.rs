@@ -10,13 +10,16 @@ use fuser::{Config, MountOption, Session, SessionACL};
 use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
+use super::helper::Helper;
 use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
 use super::{keys, logging, signals, size};
 use crate::catalog::{self, Catalog, OverlayOptions};
+use crate::confine::{self, Layer, Place};
 use crate::fs::Filesys;
 use crate::image;
+use crate::storage::image_lock;
 
 /// Mount a directory of qcow2 images
 ///
@@ -60,6 +63,14 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    /// Once mounted, give up capabilities, files elsewhere, the network and system calls that serving
+    /// does not need. New, so off by default; meant to become the default
+    #[arg(long)]
+    confine: bool,
+    /// With --confine: keep one of capabilities, no-new-privs (and seccomp and landlock with it),
+    /// landlock, seccomp (repeatable)
+    #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
+    unconfined: Vec<Layer>,
     #[command(flatten)]
     keys: keys::Args,
     #[command(flatten)]
@@ -82,8 +93,8 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime, noexec, sync, and what
-    /// mount(8) and fstab pass
+    /// ephemeral, confine, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
+    /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
@@ -144,6 +155,16 @@ struct Plan {
     level: log::LevelFilter,
     catalog: catalog::Options,
     options: MountOptions,
+    /// Where this process gives up what it does not need: which layers stay out of that.
+    confine: Option<Vec<Layer>>,
+}
+
+/// A mount that is there.
+struct Started {
+    session: Session<Filesys>,
+    catalog: Arc<Catalog>,
+    /// Only where this process has given up the right to unmount.
+    helper: Option<Arc<Helper>>,
 }
 
 /// Runs the command; returns the exit code.
@@ -199,6 +220,8 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
+        let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..));
+        let confine = confinement(args.confine || options.confine, unconfined.collect())?;
         let mut keys = args.keys;
         keys.key_file.append(&mut options.key_files);
         keys.keys = keys.keys.or(options.keys.take());
@@ -228,6 +251,7 @@ impl Plan {
                 create,
             },
             options,
+            confine,
         })
     }
 
@@ -237,36 +261,70 @@ impl Plan {
         let in_background = parent.is_some();
         match self.start(in_background) {
             Err(line) => Err((line, parent)),
-            Ok((session, catalog)) => {
+            Ok(started) => {
                 match parent.map(Parent::ready) {
                     Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
                     Some(Ok(())) => {}
                     None => tell_manager(NotifyState::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
-                Ok(self.run(session, &catalog))
+                Ok(self.run(started))
             }
         }
     }
 
-    fn start(&self, in_background: bool) -> Result<(Session<Filesys>, Arc<Catalog>), String> {
+    fn start(&self, in_background: bool) -> Result<Started, String> {
         self.start_log(in_background)?;
         daemon::set_up();
         let signals = signals::block();
         // The images are opened beneath the directory as it is now, whatever is mounted later.
         let catalog = Catalog::new(&self.directory, self.catalog.clone());
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
-        let thread = |e| format!("starting a thread: {e}");
-        let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone()).map_err(thread)?;
+        let files = self.files(Arc::clone(&catalog))?;
         let session = Session::new(files, &self.mountpoint, &self.config())
             .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
-        let mount = Served::new(self.mountpoint.clone(), session.as_fd())
+        let helper = self.confine.as_ref().map(|_| Helper::start(&self.mountpoint)).transpose();
+        let helper =
+            helper.map_err(|e| format!("starting the process that unmounts: {e}"))?.map(Arc::new);
+        let mount = Served::new(self.mountpoint.clone(), session.as_fd(), helper.clone())
             .map_err(|e| format!("looking for the mount at {}: {e}", self.mountpoint.display()))?;
         if let Err(e) = mount.read_ahead(READ_AHEAD) {
             log::debug!("the kernel's own limit of what it reads ahead stays: {e}");
         }
-        signals.serve(mount, Arc::clone(&catalog)).map_err(thread)?;
-        Ok((session, catalog))
+        if let (Some(without), Some(helper)) = (&self.confine, &helper) {
+            // No thread has been started yet: what is given up now, all of them lack.
+            self.give_up(without, helper);
+        }
+        signals.serve(mount, Arc::clone(&catalog)).map_err(starting_a_thread)?;
+        Ok(Started { session, catalog, helper })
+    }
+
+    /// The file system. Its threads would keep what is given up after they have started.
+    fn files(&self, catalog: Arc<Catalog>) -> Result<Filesys, String> {
+        let place = self.mountpoint.clone();
+        match self.confine {
+            Some(_) => Ok(Filesys::without_threads(catalog, place)),
+            None => Filesys::new(catalog, place).map_err(starting_a_thread),
+        }
+    }
+
+    /// Gives up what serving the mount does not need, but for the layers in `without`.
+    fn give_up(&self, without: &[Layer], helper: &Arc<Helper>) {
+        let searcher = Arc::clone(helper);
+        image_lock::search_by(move |wanted| searcher.holder(wanted));
+        let overlay = self.catalog.overlay.as_ref().map(|overlay| &overlay.directory);
+        let write = !self.options.read_only && overlay.is_none();
+        let place = |path: &PathBuf| Place { path: path.clone(), write };
+        let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
+        places.push(place(&self.directory));
+        places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
+        let keys = &self.catalog.keys;
+        let key_files = keys.files.iter().map(|(_, file)| file);
+        let key_places = key_files.chain(&keys.directory).chain(&keys.credentials);
+        places.extend(key_places.map(|path| Place { path: path.clone(), write: false }));
+        // Where the standard descriptors lead once the terminal is let go of.
+        places.push(Place { path: "/dev/null".into(), write: true });
+        confine::confine(without, &places);
     }
 
     fn start_log(&self, in_background: bool) -> Result<(), String> {
@@ -279,7 +337,7 @@ impl Plan {
         Ok(())
     }
 
-    fn run(&self, session: Session<Filesys>, catalog: &Catalog) -> i32 {
+    fn run(&self, Started { session, catalog, helper }: Started) -> i32 {
         let ended = serve_to_the_end(session);
         tell_manager(NotifyState::Stopping);
         if let Err(e) = &ended {
@@ -290,12 +348,19 @@ impl Plan {
             log::error!("{failed} times an image could not be closed in order; check it");
         }
         if is_dead(&self.mountpoint)
-            && let Err(e) = unmounting::unmount(&self.mountpoint, true)
+            && let Err(e) = self.detach(helper.as_deref())
         {
             log::warn!("cannot detach {}: {e}", self.mountpoint.display());
         }
         log::info!("{} is no longer served", self.mountpoint.display());
         i32::from(failed > 0 || ended.is_err())
+    }
+
+    fn detach(&self, helper: Option<&Helper>) -> io::Result<()> {
+        match helper {
+            Some(helper) => helper.unmount(None, true),
+            None => unmounting::unmount(&self.mountpoint, true),
+        }
     }
 
     fn config(&self) -> Config {
@@ -421,6 +486,19 @@ fn overlay_options(
         }
         None => Ok(None),
     }
+}
+
+/// The layers to leave out, where any is asked for.
+fn confinement(is_asked: bool, without: Vec<Layer>) -> Result<Option<Vec<Layer>>, String> {
+    match is_asked {
+        true => Ok(Some(without)),
+        false if without.is_empty() => Ok(None),
+        false => Err("--unconfined needs --confine: without it, nothing is given up".into()),
+    }
+}
+
+fn starting_a_thread(error: io::Error) -> String {
+    format!("starting a thread: {error}")
 }
 
 /// Overlays among images would be shown as such.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use fuser::MountOption;
 
 use super::{keys, size};
+use crate::confine::Layer;
 use crate::image::{CompactAfter, CompressionType};
 
 /// What the options say.
@@ -19,6 +20,8 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
+    pub(super) confine: bool,
+    pub(super) unconfined: Vec<Layer>,
     pub(super) key_files: Vec<(PathBuf, PathBuf)>,
     pub(super) keys: Option<PathBuf>,
     pub(super) create_cluster_size: Option<u64>,
@@ -93,6 +96,8 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
+            ("confine", None) => self.confine = true,
+            ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
             ("key_file", Some(value)) => self.key_files.push(keys::named(value)?),
             ("keys", Some(value)) => self.keys = Some(value.into()),
             ("create_cluster_size", Some(value)) => {
@@ -170,7 +175,8 @@ mod tests {
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
-                   overlay=/o,ephemeral,keys=/k,key_file=a=/f",
+                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,confine,\
+                   unconfined=landlock",
         );
         let wanted = MountOptions {
             read_only: true,
@@ -182,6 +188,8 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
+            confine: true,
+            unconfined: vec![Layer::Landlock],
             key_files: vec![("a".into(), "/f".into())],
             keys: Some("/k".into()),
             create_cluster_size: Some(4096),
@@ -217,6 +225,8 @@ mod tests {
             "keep_erased=much",
             "compact_after=soon",
             "recycle_rate=0",
+            "unconfined=all",
+            "confine=all",
             "create_compression=lzma",
             "create_refcount_bits=some",
         ] {

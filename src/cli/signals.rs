@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use super::busy;
 use super::unmounting::{self, Served};
 use crate::catalog::Catalog;
 
@@ -77,7 +76,7 @@ fn unmount(mount: &Served) -> bool {
     };
     let place = mount.mountpoint().display();
     if error.raw_os_error() == Some(libc::EBUSY) {
-        let users = busy::users(mount.mountpoint());
+        let users = mount.users();
         log::error!(
             "{place} is busy, still serving it; another signal ends it. In use by: {users}"
         );

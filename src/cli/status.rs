@@ -101,7 +101,7 @@ pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
 
 /// The whole page; `rates` has a line or nothing for each image.
 fn page(status: &Value, rates: &[String], colours: bool) -> String {
-    let mut page = headline(status) + "\n";
+    let mut page = headline(status) + "\n" + &confinement(&status["confined"]);
     let no_rates = std::iter::repeat_with(|| "");
     let rates = rates.iter().map(String::as_str).chain(no_rates);
     for (image, rate) in images(status).zip(rates) {
@@ -117,6 +117,20 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
         page += &format!("last error: {}\n", text(&error["error"]));
     }
     page
+}
+
+/// Whether the process is confined, and by what not, in a line; nothing where it was not asked to be.
+fn confinement(confined: &Value) -> String {
+    let layers = confined.as_object().into_iter().flatten();
+    let lacking = layers.filter(|(_, state)| **state != "on");
+    let lacking: Vec<_> = lacking
+        .map(|(layer, state)| format!("{layer} ({})", state.as_str().unwrap_or("?")))
+        .collect();
+    match (confined.is_object(), lacking.is_empty()) {
+        (false, _) => String::new(),
+        (true, true) => "confined\n".into(),
+        (true, false) => format!("not confined by {}\n", lacking.join(", ")),
+    }
 }
 
 fn text(value: &Value) -> String {

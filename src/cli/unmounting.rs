@@ -7,12 +7,18 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use super::busy;
+use super::helper::Helper;
 
 /// The mount that this process serves. What others have mounted in the same place, over it or after
 /// it, is never touched.
 pub(super) struct Served {
     mountpoint: PathBuf,
+    /// Who unmounts it where this process has given up the right to.
+    helper: Option<Arc<Helper>>,
     /// Nobody else's as long as the connection is up.
     device: Vec<u8>,
     connection: OwnedFd,
@@ -20,13 +26,18 @@ pub(super) struct Served {
 
 impl Served {
     /// What has just been mounted at `mountpoint`; the kernel talks to it through `connection`.
+    /// With a `helper`, that one unmounts it.
     ///
     /// # Errors
     /// Those of the host.
-    pub(super) fn new(mountpoint: PathBuf, connection: BorrowedFd<'_>) -> io::Result<Served> {
+    pub(super) fn new(
+        mountpoint: PathBuf,
+        connection: BorrowedFd<'_>,
+        helper: Option<Arc<Helper>>,
+    ) -> io::Result<Served> {
         let connection = connection.try_clone_to_owned()?;
         let device = device_at(&mountpoint).ok_or_else(not_there)?;
-        Ok(Served { mountpoint, device, connection })
+        Ok(Served { mountpoint, helper, device, connection })
     }
 
     /// Lets the kernel read `bytes` ahead of who reads through the page cache from start to end.
@@ -50,10 +61,22 @@ impl Served {
     /// # Errors
     /// Those of [`unmount`].
     pub(super) fn unmount(&self, lazy: bool) -> io::Result<()> {
-        if !self.is_connected() || device_at(&self.mountpoint).as_ref() != Some(&self.device) {
+        if !self.is_connected() {
             return Err(not_there());
         }
-        unmount(&self.mountpoint, lazy)
+        match &self.helper {
+            Some(helper) => helper.unmount(Some(&self.device), lazy),
+            None if shows(&self.mountpoint, &self.device) => unmount(&self.mountpoint, lazy),
+            None => Err(not_there()),
+        }
+    }
+
+    /// Who uses something under the mount point: [`busy::users`].
+    pub(super) fn users(&self) -> String {
+        match &self.helper {
+            Some(helper) => helper.users(),
+            None => busy::users(&self.mountpoint),
+        }
     }
 
     fn is_connected(&self) -> bool {
@@ -63,8 +86,14 @@ impl Served {
     }
 }
 
-fn not_there() -> io::Error {
+/// The error where a mount is not what is seen at its place.
+pub(super) fn not_there() -> io::Error {
     io::Error::other("it is detached already, or something else is mounted over it")
+}
+
+/// Whether the file system of that number is what is seen at `place`.
+pub(super) fn shows(place: &Path, device: &[u8]) -> bool {
+    device_at(place).is_some_and(|seen| seen == device)
 }
 
 /// The number of the file system that is seen at `place`, as the kernel prints it.

@@ -22,6 +22,8 @@ pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
 /// A LUKS header is at most this many bytes, key slots included.
 const MAX_LUKS_BYTES: u64 = 1 << 30;
+/// What the header's `crypt_method` says of LUKS.
+const CRYPT_LUKS: u32 = 2;
 
 /// Refcounts may be too low: rebuild them before allocating.
 pub const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
@@ -378,12 +380,20 @@ impl Header {
     /// Where the LUKS header is, and how many bytes it has with its key slots; `None` without one.
     ///
     /// # Errors
-    /// `Corrupt`: it starts no cluster, or is longer than any.
+    /// `Corrupt`: it starts no cluster, is longer than any, or is not said to be anywhere in an image
+    /// that is encrypted with it.
     pub fn luks(&self) -> Result<Option<(HostOffset, u64)>> {
-        let Some(data) = self.extension(EXTENSION_LUKS) else { return Ok(None) };
+        let is_luks = self.crypt_method == CRYPT_LUKS;
+        let Some(data) = self.extension(EXTENSION_LUKS).filter(|data| data.len() == 16) else {
+            return match is_luks || self.extension(EXTENSION_LUKS).is_some() {
+                // Whoever took its clusters for leaked would erase the keys.
+                true => Err(Error::corrupt("header: nothing says where the LUKS header is")),
+                false => Ok(None),
+            };
+        };
         let (offset, length) = (HostOffset(be64(data, 0)), be64(data, 8));
         let is_aligned = self.geometry.is_aligned(offset.0);
-        if data.len() != 16 || !is_aligned || length > MAX_LUKS_BYTES {
+        if !is_aligned || length > MAX_LUKS_BYTES || is_luks && length == 0 {
             return Err(Error::corrupt("header: the LUKS extension makes no sense"));
         }
         Ok(Some((offset, length)))

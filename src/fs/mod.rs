@@ -69,6 +69,13 @@ impl Filesys {
         Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
     }
 
+    /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
+    /// gives its privileges up while it has no threads.
+    pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
+        let verbs = Arc::new(Verbs::new(catalog, mountpoint));
+        Filesys { verbs, pool: Pool::without_threads(SLOW_THREADS) }
+    }
+
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
         if control::attributes(ino).is_some() || snap::is_ours(ino) {
             // Nothing of ours can be changed.

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -13,47 +14,75 @@ type Job = Box<dyn FnOnce() + Send>;
 pub(super) struct Pool {
     /// `None` only while it is dropped.
     jobs: Option<Sender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    queue: Receiver<Job>,
+    size: usize,
+    threads: OnceLock<Vec<JoinHandle<()>>>,
 }
 
 impl Pool {
-    /// A pool of `threads` threads.
+    /// A pool of `size` threads.
     ///
     /// # Errors
     /// Those of the host when it cannot start a thread.
-    pub(super) fn new(threads: usize) -> io::Result<Pool> {
-        let (jobs, queue) = unbounded();
-        let start = |number: usize| {
-            let queue = queue.clone();
-            thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
-        };
-        Ok(Pool { jobs: Some(jobs), threads: (0..threads).map(start).collect::<io::Result<_>>()? })
+    pub(super) fn new(size: usize) -> io::Result<Pool> {
+        let mut pool = Pool::without_threads(size);
+        let threads = (0..size).map(|number| pool.start(number)).collect::<io::Result<Vec<_>>>()?;
+        pool.threads = OnceLock::from(threads);
+        Ok(pool)
     }
 
-    /// Runs `job` on one of the threads.
+    /// A pool of `size` threads that start with the first job.
+    pub(super) fn without_threads(size: usize) -> Pool {
+        let (jobs, queue) = unbounded();
+        Pool { jobs: Some(jobs), queue, size, threads: OnceLock::new() }
+    }
+
+    /// Runs `job` on one of the threads; here, if not one could be started.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        if self.threads.get_or_init(|| self.start_all()).is_empty() {
+            return run(Box::new(job));
+        }
         if let Some(jobs) = &self.jobs {
-            // Fails only when every thread is gone; then the job's reply answers with an error.
+            // Fails only without a queue, which lives as long as this does.
             let _ = jobs.send(Box::new(job));
         }
+    }
+
+    /// As many as the host lets us: requests are waiting.
+    fn start_all(&self) -> Vec<JoinHandle<()>> {
+        let started = (0..self.size).map_while(|number| match self.start(number) {
+            Ok(thread) => Some(thread),
+            Err(e) => {
+                log::warn!("only {number} threads for slow requests could be started: {e}");
+                None
+            }
+        });
+        started.collect()
+    }
+
+    fn start(&self, number: usize) -> io::Result<JoinHandle<()>> {
+        let queue = self.queue.clone();
+        thread::Builder::new().name(format!("slow-{number}")).spawn(move || work(&queue))
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.jobs = None;
-        for thread in self.threads.drain(..) {
+        for thread in self.threads.take().into_iter().flatten() {
             let _ = thread.join();
         }
     }
 }
 
 fn work(queue: &Receiver<Job>) {
-    for job in queue {
-        // A defect in one request must not take the thread away from all others.
-        if catch_unwind(AssertUnwindSafe(job)).is_err() {
-            log::error!("a request ended by a defect in this program");
-        }
+    queue.iter().for_each(run);
+}
+
+/// A defect in one request must not take the thread away from all others.
+fn run(job: Job) {
+    if catch_unwind(AssertUnwindSafe(job)).is_err() {
+        log::error!("a request ended by a defect in this program");
     }
 }
 
@@ -81,15 +110,16 @@ mod tests {
 
     #[test]
     fn dropping_the_pool_runs_what_is_queued() {
-        let ran = Arc::new(AtomicU32::new(0));
-        let pool = Pool::new(1).unwrap();
-        for _ in 0..100 {
-            let ran = Arc::clone(&ran);
-            pool.run(move || {
-                ran.fetch_add(1, Ordering::Relaxed);
-            });
+        for pool in [Pool::new(1).unwrap(), Pool::without_threads(1)] {
+            let ran = Arc::new(AtomicU32::new(0));
+            for _ in 0..100 {
+                let ran = Arc::clone(&ran);
+                pool.run(move || {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            drop(pool);
+            assert_eq!(ran.load(Ordering::Relaxed), 100);
         }
-        drop(pool);
-        assert_eq!(ran.load(Ordering::Relaxed), 100);
     }
 }

@@ -106,9 +106,9 @@ impl Image {
         let dirty = writer.refcounts.collect();
         let any = !dirty.blocks.is_empty() || !dirty.links.is_empty();
         let result = self.write_all(&dirty.blocks, "writing a refcount block").and_then(|()| {
-            if !dirty.links.is_empty() {
+            for links in &dirty.links {
                 self.sync_for(writer, Rule::BlocksBeforeLinks)?;
-                self.write_all(&dirty.links, "linking a refcount block").inspect_err(|e| {
+                self.write_all(links, "linking a refcount block").inspect_err(|e| {
                     self.health.latch_unknown(&e.to_string());
                 })?;
             }

@@ -13,6 +13,8 @@
 //! What is left had a refcount above its references when the image was opened: nothing can refer to
 //! it since, or not so often. Where a snapshot was being taken or deleted, COPIED flags may be
 //! missing too; they are set in the end.
+//! A refcount that is below the references is damage, which turns the image read-only while nothing
+//! has been freed yet.
 //! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
 //! the format nobody may believe their directory any more.
 //!
@@ -24,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::{Image, Writer};
+use super::{Image, Writer, open};
 use crate::check::{copied, references};
 use crate::error::{Error, Result};
 use crate::format::{Header, HostCluster};
@@ -99,6 +101,7 @@ impl Image {
             Err(_) => self.judge_bitmaps(writer, None::<fn(u64) -> u64>),
         }
         let returned = counted.and_then(|counts| {
+            self.refuse_low_counts(writer, &counts, stop)?;
             let returned = self.return_leaked(writer, &counts, stop)?;
             self.set_missing_flags(writer, storage, header, &counts)?;
             Ok(returned)
@@ -111,12 +114,57 @@ impl Image {
                 "{}: {count} clusters that had leaked are being freed",
                 self.health.label()
             ),
-            Err(_) if stop.load(Ordering::Acquire) => {}
+            Err(_) if stop.load(Ordering::Acquire) || !self.health.is_good() => {}
             Err(e) => log::warn!(
                 "{}: clusters that may have leaked are not looked for: {e}",
                 self.health.label()
             ),
         }
+    }
+
+    /// A refcount that is lower than the references, which only a damaged image has, makes it
+    /// read-only: to drop one reference would free what others still refer to. Nothing has been
+    /// freed since the image was opened.
+    fn refuse_low_counts(
+        &self,
+        writer: &Writer,
+        counts: &references::ReferenceCounts,
+        stop: &AtomicBool,
+    ) -> Result<()> {
+        // What was counted while the tables changed is no proof.
+        if self.find_low_count(writer, counts, stop)?.is_none() {
+            return Ok(());
+        }
+        let _flush = self.hold_flush(writer);
+        let _guard = self.locks.exclusive(0..u64::MAX);
+        self.flush_held(writer)?;
+        let header = open::read_header(&*self.storage)?;
+        let counts = references::count(&*self.storage, &header)?;
+        match self.find_low_count(writer, &counts, stop)? {
+            None => Ok(()),
+            Some(found) => self.note(Err(Error::corrupt(found))),
+        }
+    }
+
+    fn find_low_count(
+        &self,
+        writer: &Writer,
+        counts: &references::ReferenceCounts,
+        stop: &AtomicBool,
+    ) -> Result<Option<String>> {
+        for (cluster, references) in counts.range(0..u64::MAX) {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let count = writer.refcounts.get(cluster)?;
+            if count < references {
+                let at = self.geometry.host_offset(cluster);
+                return Ok(Some(format!(
+                    "the cluster at {at} has {references} references and refcount {count}"
+                )));
+            }
+        }
+        Ok(None)
     }
 
     fn return_leaked(

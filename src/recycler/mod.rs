@@ -228,6 +228,10 @@ impl Recycler {
     /// As [`Recycler::take`].
     pub fn take_at_end(&self, count: u64) -> Result<Rooted<'_>> {
         let clusters = self.refcounts.allocate_at_end(count)?;
+        if let Err(e) = self.refcounts.extend_file() {
+            self.refcounts.release(clusters)?;
+            return Err(e);
+        }
         let clusters = self.zeroed(Allocated { clusters, is_new: false })?;
         self.tail_may_be_free.store(true, Ordering::Relaxed);
         self.map.lock().add_rooted(clusters.clone());

@@ -14,9 +14,13 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use super::processes;
 use crate::error::{Error, ErrorKind, Result};
@@ -37,7 +41,7 @@ const UNSHARED: i64 = 200;
 /// Permissions that nobody else may have while we read or write: write and resize.
 const NOT_SHARED: [i64; 2] = [1, 3];
 /// How long the search for the other process may take.
-const SEARCH: Duration = Duration::from_millis(300);
+pub const SEARCH: Duration = Duration::from_millis(300);
 
 impl Access {
     fn used(self) -> &'static [i64] {
@@ -85,7 +89,7 @@ pub fn used_by(file: &File) -> Result<Option<(Access, Option<String>)>> {
         (false, true) => Access::Read,
         (false, false) => return Ok(None),
     };
-    let holder = other_holder(file).map(|(pid, name)| format!("{name} (pid {pid})"));
+    let holder = other_holder(file).map(|Holder { pid, name }| format!("{name} (pid {pid})"));
     Ok(Some((access, holder)))
 }
 
@@ -151,11 +155,42 @@ fn is_locked_by_other(file: &File, byte: i64) -> io::Result<bool> {
 
 fn in_use(file: &File) -> Error {
     let who = match other_holder(file) {
-        Some((pid, name)) => format!(" (pid {pid}, {name})"),
+        Some(Holder { pid, name }) => format!(" (pid {pid}, {name})"),
         None => String::new(),
     };
     let text = format!("in use by another process{who}; stop it there, then open it again");
     Error::new(ErrorKind::InUse, text)
+}
+
+/// A process that has a file open.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Holder {
+    /// Its number.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
+}
+
+/// A file that somebody else may have open.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Wanted {
+    device: u64,
+    inode: u64,
+    /// The last part of its name.
+    name: Vec<u8>,
+    /// Who asks, and is not meant.
+    asker: u32,
+}
+
+type Search = Box<dyn Fn(&Wanted) -> Option<Holder> + Send + Sync>;
+
+/// Who searches instead of this process, which may not look at others.
+static SEARCHER: OnceLock<Search> = OnceLock::new();
+
+/// From now on `search` finds out who has a file open, as [`find_holder`] does.
+pub fn search_by(search: impl Fn(&Wanted) -> Option<Holder> + Send + Sync + 'static) {
+    // A process is confined once.
+    let _first = SEARCHER.set(Box::new(search));
 }
 
 /// The process that has the same file open, as far as `/proc` tells within [`SEARCH`]: an
@@ -163,28 +198,36 @@ fn in_use(file: &File) -> Error {
 ///
 /// To look at a process that is just becoming another program waits until it has become it, and that
 /// may wait for an answer of ours, to the close of a file on our mount.
-fn other_holder(file: &File) -> Option<(u32, String)> {
-    let wanted = file.metadata().ok()?;
+fn other_holder(file: &File) -> Option<Holder> {
+    let metadata = file.metadata().ok()?;
     let own_link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-    processes::within(SEARCH, move || find_holder((wanted.dev(), wanted.ino()), &own_link))
-        .flatten()
+    let wanted = Wanted {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        name: own_link.file_name()?.as_bytes().to_vec(),
+        asker: std::process::id(),
+    };
+    let search = move || SEARCHER.get().map_or_else(|| find_holder(&wanted), |by| by(&wanted));
+    processes::within(SEARCH, search).flatten()
 }
 
-fn find_holder(wanted: (u64, u64), own_link: &Path) -> Option<(u32, String)> {
+/// The process that has `wanted` open, as far as this one may see.
+pub fn find_holder(wanted: &Wanted) -> Option<Holder> {
     let deadline = Instant::now() + SEARCH;
-    for pid in processes::others() {
+    for pid in processes::others().filter(|&pid| pid != wanted.asker) {
         if Instant::now() > deadline {
             return None;
         }
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+        let is_named = |to: &Path| to.file_name().is_some_and(|n| n.as_bytes() == wanted.name);
         let holds = |link: &Path| {
             // The link is compared first: looking at a file on a dead mount may never return.
-            let same_name =
-                fs::read_link(link).is_ok_and(|to| to.file_name() == own_link.file_name());
-            same_name && fs::metadata(link).is_ok_and(|m| (m.dev(), m.ino()) == wanted)
+            fs::read_link(link).is_ok_and(|to| is_named(&to))
+                && fs::metadata(link)
+                    .is_ok_and(|m| (m.dev(), m.ino()) == (wanted.device, wanted.inode))
         };
         if descriptors.flatten().any(|d| holds(&d.path())) {
-            return Some((pid, processes::name(pid)));
+            return Some(Holder { pid, name: processes::name(pid) });
         }
     }
     None

@@ -150,18 +150,29 @@ impl Drop for NewFile {
 
 /// Whether `name` is one that a crash may have left behind.
 pub fn is_temporary(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(TEMPORARY.as_bytes())
+    let is_number = |part: &[u8]| !part.is_empty() && part.iter().all(u8::is_ascii_digit);
+    let numbers = name.as_bytes().strip_prefix(TEMPORARY.as_bytes());
+    let mut parts = numbers.unwrap_or_default().split(|byte| *byte == b'.');
+    // Exactly what `temporary_name` makes: other names that start so belong to others.
+    let numbered = [parts.next(), parts.next()].into_iter().all(|part| part.is_some_and(is_number));
+    numbered && parts.next().is_none()
 }
 
 /// Removes the file with the temporary name `name` in `directory`, unless somebody is making it.
 ///
 /// # Errors
-/// `EWOULDBLOCK` where somebody is, and those of the host.
+/// `EWOULDBLOCK` where somebody is, `ESTALE` where the name went to another file meanwhile, and those
+/// of the host.
 pub fn remove_abandoned(directory: &File, name: &OsStr) -> io::Result<()> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let path = by_descriptor(directory).join(name);
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     lock(&file)?;
+    let opened = rustix::fs::fstat(&file)?;
+    let named = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino) {
+        return Err(io::Error::from_raw_os_error(libc::ESTALE));
+    }
     remove(directory, name)
 }
 
@@ -244,11 +255,23 @@ mod tests {
     }
 
     #[test]
+    fn only_names_that_are_made_here_are_temporary() {
+        assert!(is_temporary(&temporary_name()));
+        let others =
+            ["", "1", "1.", ".1", "1.2.3", "1.2.", "1.2.qcow2", "1.x", "+1.2", "notes", "1.2 "];
+        for rest in others {
+            let name = format!("{TEMPORARY}{rest}");
+            assert!(!is_temporary(name.as_ref()), "{name}");
+        }
+        assert!(!is_temporary("1.2".as_ref()) && !is_temporary("x.qcow2".as_ref()));
+    }
+
+    #[test]
     fn only_what_nobody_is_making_is_taken_for_abandoned() {
         let directory = tempfile::tempdir().unwrap();
         let [_, new] = both(directory.path());
         let name = new.temporary.clone().unwrap();
-        assert!(is_temporary(&name) && !is_temporary("x.qcow2".as_ref()));
+        assert!(is_temporary(&name));
         let opened = File::open(directory.path()).unwrap();
         let busy = remove_abandoned(&opened, &name).unwrap_err();
         assert_eq!(busy.raw_os_error(), Some(libc::EWOULDBLOCK));

@@ -3,7 +3,7 @@
 //! file of its own, which they also cut and lengthen. Each knows what it must find, and looks all
 //! the time; in the end QEMU looks too.
 //!
-//! It takes some 40 seconds; `QCOW2FS_MODEL_SECONDS` says how many instead, `QCOW2FS_SEED` makes the
+//! It takes some 25 seconds; `QCOW2FS_MODEL_SECONDS` says how many instead, `QCOW2FS_SEED` makes the
 //! same choices as a run before.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
@@ -26,7 +26,7 @@ use support::rng::fresh_seed;
 use support::{Watchdog, setting};
 use worker::{Task, Worker};
 
-const SECONDS: u64 = 40;
+const SECONDS: u64 = 25;
 /// Bytes of a worker's part.
 const PART: u64 = 8 << 20;
 

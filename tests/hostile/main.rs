@@ -9,4 +9,5 @@ mod support;
 mod bombs;
 mod meter;
 mod mutation;
+mod names;
 mod shapes;

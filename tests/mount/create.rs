@@ -91,3 +91,21 @@ fn preallocation_takes_what_it_says() {
     assert_eq!(stopped.code, Some(130), "{stopped:?}");
     assert!(!image.exists(), "half an image is left");
 }
+
+#[test]
+fn a_file_that_took_the_place_of_half_an_image_stays() {
+    let lab = Lab::new();
+    let (image, other) = (lab.image("stopped.qcow2"), lab.image("other.qcow2"));
+    fs::write(&other, "other").unwrap();
+    // Once the file grows, the image is open and being filled.
+    let stopped = attempt!(
+        "$qcow2fs create --preallocation full {0} 300G & \
+         for i in $(seq 600); do [ \"$(stat -c %s {0} 2>/dev/null || echo 0)\" -gt 9000000 ] && break; sleep 0.05; done; \
+         mv {1} {0}; kill -INT $!; wait $!",
+        image.display(),
+        other.display()
+    );
+    assert_eq!(stopped.code, Some(1), "{stopped:?}");
+    assert!(stopped.err.contains("another file is called"), "{stopped:?}");
+    assert_eq!(fs::read(&image).unwrap(), b"other");
+}

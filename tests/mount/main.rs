@@ -19,6 +19,7 @@ mod boot;
 mod chains;
 mod combinations;
 mod compact;
+mod confinement;
 mod create;
 mod data_files;
 mod devices;

@@ -60,6 +60,49 @@ fn other_users_read_only_where_allowed() {
     mount.umount();
 }
 
+#[test]
+fn each_user_may_do_what_owner_and_mode_of_the_image_allow() {
+    let lab = Lab::new();
+    let user = |id: u32, groups: &str| format!("setpriv --reuid={id} --regid={id} {groups}");
+    let owner = user(1001, "--clear-groups");
+    let member = user(1002, "--groups=1500");
+    let stranger = user(1003, "--clear-groups");
+    for (name, mode) in [("private", "600"), ("group", "640"), ("shared", "660"), ("open", "666")] {
+        let image = lab.create(&format!("{name}.qcow2"), "1M", "");
+        sh!("chown 1001:1500 {0}; chmod {mode} {0}", image.display());
+    }
+    let mount = lab.mount_with("-o allow_other");
+    // Who, what is read and what is written of private, group, shared and open.
+    for (who, read, written) in [
+        (&owner, [true; 4], [true; 4]),
+        (&member, [false, true, true, true], [false, false, true, true]),
+        (&stranger, [false, false, false, true], [false, false, false, true]),
+    ] {
+        for (i, name) in ["private", "group", "shared", "open"].iter().enumerate() {
+            let raw = mount.path(&format!("{name}.raw"));
+            let raw = raw.display();
+            assert_eq!(attempt!("{who} head -c 512 {raw}").ok(), read[i], "{who} reads {name}");
+            let write = format!("{who} dd if=/dev/zero of={raw} bs=512 count=1 conv=notrunc");
+            assert_eq!(attempt!("{write}").ok(), written[i], "{who} writes {name}");
+            let owns = std::ptr::eq(who, &owner);
+            assert_eq!(attempt!("{who} chmod g+x {raw}").ok(), owns, "{who} chmod {name}");
+            assert!(!attempt!("{who} chown 1003 {raw}").ok(), "{who} gave {name} away");
+        }
+    }
+    // What steers the mount is not for everybody.
+    let control = mount.path(".qcow2fs/control");
+    assert!(!attempt!("{stranger} sh -c 'echo stop open.raw > {}'", control.display()).ok());
+    mount.umount();
+    let mount = lab.mount();
+    for who in [&owner, &member, &stranger] {
+        assert!(
+            !attempt!("{who} ls {}", mount.point().display()).ok(),
+            "{who} without allow_other"
+        );
+    }
+    mount.umount();
+}
+
 /// The program under test where mount(8) looks for it, which takes no PATH from its caller. Before
 /// /usr/local/bin, so that one installed there is left alone.
 struct Installed {

@@ -139,6 +139,7 @@ fn attributes_change_on_the_overlay_and_names_do_not() {
     let untouched = fs::metadata(&image).unwrap();
     assert_eq!(untouched.modified().unwrap(), metadata.modified().unwrap());
     assert_eq!(untouched.permissions(), metadata.permissions());
+    assert_eq!(sh!("stat -c %a {}/a", lab.path("overlays").display()), "700\n");
     drop(reader);
     for command in ["rm a/disk.raw", "mv a/disk.raw b.raw", "mkdir b", "rmdir a", "chmod 700 a"] {
         let refused = attempt!("cd {}; {command}", mounted.point().display());
@@ -180,10 +181,21 @@ fn overlays_that_would_mix_things_up_are_refused_in_one_line() {
 
     // An overlay on something else is not taken for one on this image.
     fs::create_dir(place.join("a")).unwrap();
-    sh!("qemu-img create -q -f qcow2 {}/a/disk.qcow2 8M", place.display());
-    let mounted = mount(&lab, "");
-    assert!(File::open(mounted.path("a/disk.raw")).is_err());
-    let said = || mounted.log().contains("is not based on");
-    eventually(Duration::from_secs(10), said, || mounted.log());
-    mounted.umount();
+    let data = format!("-o data_file={}", place.join("data").display());
+    for (options, expected) in [
+        ("".to_owned(), "is not based on"),
+        (format!("-b {} -F raw", image.display()), "is no overlay of ours"),
+        (format!("-b {} -F qcow2 {data}", image.display()), "is no overlay of ours"),
+    ] {
+        sh!("qemu-img create -q -f qcow2 {options} {}/a/disk.qcow2 8M", place.display());
+        let mounted = mount(&lab, "");
+        for write in [false, true] {
+            let opened =
+                OpenOptions::new().read(true).write(write).open(mounted.path("a/disk.raw"));
+            assert!(opened.is_err(), "{options}");
+        }
+        let said = || mounted.log().contains(expected);
+        eventually(Duration::from_secs(10), said, || mounted.log());
+        mounted.umount();
+    }
 }

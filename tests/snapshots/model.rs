@@ -253,7 +253,7 @@ pub fn small_shape(rng: &mut Rng) -> Shape {
 
 #[test]
 fn snapshots_keep_what_the_disk_held_whatever_becomes_of_the_disk() {
-    for_seeds("snapshots_keep_what_the_disk_held_whatever_becomes_of_the_disk", 40, |seed| {
+    for_seeds("snapshots_keep_what_the_disk_held_whatever_becomes_of_the_disk", 25, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
         let made = Made::furnished(small_shape(&mut rng), directory.path(), &mut rng);

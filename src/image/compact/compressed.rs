@@ -70,6 +70,8 @@ impl Image {
         }
         let Some((place, touched)) = self.pack_referenced(writer, pass, exact as u64, one.paths)?
         else {
+            // Others may fit into less.
+            pass.is_out_of_room = true;
             return Ok(());
         };
         let sectors = (place.0 + exact as u64 - 1) / 512 - place.0 / 512 + 1;

@@ -143,6 +143,11 @@ impl Image {
         if old.end <= end || old.is_empty() {
             return Ok(None);
         }
+        for cluster in old.clone().map(HostCluster) {
+            if !self.is_all_of(writer, compaction, cluster, 1)? {
+                return Ok(None);
+            }
+        }
         let count = old.end - old.start;
         let Some(place) = writer.refcounts.allocate_run_before(count, end)? else {
             compaction.pin(|| format!("no room in a row for {count} clusters of metadata"));

@@ -1,0 +1,210 @@
+//! Seccomp: the system calls that serving a mount makes.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// What is allowed with any arguments, on every machine.
+const ALLOWED: &[c_long] = &[
+    // Reading and writing what is open.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_splice,
+    libc::SYS_copy_file_range,
+    libc::SYS_lseek,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fadvise64,
+    libc::SYS_flock,
+    libc::SYS_fcntl,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_pipe2,
+    libc::SYS_eventfd2,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    // Files and directories by name; Landlock says which.
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_statfs,
+    libc::SYS_fstatfs,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_readlinkat,
+    libc::SYS_getdents64,
+    libc::SYS_getcwd,
+    libc::SYS_chdir,
+    libc::SYS_umask,
+    libc::SYS_mkdirat,
+    libc::SYS_unlinkat,
+    libc::SYS_linkat,
+    libc::SYS_renameat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_getxattr,
+    libc::SYS_lgetxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_listxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_mlock,
+    libc::SYS_mlock2,
+    libc::SYS_munlock,
+    // Threads and time.
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_set_tid_address,
+    libc::SYS_futex,
+    libc::SYS_membarrier,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_getparam,
+    libc::SYS_sched_getscheduler,
+    libc::SYS_getcpu,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_getres,
+    libc::SYS_gettimeofday,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_restart_syscall,
+    // Signals.
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sigaltstack,
+    libc::SYS_wait4,
+    // Who and where this process is.
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_getrusage,
+    libc::SYS_getrandom,
+    libc::SYS_sysinfo,
+    libc::SYS_uname,
+    libc::SYS_capget,
+    // syslog(3), and the process that this one asks.
+    libc::SYS_connect,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+];
+
+/// The older ways to say the same, which this machine has besides.
+#[cfg(target_arch = "x86_64")]
+const OLDER: &[c_long] = &[
+    libc::SYS_open,
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_access,
+    libc::SYS_readlink,
+    libc::SYS_poll,
+    libc::SYS_epoll_wait,
+    libc::SYS_dup2,
+    libc::SYS_pipe,
+    libc::SYS_mkdir,
+    libc::SYS_rmdir,
+    libc::SYS_unlink,
+    libc::SYS_link,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_lchown,
+    libc::SYS_time,
+    libc::SYS_arch_prctl,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLDER: &[c_long] = &[libc::SYS_renameat];
+
+/// Of what a terminal is asked for, how wide it is and whether it is one.
+const TERMINAL: [u64; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
+
+/// From now on all other system calls of this thread, and of those that it starts, fail with `EPERM`.
+///
+/// # Errors
+/// A line that says what failed.
+pub(super) fn restrict() -> Result<(), String> {
+    let program = program().map_err(|e| e.to_string())?;
+    seccompiler::apply_filter(&program).map_err(|e| e.to_string())
+}
+
+fn program() -> Result<BpfProgram, seccompiler::BackendError> {
+    let machine = TargetArch::try_from(std::env::consts::ARCH)?;
+    let forbidden = SeccompAction::Errno(libc::EPERM as u32);
+    SeccompFilter::new(rules()?, forbidden, SeccompAction::Allow, machine)?.try_into()
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn rules() -> Result<Rules, seccompiler::BackendError> {
+    let mut rules: Rules = ALLOWED.iter().chain(OLDER).map(|call| (*call, Vec::new())).collect();
+    let mut only = |call: c_long, argument: u8, rule: SeccompCmpOp, values: &[u64]| {
+        let one = |value: &u64| {
+            let width = SeccompCmpArgLen::Dword;
+            SeccompRule::new(vec![SeccompCondition::new(argument, width, rule.clone(), *value)?])
+        };
+        let any = values.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+        rules.insert(call, any);
+        Ok::<_, seccompiler::BackendError>(())
+    };
+    let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    only(libc::SYS_mmap, 2, executable.clone(), &[0])?;
+    only(libc::SYS_mprotect, 2, executable, &[0])?;
+    only(libc::SYS_socket, 0, SeccompCmpOp::Eq, &[libc::AF_UNIX as u64])?;
+    only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &TERMINAL)?;
+    // Names of threads and of memory.
+    let names = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];
+    only(libc::SYS_prctl, 0, SeccompCmpOp::Eq, &names)?;
+    // To read a limit, not to set one.
+    only(libc::SYS_prlimit64, 2, SeccompCmpOp::Eq, &[0])?;
+    // To end by a defect.
+    only(libc::SYS_tgkill, 0, SeccompCmpOp::Eq, &[u64::from(std::process::id())])?;
+    Ok(rules)
+}

@@ -1,0 +1,146 @@
+//! What the process that serves a mount with `--confine` has given up, as the kernel tells it; that `status` says the
+//! same; and that each layer can be left out.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::discards::read_all;
+use crate::lab::{Lab, Mount, alive, assert_sound, eventually, is_mounted, signal};
+
+const LAYERS: [&str; 4] = ["capabilities", "no_new_privs", "landlock", "seccomp"];
+
+/// CHOWN, DAC_OVERRIDE, FOWNER, FSETID: what other users' images need.
+const KEPT: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4;
+
+/// What `status` says of each layer.
+fn said(mount: &Mount) -> [String; 4] {
+    let status = mount.status();
+    LAYERS.map(|layer| status["confined"][layer].as_str().expect("a state").to_owned())
+}
+
+/// A field of every thread's `/proc/PID/task/TID/status`.
+fn of_threads(pid: i32, field: &str) -> Vec<u64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    // A thread may be gone by now.
+    let texts = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+    let value = |text: String| {
+        let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap().to_owned();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    texts.map(value).collect()
+}
+
+/// Every thread is as `status` says.
+fn assert_as_said(mount: &Mount) {
+    let [capabilities, no_new_privs, _, seccomp] = said(mount);
+    let all = |field: &str, holds: &dyn Fn(u64) -> bool| {
+        let found = of_threads(mount.pid(), field);
+        assert!(found.len() > 3, "{found:?}");
+        assert!(found.iter().all(|value| holds(*value)), "{field} {found:x?}");
+    };
+    let is_on = |state: &str| state == "on";
+    all("CapEff:", &|set| (set & !KEPT == 0) == is_on(&capabilities));
+    all("CapBnd:", &|set| (set & !KEPT == 0) == is_on(&capabilities));
+    all("NoNewPrivs:", &|set| (set == 1) == is_on(&no_new_privs));
+    all("Seccomp:", &|mode| (mode == 2) == is_on(&seccomp));
+}
+
+/// Everything that is done to a mount, in short.
+fn use_it(lab: &Lab, mount: &Mount) {
+    let raw = mount.path("disk.raw");
+    sh!("dd if=/dev/urandom of={} bs=1M count=3 conv=notrunc,fsync", raw.display());
+    sh!("fallocate -p -o 1M -l 1M {}", raw.display());
+    sh!("touch {}", mount.path(".snap/disk.raw/first").display());
+    // An image that comes later.
+    lab.create("later.qcow2", "1M", "");
+    assert_eq!(read_all(&mount.path("later.raw")), vec![0; 1 << 20]);
+    sh!("chmod 640 {0}; chown 7:8 {0}; touch -d @7 {0}", mount.path("later.raw").display());
+}
+
+#[test]
+fn every_thread_has_given_up_what_status_says() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount_with("-o confine");
+    use_it(&lab, &mount);
+    assert_as_said(&mount);
+    for (layer, state) in LAYERS.iter().zip(said(&mount)) {
+        // Every kernel has the first two; what it lacks otherwise is said.
+        println!("{layer}: {state}");
+        assert!(state == "on" || !["capabilities", "no_new_privs"].contains(layer), "{state}");
+        assert!(state == "on" || state.starts_with("not available"), "{layer}: {state}");
+    }
+    mount.umount();
+    assert_sound(&image);
+}
+
+#[test]
+fn each_layer_can_be_left_out() {
+    for left_out in LAYERS {
+        let lab = Lab::new();
+        let image = lab.create("disk.qcow2", "8M", "");
+        let mount = lab.mount_with(&format!("--confine --unconfined {left_out}"));
+        use_it(&lab, &mount);
+        assert_as_said(&mount);
+        for (layer, state) in LAYERS.iter().zip(said(&mount)) {
+            let off = state == "switched off";
+            assert_eq!(off, *layer == left_out, "{layer} without {left_out}: {state}");
+        }
+        let page = sh!("$qcow2fs status {}", lab.point().display());
+        assert!(page.contains("not confined by "), "{page}");
+        assert!(page.contains(&format!("{left_out} (switched off)")), "{page}");
+        mount.umount();
+        assert_sound(&image);
+    }
+    let refused = attempt!("$qcow2fs mount --confine --unconfined all /tmp /mnt");
+    assert!(!refused.ok() && refused.text().contains("landlock, seccomp"), "{}", refused.text());
+}
+
+#[test]
+fn nothing_is_given_up_unless_asked() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    use_it(&lab, &mount);
+    assert!(mount.status()["confined"].is_null());
+    let page = sh!("$qcow2fs status {}", lab.point().display());
+    assert!(!page.contains("confined"), "{page}");
+    let of_this = |field: &str| of_threads(std::process::id().cast_signed(), field)[0];
+    for field in ["CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:"] {
+        let found = of_threads(mount.pid(), field);
+        assert!(found.iter().all(|value| *value == of_this(field)), "{field} {found:x?}");
+    }
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", mount.pid()));
+    assert_eq!(children.unwrap().trim(), "", "a helper was started");
+    mount.umount();
+    assert_sound(&image);
+    let refused = attempt!("$qcow2fs mount --unconfined seccomp /tmp /mnt");
+    assert!(!refused.ok() && refused.text().contains("needs --confine"), "{}", refused.text());
+}
+
+#[test]
+fn the_helper_ends_with_the_process_that_it_helps() {
+    for signals in [[libc::SIGTERM].as_slice(), &[libc::SIGKILL]] {
+        let lab = Lab::new();
+        lab.create("disk.qcow2", "8M", "");
+        let mount = lab.mount_with("--confine");
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", mount.pid()));
+        let helper: i32 = children.unwrap().trim().parse().expect("one helper");
+        let open = fs::read_dir(format!("/proc/{helper}/fd")).unwrap().flatten();
+        let targets: Vec<_> = open.filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
+        let is_harmless = |target: &std::path::PathBuf| {
+            let target = target.to_string_lossy();
+            target == "/dev/null" || target.starts_with("socket:")
+        };
+        assert!(targets.iter().all(is_harmless), "{targets:?}");
+        // Signals to a whole group do not reach it: who is asked to unmount needs it.
+        [libc::SIGTERM, libc::SIGINT, libc::SIGHUP]
+            .iter()
+            .for_each(|number| signal(helper, *number));
+        signals.iter().for_each(|number| signal(mount.pid(), *number));
+        let ended = || !alive(mount.pid()) && !alive(helper);
+        eventually(Duration::from_secs(20), ended, || format!("{helper} lives"));
+        assert_eq!(is_mounted(&lab.point()), signals == [libc::SIGKILL]);
+        attempt!("umount -l {}", lab.point().display());
+    }
+}
