@@ -200,7 +200,7 @@ fn change(image: &Image, expected: &mut [Expected], rng: &mut Rng) {
 
 #[test]
 fn qemu_finds_exactly_the_granules_that_were_changed() {
-    for_seeds("qemu_finds_exactly_the_granules_that_were_changed", 15, |seed| {
+    for_seeds("qemu_finds_exactly_the_granules_that_were_changed", 8, |seed| {
         let directory = scratch();
         let path = directory.path().join("disk.qcow2");
         let mut rng = Rng::new(seed);
@@ -509,7 +509,7 @@ fn run(image: &Image, rng: &mut Rng) -> qcow2fs::Result<()> {
 #[test]
 fn every_crash_leaves_a_bitmap_marked_or_complete() {
     let (mut states, mut consistent) = (0, 0);
-    for_seeds("every_crash_leaves_a_bitmap_marked_or_complete", 15, |seed| {
+    for_seeds("every_crash_leaves_a_bitmap_marked_or_complete", 8, |seed| {
         let mut rng = Rng::new(seed);
         let history = prepare(&mut rng);
         let storage = Arc::new(RecordingStorage::new(history.made.fork()));
@@ -555,7 +555,7 @@ fn every_crash_leaves_a_bitmap_marked_or_complete() {
 #[test]
 fn every_host_error_leaves_a_bitmap_marked_or_complete() {
     let (mut stored, mut marked) = (0, 0);
-    for_seeds("every_host_error_leaves_a_bitmap_marked_or_complete", 15, |seed| {
+    for_seeds("every_host_error_leaves_a_bitmap_marked_or_complete", 8, |seed| {
         let mut rng = Rng::new(seed);
         let history = prepare(&mut rng);
         let seed = rng.next();

@@ -504,7 +504,7 @@ impl Shared {
 /// Random work in many rounds, so that tables and data take each other's places again and again.
 #[test]
 fn snapshots_keep_their_content_through_many_passes() {
-    for_seeds("snapshots_keep_their_content_through_many_passes", 15, |seed| {
+    for_seeds("snapshots_keep_their_content_through_many_passes", 10, |seed| {
         let mut rng = Rng::new(seed);
         let directory = scratch();
         let Some(mut made) = Shared::new(directory.path(), &mut rng) else { return };
@@ -540,7 +540,7 @@ fn snapshots_keep_their_content_through_many_passes() {
 #[test]
 fn every_crash_of_a_pass_reads_what_was_there() {
     let mut states = 0u64;
-    for_seeds("every_crash_of_a_pass_reads_what_was_there", 15, |seed| {
+    for_seeds("every_crash_of_a_pass_reads_what_was_there", 10, |seed| {
         let mut rng = Rng::new(seed);
         let directory = scratch();
         let Some(mut made) = Shared::new(directory.path(), &mut rng) else { return };

@@ -346,7 +346,7 @@ fn steps(rng: &mut Rng) -> u64 {
 
 #[test]
 fn disks_of_any_shape_hold_what_was_written() {
-    for_seeds("disks_of_any_shape_hold_what_was_written", 20, |seed| {
+    for_seeds("disks_of_any_shape_hold_what_was_written", 12, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
         let shape = Shape::random(&mut rng, 16 << 20).encrypted_one_in(4, &mut rng);
@@ -364,7 +364,7 @@ fn disks_of_any_shape_hold_what_was_written() {
 /// Subclusters of 512 bytes to 64 KiB, with all that there can be around them.
 #[test]
 fn disks_with_subclusters_hold_what_was_written() {
-    for_seeds("disks_with_subclusters_hold_what_was_written", 20, |seed| {
+    for_seeds("disks_with_subclusters_hold_what_was_written", 12, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
         let mut shape = Shape::random(&mut rng, 1 << 20);
@@ -391,7 +391,7 @@ fn disks_with_subclusters_hold_what_was_written() {
 /// 32 KiB and a cluster of the refcount table leads to 2 MiB at the widest: all must grow often.
 #[test]
 fn tables_of_small_clusters_grow() {
-    for_seeds("tables_of_small_clusters_grow", 15, |seed| {
+    for_seeds("tables_of_small_clusters_grow", 10, |seed| {
         let directory = scratch();
         let mut rng = Rng::new(seed);
         let refcount_bits = *rng.pick(&[64, 64, 32, 16, 8, 1]);

@@ -141,9 +141,6 @@ impl Overlays {
     /// image that is not served.
     pub(super) fn make(&self, id: HostId, path: &Path, image: &File) -> Result<()> {
         let _making = self.making.lock();
-        if self.find(id, path)?.is_some() {
-            return Ok(());
-        }
         let failed = |e| Error::io(format!("making the overlay {}", self.place(path)), e);
         let file = host::open_file(image, false).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
@@ -155,6 +152,9 @@ impl Overlays {
             let text = "the image is encrypted, and what is written to its overlay would not be: \
                         mount it without `--overlay`, or read it only";
             return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        if self.find(id, path)?.is_some() {
+            return Ok(());
         }
         let options = CreateOptions {
             virtual_size: summary.virtual_size,

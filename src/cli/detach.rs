@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::attach::Attachment;
+use super::attach::{Attachment, Turn};
 use super::signals;
 
 /// Undo what `attach` has done
@@ -44,6 +44,7 @@ fn detach(given: &Path) -> Result<(), String> {
     if unsafe { libc::geteuid() } != 0 {
         return Err(format!("detaching needs root: sudo qcow2fs detach {shown}"));
     }
+    let _turn = Turn::wait()?;
     let attachment = Attachment::all().into_iter().find(|attachment| attachment.is_named(&path));
     attachment
         .ok_or_else(|| format!("{shown} is nothing that `qcow2fs attach` has attached"))?

@@ -218,3 +218,64 @@ fn without_root_it_says_what_root_would_do_and_that_works() {
     sh!("$qcow2fs umount {}", own.display());
     assert_eq!(attached.traces(), "");
 }
+
+/// btrfs has a number of its own in the mount table, not that of its device.
+#[test]
+fn a_file_system_with_a_number_of_its_own_is_detached() {
+    let lab = Lab::new();
+    let (image, attached) = image(&lab, "256M");
+    let device = sh!("$qcow2fs attach {}", image.display());
+    sh!("mkfs.btrfs -q {}", device.trim());
+    sh!("$qcow2fs detach {}", image.display());
+    let disk = lab.subdirectory("disk");
+    sh!("$qcow2fs attach {} {}", image.display(), disk.display());
+    assert!(is_mounted(&disk));
+    sh!("$qcow2fs detach {}", disk.display());
+    assert!(!is_mounted(&disk));
+    assert_eq!(attached.traces(), "");
+    assert_sound(&image);
+}
+
+/// What has been mounted since from the same loop device is another's.
+#[test]
+fn a_device_that_somebody_else_has_by_now_is_left_alone() {
+    let lab = Lab::new();
+    let (image, attached) = image(&lab, "64M");
+    make_file_system(&image);
+    let (disk, others) = (lab.subdirectory("disk"), lab.path("others.raw"));
+    sh!("truncate -s 16M {0}; mkfs.ext4 -q {0}", others.display());
+    // A test beside this one may be quicker to take the device.
+    let device = (0..20).find_map(|_| {
+        let said = sh!("$qcow2fs attach {} {}", image.display(), disk.display());
+        let device = said.trim().split_once(" on ").unwrap().0.to_owned();
+        sh!("umount {}; losetup -d {device}", disk.display());
+        let is_taken = attempt!("losetup {device} {}", others.display()).ok();
+        if !is_taken {
+            sh!("$qcow2fs detach {}", image.display());
+        }
+        is_taken.then_some(device)
+    });
+    let device = device.unwrap();
+    sh!("mount {device} {}", disk.display());
+    sh!("$qcow2fs detach {}", image.display());
+    assert!(is_mounted(&disk), "unmounted what is not its own");
+    sh!("umount {}; losetup -d {device}", disk.display());
+    assert_eq!(attached.traces(), "");
+}
+
+#[test]
+fn of_two_at_once_one_attaches() {
+    let lab = Lab::new();
+    let (image, attached) = image(&lab, "64M");
+    let mount = lab.mount();
+    let raw = mount.path(image.with_extension("raw").file_name().unwrap().to_str().unwrap());
+    let attach = || attempt!("$qcow2fs attach {}", raw.display()).ok();
+    let succeeded = std::thread::scope(|scope| {
+        let others: Vec<_> = (0..4).map(|_| scope.spawn(attach)).collect();
+        others.into_iter().map(|other| other.join().unwrap()).filter(|ok| *ok).count()
+    });
+    assert_eq!(succeeded, 1);
+    sh!("$qcow2fs detach {}", image.display());
+    mount.umount();
+    assert_eq!(attached.traces(), "");
+}

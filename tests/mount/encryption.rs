@@ -243,3 +243,36 @@ fn no_key_is_found_in_memory_after_the_image_is_closed() {
         mount.umount();
     }
 }
+
+/// What is written to an overlay would be in plain text, also to one that was made when the image
+/// was not encrypted.
+#[test]
+fn encrypted_images_get_no_overlays() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "4M", "");
+    key_file(&lab.path("keys/disk.key"), KEY);
+    let overlays = lab.subdirectory("overlays");
+    let arguments =
+        format!("--overlay {} --keys {}", overlays.display(), lab.path("keys").display());
+    let open = |mount: &crate::lab::Mount| {
+        OpenOptions::new().read(true).write(true).open(mount.path("disk.raw"))
+    };
+    let mount = lab.mount_with(&arguments);
+    open(&mount).unwrap().write_all_at(&[1; 4096], 0).unwrap();
+    mount.umount();
+    let plain = std::fs::read(overlays.join("disk.qcow2")).unwrap();
+    std::fs::remove_file(lab.image("disk.qcow2")).unwrap();
+    create(&lab, "disk.qcow2", "luks", "4M");
+    for is_there in [true, false] {
+        if !is_there {
+            std::fs::remove_file(overlays.join("disk.qcow2")).unwrap();
+        }
+        let mount = lab.mount_with(&arguments);
+        let refused = open(&mount).map(drop).expect_err("opened for writing");
+        assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP), "{refused}");
+        if is_there {
+            assert_eq!(std::fs::read(overlays.join("disk.qcow2")).unwrap(), plain);
+        }
+        mount.umount();
+    }
+}

@@ -7,11 +7,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::loop_device::LoopDevice;
@@ -20,6 +22,8 @@ use crate::cli::{busy, umount, unmounting};
 /// Where attachments are recorded. Gone after a restart, as they are.
 pub(super) const DIRECTORY: &str = "/run/qcow2fs/attached";
 const RECORD: &str = "record.json";
+/// How long another one may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a mount of our own may stay busy after its loop device was let go.
 const SETTLING: Duration = Duration::from_secs(10);
 
@@ -51,6 +55,44 @@ pub(super) struct Mounted {
     pub(super) device: PathBuf,
     /// Where it is mounted.
     pub(super) mountpoint: PathBuf,
+    /// The number of its file system in the mount table, which need not be that of the device; empty
+    /// before it is mounted.
+    #[serde(default)]
+    pub(super) number: String,
+}
+
+/// The right to attach and to detach; one process at a time has it, or two could put one disk on two
+/// loop devices.
+pub(in crate::cli) struct Turn(#[allow(dead_code, reason = "closing it ends the turn")] fs::File);
+
+impl Turn {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// A line for a person.
+    pub(in crate::cli) fn wait() -> Result<Turn, String> {
+        let failed = |e: io::Error| format!("locking {DIRECTORY}: {e}");
+        make_directory().map_err(failed)?;
+        let directory = fs::File::open(DIRECTORY).map_err(failed)?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Turn(directory)),
+                Err(Errno::WOULDBLOCK) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(Errno::WOULDBLOCK) => {
+                    return Err("another attach or detach is at work: try again later".into());
+                }
+                Err(e) => return Err(failed(e.into())),
+            }
+        }
+    }
+}
+
+/// Makes [`DIRECTORY`], where it is missing.
+fn make_directory() -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o700).recursive(true).create(DIRECTORY)
 }
 
 impl Attachment {
@@ -60,9 +102,9 @@ impl Attachment {
     /// A line for a person.
     pub(super) fn begin(image: Option<PathBuf>) -> Result<Attachment, String> {
         let failed = |e| format!("making a directory beneath {DIRECTORY}: {e}");
+        make_directory().map_err(failed)?;
         let mut private = fs::DirBuilder::new();
-        private.mode(0o700).recursive(true).create(DIRECTORY).map_err(failed)?;
-        private.recursive(false);
+        private.mode(0o700);
         for number in 1u32.. {
             let directory = Path::new(DIRECTORY).join(number.to_string());
             match private.create(&directory) {
@@ -160,12 +202,16 @@ impl Attachment {
     /// A line for a person.
     pub(super) fn mount_device(
         &mut self,
-        mounted: Mounted,
+        mut mounted: Mounted,
         arguments: &[String],
     ) -> Result<(), String> {
         let mut mount = Command::new("mount");
         mount.args(arguments).arg("--").arg(&mounted.device).arg(&mounted.mountpoint);
         run(mount)?;
+        let mounts = unmounting::mounts();
+        let topmost = mounts.iter().rev().find(|(_, point)| *point == mounted.mountpoint);
+        let number = topmost.map(|(number, _)| String::from_utf8_lossy(number).into_owned());
+        mounted.number = number.unwrap_or_default();
         self.record.mounted = Some(mounted);
         self.save()
     }
@@ -183,15 +229,20 @@ impl Attachment {
     /// # Errors
     /// A line for a person: what is in the way.
     pub(in crate::cli) fn take_down(mut self) -> Result<(), String> {
+        let raw = &self.record.raw;
+        let device = self.record.device.as_deref().and_then(LoopDevice::of_node);
+        // Otherwise somebody has let go of it, and what is on it now is not ours.
+        let device = device.filter(|device| device.is_on(raw));
         if let Some(mounted) = &self.record.mounted {
-            mounted.unmount()?;
+            if device.is_some() {
+                mounted.unmount()?;
+            }
             self.record.mounted = None;
             self.save()?;
         }
-        if let Some(node) = &self.record.device {
-            let raw = &self.record.raw;
-            if let Some(device) = LoopDevice::of_node(node).filter(|device| device.is_on(raw)) {
-                device.release(raw)?;
+        if self.record.device.is_some() {
+            if let Some(device) = device {
+                device.release(&self.record.raw)?;
             }
             self.record.device = None;
             self.save()?;
@@ -221,9 +272,7 @@ impl Mounted {
         let mounts = unmounting::mounts();
         let mut here = mounts.iter().filter(|(_, point)| *point == self.mountpoint);
         let Some((topmost, _)) = here.next_back() else { return Ok(()) };
-        let number = fs::metadata(&self.device).map(|node| node.rdev());
-        let number = number.map_err(|e| format!("looking at {device}: {e}"))?;
-        let is_ours = |shown: &[u8]| shown == kernel_name(number).as_bytes();
+        let is_ours = |shown: &[u8]| shown == self.number.as_bytes();
         if !is_ours(topmost) {
             return match here.any(|(shown, _)| is_ours(shown)) {
                 true => Err(format!(
@@ -240,11 +289,6 @@ impl Mounted {
             _ => format!("unmounting {place}: {e}"),
         })
     }
-}
-
-/// A device number as the mount table has it.
-fn kernel_name(number: libc::dev_t) -> String {
-    format!("{}:{}", libc::major(number), libc::minor(number))
 }
 
 /// Runs a command that says in one line what is wrong.
@@ -274,7 +318,11 @@ mod tests {
             raw: "/run/x/raw/a.raw".into(),
             own_mount: Some("/run/x/raw".into()),
             device: Some("/dev/loop7".into()),
-            mounted: Some(Mounted { device: "/dev/loop7p1".into(), mountpoint: "/mnt".into() }),
+            mounted: Some(Mounted {
+                device: "/dev/loop7p1".into(),
+                mountpoint: "/mnt".into(),
+                number: "259:1".into(),
+            }),
         };
         let attachment = Attachment { directory: "/run/x".into(), record };
         for name in ["/i/a.qcow2", "/run/x/raw/a.raw", "/dev/loop7", "/dev/loop7p2", "/mnt"] {

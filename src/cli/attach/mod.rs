@@ -9,8 +9,8 @@ mod attachment;
 mod loop_device;
 mod plan;
 
-pub(super) use attachment::Attachment;
 use attachment::Mounted;
+pub(super) use attachment::{Attachment, Turn};
 use loop_device::{LoopDevice, listed};
 
 use super::{keys, shown, signals};
@@ -121,6 +121,7 @@ impl Target {
 
 fn attach(args: &Args, target: &Target) -> Result<String, String> {
     let mountpoint = args.mountpoint.as_deref().map(existing).transpose()?;
+    let _turn = Turn::wait()?;
     refuse_second(target)?;
     let thread = |e| format!("starting a thread: {e}");
     let stop = signals::block().note().map_err(thread)?;
@@ -165,7 +166,7 @@ fn set_up(
         let numbers = listed(&device.partitions());
         return Err(format!("the disk has partitions: choose one of {numbers} with --partition"));
     }
-    let mounted = Mounted { device: node.clone(), mountpoint };
+    let mounted = Mounted { device: node.clone(), mountpoint, number: String::new() };
     attachment.mount_device(mounted, &plan::device_arguments(args))?;
     Ok(node)
 }
