@@ -131,7 +131,8 @@ fn a_file_elsewhere_is_refused_until_its_directory_is_allowed() {
     let base = fs::canonicalize(base).unwrap();
     let absolute = overlay_on(&lab, "absolute.qcow2", base.to_str().unwrap(), "qcow2");
     let relative = overlay_on(&lab, "relative.qcow2", "../elsewhere/base.qcow2", "qcow2");
-    let shadow = overlay_on(&lab, "shadow.qcow2", "../../../../../../../../../../etc/shadow", "raw");
+    let shadow =
+        overlay_on(&lab, "shadow.qcow2", "../../../../../../../../../../etc/shadow", "raw");
     let mount = lab.mount();
     for (overlay, name, parent) in [
         (&absolute, base.to_str().unwrap(), elsewhere.to_str().unwrap()),
