@@ -28,6 +28,8 @@ impl Nbd {
             .expect("qemu-nbd starts");
         let nbd = Nbd { child, socket };
         eventually(SOON, || nbd.socket.exists(), || "qemu-nbd does not listen".into());
+        // It listens before it opens the image, and answers after.
+        sh!("timeout 60 qemu-img info 'nbd+unix:///?socket={}'", nbd.socket.display());
         nbd
     }
 
