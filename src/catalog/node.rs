@@ -132,7 +132,7 @@ pub(super) struct Opened {
 pub struct Opening {
     /// It will write.
     pub write: bool,
-    /// It was opened with `O_DIRECT`.
+    /// It is better off without the page cache.
     pub direct: bool,
 }
 

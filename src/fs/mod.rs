@@ -3,14 +3,15 @@
 //! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
 //! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
-//! flush. Nothing of qcow2 is known here.
+//! flush; one flush at a time is done by the worker that took it. Nothing of qcow2 is known here.
 //!
 //! How the page cache is used: handles go through it, and what it holds is kept from one open to
 //! the next as long as nobody else has touched the image file. The first handle of a file decides
-//! for those that come while it is open: if it was opened with `O_DIRECT`, all bypass the cache and
-//! may write at the same time; if not, none bypasses it, and `O_DIRECT` is the kernel's own, which
-//! keeps the cache right. A mixture would leave stale pages: the kernel drops the pages of a range
-//! before it sends a bypassing write, not after, and a reader may bring them back in between.
+//! for those that come while it is open: if it was opened with `O_DIRECT`, or to be written only,
+//! all bypass the cache and may write at the same time; if not, none bypasses it, and `O_DIRECT` is
+//! the kernel's own, which keeps the cache right. A mixture would leave stale pages: the kernel
+//! drops the pages of a range before it sends a bypassing write, not after, and a reader may bring
+//! them back in between.
 
 use std::ffi::OsStr;
 use std::io;
@@ -189,6 +190,13 @@ fn answer_created(made: Result<Created>, reply: ReplyCreate) {
     }
 }
 
+/// Whether a file opened with these flags is better off without the page cache: one that asks for it,
+/// and one that only writes. The kernel would first make pages of what is written, to be read by
+/// somebody else perhaps: `dd` to a disk is half as fast (`scripts/bench --jobs dd`).
+fn bypasses(flags: i32) -> bool {
+    flags & libc::O_DIRECT != 0 || flags & libc::O_ACCMODE == libc::O_WRONLY
+}
+
 /// What the kernel is told of an open image.
 fn open_flags(mode: HandleMode) -> FopenFlags {
     let mut flags = FopenFlags::empty();
@@ -354,8 +362,7 @@ impl Filesystem for Filesys {
                     Err(e) => reply.error(fail(None, &e)),
                 };
             }
-            let direct = flags.0 & libc::O_DIRECT != 0;
-            match verbs.open(ino.0, Opening { write, direct }) {
+            match verbs.open(ino.0, Opening { write, direct: bypasses(flags.0) }) {
                 Ok((handle, mode)) => {
                     reply.opened(FileHandle(handle), open_flags(mode));
                 }
@@ -462,7 +469,12 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.slowly(self.image_node(handle), reply, Verbs::sync);
+        let node = match self.image_node(handle) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run_here(move || answer(verbs.sync(&node), Some(&node), reply));
     }
 
     fn fallocate(

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::bypasses;
 use super::control::{self, Order};
 use super::snap::Snaps;
 use crate::catalog::{
@@ -131,7 +132,7 @@ impl Verbs {
             false => self.make_or_find(parent, name, make)?,
         };
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let how = Opening { write, direct: flags & libc::O_DIRECT != 0 };
+        let how = Opening { write, direct: bypasses(flags) };
         let opened = self.open(node.ino(), how).and_then(|(handle, mode)| {
             let change = AttributeChange { mode: Some(asked), ..Default::default() };
             let finished = match is_new {
