@@ -322,7 +322,8 @@ impl Catalog {
     fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
         match &self.overlays {
             Some(overlays) if !node.is_directory() => {
-                Ok(overlays.find(node.id(), &node.path())?.unwrap_or(own))
+                let found = overlays.find(&own.1, &node.path())?;
+                Ok(found.map_or(own, |overlay| (overlay.place, overlay.metadata)))
             }
             _ => Ok(own),
         }
@@ -338,7 +339,7 @@ impl Catalog {
             Some(_) if node.is_directory() => {
                 Err(errno("changing a directory above overlays", libc::EROFS))
             }
-            Some(overlays) => overlays.make(node.id(), &node.path(), &self.own_place(node)?.0),
+            Some(overlays) => overlays.make(&node.path(), &self.own_place(node)?.0),
         }
     }
 
@@ -348,11 +349,11 @@ impl Catalog {
         let Some(overlays) = &self.overlays else {
             return Ok(Found { place: own.0, may_write: !self.options.read_only });
         };
-        match overlays.find(node.id(), &node.path())? {
+        match overlays.find(&own.1, &node.path())? {
             None => Ok(Found { place: own.0, may_write: false }),
-            Some((place, _)) => {
-                overlays.check(&place, &node.path())?;
-                Ok(Found { place, may_write: !self.options.read_only })
+            Some(overlay) => {
+                overlays.check(&overlay)?;
+                Ok(Found { place: overlay.place, may_write: !self.options.read_only })
             }
         }
     }
