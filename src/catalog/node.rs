@@ -394,15 +394,15 @@ impl Node {
     /// Those of [`Image::close`]; `TimedOut` for requests that are not done.
     pub(super) fn force_close(&self, deadline: Instant) -> Result<()> {
         let Some(mut slot) = self.slot.try_write_until(deadline) else { return Err(not_done()) };
-        match &slot.open {
-            Some(opened) if !opened.is_idle_by(deadline) => {
-                // What is still under way must not meet the end of the file while that is cut off.
-                let flushed = opened.image().flush();
-                slot.open = None;
-                flushed.and(Err(not_done()))
-            }
-            _ => slot.close(),
+        slot.closed = None;
+        let Some(opened) = slot.open.take() else { return Ok(()) };
+        // A request that is under way may wait for one that waits for the slot.
+        drop(slot);
+        if opened.is_idle_by(deadline) {
+            return opened.finish().and(opened.unlock());
         }
+        // What is still under way must not meet the end of the file while that is cut off.
+        opened.image().flush().and(Err(not_done()))
     }
 }
 
@@ -469,8 +469,7 @@ impl Slot {
 
     fn close(&mut self) -> Result<()> {
         let Some(opened) = self.open.take() else { return Ok(()) };
-        let failure = opened.image().failure().map_or(Ok(()), Err);
-        let closed = opened.image().close().and(failure);
+        let closed = opened.finish();
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
@@ -563,6 +562,12 @@ impl Opened {
     pub(super) fn close(&self) -> Result<()> {
         let closed = self.image().close();
         closed.and(self.unlock())
+    }
+
+    /// Closes the image; an error too where it became read-only while it was open.
+    fn finish(&self) -> Result<()> {
+        let failure = self.image().failure().map_or(Ok(()), Err);
+        self.image().close().and(failure)
     }
 
     /// The stamp of the image file, followed by those of its data file and of its chain.
