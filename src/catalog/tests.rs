@@ -39,8 +39,17 @@ impl Tree {
     /// The images of another tree, with overlays in `overlays`.
     fn layered(dir: tempfile::TempDir, overlays: &Path, ephemeral: bool) -> Self {
         let overlay = Some(OverlayOptions { directory: overlays.to_owned(), ephemeral });
-        let catalog = Catalog::new(dir.path(), Options { overlay, ..Options::default() }).unwrap();
-        Tree { dir, catalog }
+        let options = Options { overlay, ..Options::default() };
+        // A child that another test is just starting may have the lock of the one before, too.
+        let patience = Instant::now() + Duration::from_secs(30);
+        loop {
+            match Catalog::new(dir.path(), options.clone()) {
+                Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < patience => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                made => return Tree { dir, catalog: made.unwrap() },
+            }
+        }
     }
 
     fn image(&self, name: &str, size: &str) {
