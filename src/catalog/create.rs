@@ -4,10 +4,11 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::errno;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{CreateOptions, Image, NewDataFile};
+use crate::image::{Beside, CompactAfter, CreateOptions, Image, NewDataFile, Options};
 use crate::storage::image_lock::{self, Access};
 use crate::storage::{HostFile, IfTaken, NewFile};
 
@@ -24,6 +25,20 @@ const MODE: u32 = 0o666;
 /// a data file that is there already; `InUse` for an image that is to be replaced while somebody has
 /// it open; `Invalid` for a path that is to be replaced and is no regular file; those of the host.
 pub fn create_image(path: &Path, options: &CreateOptions, if_taken: IfTaken) -> Result<()> {
+    create_filled_image(path, options, if_taken, |_| Ok(true)).map(drop)
+}
+
+/// As [`create_image`], but `fill` gets the image before it has its name: it appears filled, or, where
+/// `fill` fails or answers `false`, not at all. Whether it was made.
+///
+/// # Errors
+/// Those of [`create_image`] and of `fill`.
+pub fn create_filled_image(
+    path: &Path,
+    options: &CreateOptions,
+    if_taken: IfTaken,
+    fill: impl FnOnce(&NewImage<'_>) -> Result<bool>,
+) -> Result<bool> {
     let name = path.file_name().ok_or_else(|| Error::invalid("a path that names no file"))?;
     let directory = directory_of(path);
     options.check()?;
@@ -38,6 +53,9 @@ pub fn create_image(path: &Path, options: &CreateOptions, if_taken: IfTaken) -> 
     let new = NewFile::new(&directory, MODE).map_err(failed)?;
     let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
     Image::create(&storage, options)?;
+    if !fill(&NewImage { file: new.file() })? {
+        return Ok(false);
+    }
     let data = options.data_file.as_ref().map(|data| (data_path(&directory, data), data));
     if let Some((data_path, data)) = &data {
         make_data_file(data_path, options.virtual_size)
@@ -50,7 +68,35 @@ pub fn create_image(path: &Path, options: &CreateOptions, if_taken: IfTaken) -> 
         log::warn!("removing {}: {e}", data_path.display());
     }
     drop(replaced);
-    published
+    published.map(|()| true)
+}
+
+/// An image that has no name yet.
+pub struct NewImage<'a> {
+    file: &'a File,
+}
+
+impl NewImage<'_> {
+    /// Opens the image for writing, with nothing beside it, runs `verb` on it, and closes it.
+    ///
+    /// # Errors
+    /// Those of [`Image::open_with`], of `verb` and of [`Image::close`].
+    pub fn with_opened<R>(&self, verb: impl FnOnce(&Image) -> Result<R>) -> Result<R> {
+        let options = Options {
+            writable: true,
+            keep_erased: 0,
+            return_leaks: false,
+            compact_after: CompactAfter::Off,
+            ..Options::default()
+        };
+        let file = self.file.try_clone().map_err(|e| Error::io("opening the new image", e))?;
+        // Nobody else can open it: there is nothing to be locked against.
+        let storage = Arc::new(HostFile::new(file));
+        let image = Image::open_with(storage, &options, Beside::default())?;
+        let done = verb(&image);
+        let closed = image.close();
+        done.and_then(|done| closed.map(|()| done))
+    }
 }
 
 fn directory_of(path: &Path) -> PathBuf {

@@ -22,6 +22,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 
@@ -43,7 +44,7 @@ mod tests;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
-pub use create::create_image;
+pub use create::{NewImage, create_filled_image, create_image};
 pub use host::{HostSpace, SetTime};
 pub use keys::{Keys, Prompt};
 pub use metrics::metrics;
@@ -318,12 +319,18 @@ impl Catalog {
         Err(stale())
     }
 
-    /// The overlay of a node whose own file is `own`, or that where there is none.
+    /// The overlay of a node whose own file is `own`, or that where there is none, or none that could be
+    /// opened: then the image is shown still.
     fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
         match &self.overlays {
-            Some(overlays) if !node.is_directory() => {
-                Ok(overlays.find(node.id(), &node.path())?.unwrap_or(own))
-            }
+            Some(overlays) if !node.is_directory() => match overlays.find(&own.1, &node.path()) {
+                Ok(found) => Ok(found.map_or(own, |found| (found.place, found.metadata))),
+                Err(e) if e.kind() == crate::ErrorKind::Unsupported => {
+                    node.log(&e);
+                    Ok(own)
+                }
+                Err(e) => Err(e),
+            },
             _ => Ok(own),
         }
     }
@@ -338,7 +345,7 @@ impl Catalog {
             Some(_) if node.is_directory() => {
                 Err(errno("changing a directory above overlays", libc::EROFS))
             }
-            Some(overlays) => overlays.make(node.id(), &node.path(), &self.own_place(node)?.0),
+            Some(overlays) => overlays.make(&node.path(), &self.own_place(node)?.0),
         }
     }
 
@@ -348,11 +355,11 @@ impl Catalog {
         let Some(overlays) = &self.overlays else {
             return Ok(Found { place: own.0, may_write: !self.options.read_only });
         };
-        match overlays.find(node.id(), &node.path())? {
+        match overlays.find(&own.1, &node.path())? {
             None => Ok(Found { place: own.0, may_write: false }),
-            Some((place, _)) => {
-                overlays.check(&place, &node.path())?;
-                Ok(Found { place, may_write: !self.options.read_only })
+            Some(overlay) => {
+                overlays.check(&overlay)?;
+                Ok(Found { place: overlay.place, may_write: !self.options.read_only })
             }
         }
     }
@@ -534,10 +541,12 @@ impl Catalog {
         done
     }
 
-    /// Closes every image, whoever still uses it. Returns how many closes have failed, over all.
-    pub fn close_all(&self) -> u64 {
+    /// Closes every image, whoever still uses it; requests that are under way are waited for, but not
+    /// longer than `patience` for all of them. Returns how many closes have failed, over all.
+    pub fn close_all(&self, patience: Duration) -> u64 {
+        let deadline = Instant::now() + patience;
         for node in self.all_nodes() {
-            self.count_close(&node, node.force_close());
+            self.count_close(&node, node.force_close(deadline));
         }
         self.close_errors.load(Ordering::Relaxed)
     }

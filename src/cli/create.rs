@@ -10,9 +10,9 @@ use clap::ValueEnum;
 
 use super::progress::Progress;
 use super::{signals, size};
-use crate::catalog::{Alone, Keys, create_image};
-use crate::error::{Error, ErrorKind};
-use crate::image::{BackingFile, CompactAfter, CompressionType, CreateOptions, Image, Options};
+use crate::catalog::{NewImage, create_filled_image};
+use crate::error::Error;
+use crate::image::{BackingFile, CompressionType, CreateOptions, Image};
 use crate::storage::{HostFile, IfTaken};
 
 /// Bytes in a sector, of which a disk has a whole number.
@@ -29,8 +29,8 @@ const PIECE: usize = 1 << 20;
 /// recorded as it is given: relative to the directory of the new image, or absolute.
 ///
 /// Preallocation: metadata maps all of the disk to clusters without space on the host; falloc
-/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left,
-/// unless somebody else has opened it by then.
+/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left, and
+/// one that was to be replaced stays.
 ///
 /// Exit code: 0 done; 1 failed; 2 arguments that make no sense; 128 plus the number of the signal that
 /// ended it.
@@ -116,14 +116,16 @@ fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<i32, String> {
     }
     let options = options(args)?;
     let if_taken = if args.force { IfTaken::Replace } else { IfTaken::Fail };
-    create_image(&args.image, &options, if_taken).map_err(|e| match e.errno() {
+    let prepare = |new: &NewImage<'_>| match args.preallocation {
+        Preallocation::Off => Ok(true),
+        _ => new.with_opened(|image| fill(args, image, signal)),
+    };
+    let made = create_filled_image(&args.image, &options, if_taken, prepare);
+    let made = made.map_err(|e| match e.errno() {
         libc::EEXIST => "it is there already: --force replaces it".to_owned(),
         _ => e.to_string(),
     })?;
-    if args.preallocation == Preallocation::Off {
-        return Ok(signal.load(Ordering::Acquire));
-    }
-    fill(args, signal)
+    Ok(if made { 0 } else { signal.load(Ordering::Acquire) })
 }
 
 fn options(args: &Args) -> Result<CreateOptions, String> {
@@ -178,48 +180,27 @@ fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u
     size.map_err(of_it)
 }
 
-/// Allocates all of the disk, until a signal comes, which it returns; else 0. Half of what was asked
-/// for is of no use to anybody: it is removed, while our lock tells that nobody else has it.
-fn fill(args: &Args, signal: &AtomicI32) -> Result<i32, String> {
-    let options = Options {
-        writable: true,
-        keep_erased: 0,
-        return_leaks: false,
-        compact_after: CompactAfter::Off,
-        ..Options::default()
-    };
-    let line = |e: Error| match e.kind() {
-        ErrorKind::InUse => format!("somebody else has opened it meanwhile: {e}"),
-        _ => e.to_string(),
-    };
-    let opened = Alone::open(&args.image, &[], Keys::default(), &options).map_err(line)?;
-    let image = opened.image();
+/// Allocates all of the disk, until a signal comes; whether it came to the end.
+fn fill(args: &Args, image: &Image, signal: &AtomicI32) -> crate::Result<bool> {
     let mut progress = Progress::new(args.image.display().to_string(), false);
     let zeros = vec![0; if args.preallocation == Preallocation::Full { PIECE } else { 0 }];
     let end = image.virtual_size();
     let mut at = 0;
-    let mut done = Ok(());
-    while at < end && done.is_ok() && signal.load(Ordering::Acquire) == 0 {
+    while at < end && signal.load(Ordering::Acquire) == 0 {
         let next = end.min(at + STEP);
-        done = match args.preallocation {
-            Preallocation::Off => Ok(()),
-            Preallocation::Metadata => image.preallocate_metadata(at..next),
-            Preallocation::Falloc => image.preallocate(at..next),
+        match args.preallocation {
+            Preallocation::Off => {}
+            Preallocation::Metadata => image.preallocate_metadata(at..next)?,
+            Preallocation::Falloc => image.preallocate(at..next)?,
             Preallocation::Full => {
-                image.preallocate(at..next).and_then(|()| write_zeros(image, at..next, &zeros))
+                image.preallocate(at..next)?;
+                write_zeros(image, at..next, &zeros)?;
             }
-        };
+        }
         at = next;
         progress.written("allocated", at, end);
     }
-    let stopped_by = signal.load(Ordering::Acquire);
-    let done = done.and_then(|()| image.close()).map_err(line);
-    let removed = match done.is_err() || stopped_by != 0 {
-        true => opened.remove(&args.image).map_err(|e| format!("removing it again: {e}")),
-        false => Ok(()),
-    };
-    let closed = opened.close().map_err(line);
-    removed.and(done).and(closed).map(|()| stopped_by)
+    Ok(at == end)
 }
 
 fn write_zeros(image: &Image, range: std::ops::Range<u64>, zeros: &[u8]) -> crate::Result<()> {

@@ -25,7 +25,8 @@ use crate::storage::image_lock;
 ///
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
-/// otherwise. `qcow2fs umount` ends it.
+/// otherwise. `qcow2fs umount` ends it, and so does SIGTERM; where the mount is busy, a second SIGTERM
+/// closes the images under their users' hands, with all in them that was written.
 ///
 /// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
 /// sense.
@@ -343,7 +344,7 @@ impl Plan {
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
-        let failed = catalog.close_all();
+        let failed = catalog.close_all(signals::CLOSING);
         if failed > 0 {
             log::error!("{failed} times an image could not be closed in order; check it");
         }

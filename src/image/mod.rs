@@ -148,8 +148,9 @@ pub struct Status {
 }
 
 /// An open image. All methods may be called from several threads at once. What changes the mapping
-/// of a cluster has it alone; a read that meets a write in place may see a part of it, as in any
-/// file.
+/// of a cluster has it alone, so a read sees it before or after. Writes in place do not: a read that
+/// meets one, or another write of the same sectors, may find a part of each, down to single bytes, as
+/// in any file. Who needs more of that takes turns.
 pub struct Image {
     storage: Arc<dyn Storage>,
     data: data_file::DataFile,

@@ -197,9 +197,10 @@ impl Tables {
                 )));
             }
         }
+        let mut map = self.metadata.fill();
         for (index, &raw) in state.l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
             let bad = match L1Entry::decode(raw, &self.geometry) {
-                Ok(L1Entry { table: Some(table), .. }) => self.register_table(table)?,
+                Ok(L1Entry { table: Some(table), .. }) => map.enter(table)?.map(str::to_owned),
                 Ok(_) => None,
                 Err(bad) => Some(bad.to_string()),
             };
@@ -210,18 +211,6 @@ impl Tables {
             }
         }
         result
-    }
-
-    /// Enters an L2 table into the map of metadata; what is wrong with it.
-    fn register_table(&self, table: HostCluster) -> Result<Option<String>> {
-        self.metadata.check_room()?;
-        Ok(if !self.metadata.is_in_file(&(table.0..table.0 + 1)) {
-            Some("points past the end of the file".into())
-        } else if !self.metadata.insert(table) {
-            Some("points to other metadata".into())
-        } else {
-            None
-        })
     }
 
     /// How often a lookup met the cache, and how often something had to be read for it.

@@ -1,10 +1,16 @@
 //! `qcow2fs create`, judged by QEMU.
 
-use std::fs;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::lab::{Lab, allocated, assert_same, assert_sound, guest_bytes, pattern};
+use crate::lab::{
+    Lab, PROGRAM, allocated, assert_same, assert_sound, eventually, guest_bytes, pattern, signal,
+};
 
 fn info(image: &std::path::Path) -> Value {
     serde_json::from_str(&sh!("qemu-img info --output=json {}", image.display())).unwrap()
@@ -81,31 +87,46 @@ fn preallocation_takes_what_it_says() {
         assert!(disk.len() == 100 << 20 && disk.iter().all(|byte| *byte == 0), "{mode}");
         assert_sound(&image);
     }
-    let image = lab.image("stopped.qcow2");
-    let stopped = attempt!(
-        "$qcow2fs create --preallocation full {0} 300G & \
-         for i in $(seq 600); do [ -e {0} ] && break; sleep 0.05; done; \
-         kill -INT $!; wait $!",
-        image.display()
-    );
-    assert_eq!(stopped.code, Some(130), "{stopped:?}");
-    assert!(!image.exists(), "half an image is left");
+}
+
+/// A process that makes `image` with `arguments`, as soon as it is filling it.
+fn filling(image: &Path, arguments: &str) -> Child {
+    let mut child = Command::new(PROGRAM)
+        .args(["create", "--preallocation", "full"])
+        .args(arguments.split_whitespace())
+        .arg(image)
+        .arg("300G")
+        .spawn()
+        .unwrap();
+    let descriptors = format!("/proc/{}/fd", child.id());
+    let device = image.parent().unwrap().metadata().unwrap().dev();
+    let is_growing =
+        |file: Metadata| file.is_file() && file.dev() == device && file.len() > 9 << 20;
+    let begun = || {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        let open = fs::read_dir(&descriptors).unwrap().flatten();
+        open.filter_map(|link| fs::metadata(link.path()).ok()).any(is_growing)
+    };
+    eventually(Duration::from_secs(60), begun, || "nothing is filled".into());
+    child
 }
 
 #[test]
-fn a_file_that_took_the_place_of_half_an_image_stays() {
+fn an_image_that_is_not_filled_to_its_end_never_has_a_name() {
     let lab = Lab::new();
-    let (image, other) = (lab.image("stopped.qcow2"), lab.image("other.qcow2"));
-    fs::write(&other, "other").unwrap();
-    // Once the file grows, the image is open and being filled.
-    let stopped = attempt!(
-        "$qcow2fs create --preallocation full {0} 300G & \
-         for i in $(seq 600); do [ \"$(stat -c %s {0} 2>/dev/null || echo 0)\" -gt 9000000 ] && break; sleep 0.05; done; \
-         mv {1} {0}; kill -INT $!; wait $!",
-        image.display(),
-        other.display()
-    );
-    assert_eq!(stopped.code, Some(1), "{stopped:?}");
-    assert!(stopped.err.contains("another file is called"), "{stopped:?}");
-    assert_eq!(fs::read(&image).unwrap(), b"other");
+    let image = lab.image("stopped.qcow2");
+    let other = lab.create("other.qcow2", "1M", "");
+    let before = fs::read(&other).unwrap();
+    for kind in [libc::SIGINT, libc::SIGTERM, libc::SIGKILL] {
+        for (image, arguments) in [(&image, ""), (&other, "--force")] {
+            let mut child = filling(image, arguments);
+            assert!(!lab.image("stopped.qcow2").exists(), "half an image has a name");
+            signal(child.id() as i32, kind);
+            let ended = child.wait().unwrap();
+            let by_itself = (kind != libc::SIGKILL).then_some(128 + kind);
+            assert_eq!(ended.code(), by_itself, "{ended:?}");
+            assert_eq!(fs::read_dir(lab.images()).unwrap().count(), 1, "something is left");
+            assert_same(&fs::read(&other).unwrap(), &before, "what was to be replaced");
+        }
+    }
 }

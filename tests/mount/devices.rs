@@ -58,6 +58,27 @@ impl Drop for LoopDevice {
     }
 }
 
+/// A kind of file system: how to make one on a device, and how to judge it.
+pub struct Kind {
+    make: &'static str,
+    judge: &'static str,
+}
+
+pub const EXT4: Kind = Kind { make: "mkfs.ext4 -q", judge: "e2fsck -fn" };
+pub const XFS: Kind = Kind { make: "mkfs.xfs -q", judge: "xfs_repair -n" };
+pub const BTRFS: Kind = Kind { make: "mkfs.btrfs -q", judge: "btrfs check --readonly" };
+
+impl Kind {
+    pub fn make(&self, device: &Path) {
+        sh!("{} {}", self.make, device.display());
+    }
+
+    /// Panics where it is not sound.
+    pub fn judge(&self, device: &Path) {
+        sh!("{} {}", self.judge, device.display());
+    }
+}
+
 /// A file system mounted from a block device.
 pub struct FileSystem {
     point: PathBuf,
