@@ -119,7 +119,7 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
     page
 }
 
-/// Whether the process is confined, and by what not, in a line; nothing where it was not asked to be.
+/// Whether the process is confined, and by what not, in a line.
 fn confinement(confined: &Value) -> String {
     let layers = confined.as_object().into_iter().flatten();
     let lacking = layers.filter(|(_, state)| **state != "on");
@@ -127,7 +127,7 @@ fn confinement(confined: &Value) -> String {
         .map(|(layer, state)| format!("{layer} ({})", state.as_str().unwrap_or("?")))
         .collect();
     match (confined.is_object(), lacking.is_empty()) {
-        (false, _) => String::new(),
+        (false, _) => "not confined\n".into(),
         (true, true) => "confined\n".into(),
         (true, false) => format!("not confined by {}\n", lacking.join(", ")),
     }
