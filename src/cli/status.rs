@@ -294,6 +294,7 @@ mod tests {
     fn the_page_names_each_open_image_and_what_went_wrong() {
         let status = serde_json::json!({
             "pid": 7, "source": "/i", "mountpoint": "/m", "read_only": false,
+            "confined": {"landlock": "on", "seccomp": "switched off"},
             "images": [{"name": "a/b.raw", "writable": true, "virtual_size": 1073741824,
                         "file_length": 1048576, "allocated": 524288,
                         "condition": "ok", "health": "ok"},
@@ -305,6 +306,7 @@ mod tests {
             "errors": [{"name": "c.raw", "error": "c.qcow2: is in use"}],
         });
         let wanted = "/i on /m, process 7\n\
+            not confined by seccomp (switched off)\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
             d.raw: written, disk 512 B, file 512 B, on the host 512 B, \
             read-only: syncing the image: I/O error\n\

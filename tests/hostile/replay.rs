@@ -1,7 +1,10 @@
-//! The inputs that the fuzzer has found to lead everywhere (`tests/fuzz/corpus`), and those that once
-//! showed a defect, each given to its target again.
+//! The inputs of the fuzz targets (`tests/fuzz/corpus`), those among them that once showed a defect,
+//! each given to its target again; then changes of them, by chance and without the fuzzer's guidance.
 
 use std::path::{Path, PathBuf};
+
+use crate::support::for_seeds;
+use crate::support::rng::Rng;
 
 #[path = "../fuzz/bodies/mod.rs"]
 mod bodies;
@@ -16,14 +19,50 @@ fn inputs(target: &str) -> Vec<PathBuf> {
 }
 
 /// Says which input it was when it fails.
-fn replay(target: &str, run: fn(&[u8])) {
+fn replay(target: &'static str, run: fn(&[u8])) {
     let files = inputs(target);
     println!("{target}: {} inputs", files.len());
+    let mut corpus = Vec::new();
     for file in files {
         let bytes = std::fs::read(&file).unwrap();
         let result = std::panic::catch_unwind(|| run(&bytes));
         assert!(result.is_ok(), "{}", file.display());
+        corpus.push(bytes);
     }
+    for_seeds(target, 1, |seed| run(&changed(&corpus, &mut Rng::new(seed))));
+}
+
+/// One of `corpus` with a few changes.
+fn changed(corpus: &[Vec<u8>], rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = rng.pick(corpus).clone();
+    for _ in 0..rng.within(1..9) {
+        if bytes.is_empty() {
+            bytes.push(0);
+        }
+        let at = rng.within(0..bytes.len() as u64) as usize;
+        match rng.within(0..6) {
+            0 => bytes[at] ^= 1 << rng.within(0..8),
+            1 => bytes[at] = rng.next() as u8,
+            2 => {
+                let word = *rng.pick(&[0, 1, u64::MAX, 1 << 63, 1 << 62, 512, rng.clone().next()]);
+                let width = 8.min(bytes.len() - at);
+                bytes[at..at + width].copy_from_slice(&word.to_be_bytes()[..width]);
+            }
+            3 => {
+                let other = rng.pick(corpus);
+                let from = rng.within(0..other.len() as u64 + 1) as usize;
+                let length = rng.within(0..64).min((other.len() - from) as u64) as usize;
+                let end = (at + length).min(bytes.len());
+                bytes.splice(at..end, other[from..from + length].iter().copied());
+            }
+            4 => drop(bytes.drain(at..(at + rng.within(1..16) as usize).min(bytes.len()))),
+            _ => {
+                let random: Vec<u8> = (0..rng.within(1..24)).map(|_| rng.next() as u8).collect();
+                bytes.splice(at..at, random);
+            }
+        }
+    }
+    bytes
 }
 
 #[test]
