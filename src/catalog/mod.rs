@@ -211,6 +211,9 @@ impl Catalog {
         if !parent.is_directory() {
             return Err(errno("looking up a name", libc::ENOTDIR));
         }
+        if !names::is_one(name) {
+            return Err(errno("looking up what is no name", libc::EINVAL));
+        }
         let directory = parent.path();
         if let Some(image) = names::image_name(name)
             && self.shows(parent, &image)

@@ -18,7 +18,7 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
-    /// What the process has given up; nothing where it was not asked to.
+    /// What the process has given up; nothing where it was told to keep everything.
     pub confined: Option<&'static confine::Report>,
     /// The directory of the overlays that are written instead of the images; nothing where the
     /// images are written.

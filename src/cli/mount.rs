@@ -64,14 +64,11 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
-    /// Once mounted, give up capabilities, files elsewhere, the network and system calls that serving
-    /// does not need. New, so off by default; meant to become the default
-    #[arg(long)]
-    confine: bool,
-    /// With --confine: keep one of capabilities, no-new-privs (and seccomp and landlock with it),
-    /// landlock, seccomp (repeatable)
+    /// Once mounted, the process gives up capabilities, files elsewhere, the network and system calls
+    /// that serving does not need. Keep one of capabilities, no-new-privs (and seccomp and landlock
+    /// with it), landlock, seccomp, or all of them (repeatable)
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
-    unconfined: Vec<Layer>,
+    unconfined: Vec<&'static [Layer]>,
     #[command(flatten)]
     keys: keys::Args,
     #[command(flatten)]
@@ -94,7 +91,7 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, confine, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
+    /// ephemeral, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
     /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
@@ -156,7 +153,7 @@ struct Plan {
     level: log::LevelFilter,
     catalog: catalog::Options,
     options: MountOptions,
-    /// Where this process gives up what it does not need: which layers stay out of that.
+    /// This process gives up what it does not need, but for these layers; `None` is all of them.
     confine: Option<Vec<Layer>>,
 }
 
@@ -221,8 +218,8 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
-        let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..));
-        let confine = confinement(args.confine || options.confine, unconfined.collect())?;
+        let unconfined = args.unconfined.concat().into_iter().chain(options.unconfined.drain(..));
+        let confine = confinement(unconfined.collect());
         let mut keys = args.keys;
         keys.key_file.append(&mut options.key_files);
         keys.keys = keys.keys.or(options.keys.take());
@@ -319,12 +316,15 @@ impl Plan {
         let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
         places.push(place(&self.directory));
         places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
+        let read = |path: &Path| Place { path: path.to_owned(), write: false };
         let keys = &self.catalog.keys;
-        let key_files = keys.files.iter().map(|(_, file)| file);
-        let key_places = key_files.chain(&keys.directory).chain(&keys.credentials);
-        places.extend(key_places.map(|path| Place { path: path.clone(), write: false }));
+        places.extend(keys.directory.iter().chain(&keys.credentials).map(|path| read(path)));
+        places.extend(keys.files.iter().map(|(_, file)| read(place_of_key(file))));
+        // The time of day in syslog(3) and in the log.
+        places.push(read(Path::new("/etc/localtime")));
         // Where the standard descriptors lead once the terminal is let go of.
         places.push(Place { path: "/dev/null".into(), write: true });
+        places.retain(|place| place.path.exists());
         confine::confine(without, &places);
     }
 
@@ -489,13 +489,15 @@ fn overlay_options(
     }
 }
 
-/// The layers to leave out, where any is asked for.
-fn confinement(is_asked: bool, without: Vec<Layer>) -> Result<Option<Vec<Layer>>, String> {
-    match is_asked {
-        true => Ok(Some(without)),
-        false if without.is_empty() => Ok(None),
-        false => Err("--unconfined needs --confine: without it, nothing is given up".into()),
-    }
+/// What has to stay within reach for a key file, which need not be there yet.
+fn place_of_key(file: &Path) -> &Path {
+    if file.exists() { file } else { file.parent().unwrap_or(file) }
+}
+
+/// The layers to leave out; `None` where that is all of them.
+fn confinement(without: Vec<Layer>) -> Option<Vec<Layer>> {
+    let is_any_left = Layer::ALL.iter().any(|layer| !without.contains(layer));
+    is_any_left.then_some(without)
 }
 
 fn starting_a_thread(error: io::Error) -> String {

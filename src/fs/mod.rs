@@ -78,7 +78,7 @@ impl Filesys {
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
-        if control::attributes(ino).is_some() || snap::is_ours(ino) {
+        if control::is_ours(ino) || snap::is_ours(ino) {
             // Nothing of ours can be changed.
             return Err(Errno::EPERM);
         }
@@ -129,7 +129,8 @@ fn answer(done: Result<()>, node: Option<&Node>, reply: ReplyEmpty) {
 }
 
 fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-    if let Some(attr) = control::lookup(parent, name) {
+    let ours = control::find(parent, name);
+    if let Some(attr) = ours.and_then(|ino| control::attributes(&verbs.catalog, ino)) {
         return reply.entry(&ENTRY_TTL, &attr, GENERATION);
     }
     if parent == control::DIRECTORY {
@@ -270,7 +271,7 @@ impl Filesystem for Filesys {
         _handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        if let Some(attr) = control::attributes(ino) {
+        if let Some(attr) = control::attributes(&self.verbs.catalog, ino) {
             return reply.attr(&ENTRY_TTL, &attr);
         }
         if snap::is_ours(ino) {
@@ -317,7 +318,7 @@ impl Filesystem for Filesys {
         // A shell's `>` cuts the file first.
         if ino == control::CONTROL
             && size == Some(0)
-            && let Some(attr) = control::attributes(ino)
+            && let Some(attr) = control::attributes(&self.verbs.catalog, ino)
         {
             return reply.attr(&ENTRY_TTL, &attr);
         }
@@ -755,7 +756,7 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        if control::attributes(ino).is_some() || snap::is_ours(ino) {
+        if control::is_ours(ino) || snap::is_ours(ino) {
             return reply.ok();
         }
         self.slowly(self.node(ino), reply, |verbs, node| verbs.catalog.sync_directory(node));

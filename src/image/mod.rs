@@ -20,6 +20,7 @@ mod leaks;
 #[cfg(all(test, feature = "model"))]
 mod models;
 mod open;
+mod ownership;
 mod read;
 mod resize;
 mod snapshots;
@@ -174,6 +175,8 @@ pub struct Image {
 struct Writer {
     refcounts: Arc<Refcounts>,
     recycler: Recycler,
+    /// COPIED flags that may be believed.
+    trusted: ownership::Trusted,
     /// Lock order: before guest clusters.
     flush: flush_lock::FlushLock,
     /// Lock order: before the flush lock.

@@ -40,9 +40,9 @@ const LOADERS: usize = 16;
 pub enum TableState {
     /// No L2 table.
     Absent,
-    /// A table that may be changed.
-    Own,
-    /// A table that is not marked as referenced only here.
+    /// A table that is marked as referenced only here.
+    Own(HostCluster),
+    /// A table that is not marked so.
     Shared(HostCluster),
 }
 
@@ -310,7 +310,7 @@ impl Tables {
     fn state_of_table(&self, state: &State, cluster: GuestCluster) -> Result<TableState> {
         Ok(match self.table_of(state, cluster.0)? {
             None => TableState::Absent,
-            Some((_, true)) => TableState::Own,
+            Some((table, true)) => TableState::Own(table),
             Some((table, false)) => TableState::Shared(table),
         })
     }

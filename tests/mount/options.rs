@@ -61,6 +61,29 @@ fn other_users_read_only_where_allowed() {
     mount.umount();
 }
 
+/// `status` and `metrics` tell the names of images.
+#[test]
+fn who_may_not_list_the_images_may_not_read_their_status() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "4M", "");
+    for (owner, mode, may_read) in
+        [("0:0", "755", true), ("0:0", "700", false), ("65534:0", "500", true)]
+    {
+        sh!("chown {owner} {0}; chmod {mode} {0}", lab.images().display());
+        let mount = lab.mount_with("-o allow_other");
+        for name in ["status", "metrics"] {
+            let file = mount.path(".qcow2fs").join(name);
+            let read = attempt!("{NOBODY} cat {}", file.display());
+            assert_eq!(read.ok(), may_read, "{name}, {owner} {mode}: {}", read.text());
+            sh!("cat {}", file.display());
+        }
+        let ordered =
+            attempt!("{NOBODY} tee {} < /dev/null", mount.path(".qcow2fs/control").display());
+        assert!(!ordered.ok(), "{}", ordered.text());
+        mount.umount();
+    }
+}
+
 #[test]
 fn each_user_may_do_what_owner_and_mode_of_the_image_allow() {
     let lab = Lab::new();
