@@ -69,6 +69,7 @@
 //! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
 //! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
+//! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |
 //! | a defect that runs the attacker's code | with `--confine`, no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
