@@ -151,9 +151,9 @@ impl Catalog {
     ///
     /// # Errors
     /// `EPERM` for an image that would not be called `.raw`, that names other files relative to the
-    /// directory which it would leave, or that would get another key and not notice; `EINVAL` for an exchange of an image with a directory; `EEXIST`
-    /// where the host has the new name for something that is not shown; `InUse` for what an open image
-    /// is based on; and those of the host.
+    /// directory which it would leave, or that would get another key and not notice; `EINVAL` for an
+    /// exchange of an image with a directory; `EEXIST` where the host has the new name for something
+    /// that is not shown; `InUse` for what an open image is based on; and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         self.names_may_change()?;
         let _names = self.names.write();
