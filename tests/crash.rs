@@ -100,7 +100,7 @@ fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
         seconds: 40,
         states: 18_000,
     }
-    .run(shape_with_snapshots);
+    .run(|rng| shape_with_snapshots(rng).encrypted_one_in(8, rng));
 }
 
 #[test]
@@ -130,5 +130,5 @@ fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
         seconds: 30,
         states: 8_000,
     }
-    .run(small_shape);
+    .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
 }

@@ -19,7 +19,7 @@ use super::keys::Keys;
 use super::node::open_host_file;
 use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, BackingFile, Beside, Image, Options, RawBacking, Summary};
+use crate::image::{Backing, BackingFile, Beside, Encryption, Image, Options, RawBacking, Summary};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -244,6 +244,22 @@ impl Chains {
     ) -> Result<Option<Arc<DataCipher>>> {
         let unlock = |encryption| self.keys.unlock(name, file, encryption);
         summary.encryption.map(unlock).transpose()
+    }
+
+    /// Whether there is any place that keys may come from.
+    pub(super) fn have_keys(&self) -> bool {
+        let Keys { files, directory, credentials, .. } = &self.keys;
+        !files.is_empty() || directory.is_some() || credentials.is_some()
+    }
+
+    /// Whether an image may have the name `to` instead of `from` as far as its key is concerned: a wrong
+    /// one would be noticed, or it stays what it was.
+    pub(super) fn keeps_key(
+        &self,
+        [from, to]: [&Path; 2],
+        encryption: impl FnOnce() -> Option<Encryption>,
+    ) -> Result<bool> {
+        Ok(self.keys.stays(from, to)? || encryption() != Some(Encryption::Aes))
     }
 
     /// What the host says of the data file `name` of the image at `path`, without opening it;

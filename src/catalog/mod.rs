@@ -46,7 +46,7 @@ pub use alone::Alone;
 pub use change::AttributeChange;
 pub use create::{NewImage, create_filled_image, create_image};
 pub use host::{HostSpace, SetTime};
-pub use keys::{Keys, Prompt};
+pub use keys::{Keys, Prompt, Typed};
 pub use metrics::metrics;
 pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
@@ -412,6 +412,7 @@ impl Catalog {
             Ok(summary) => Header {
                 virtual_size: summary.virtual_size,
                 cluster_size: summary.cluster_size,
+                may_be_encrypted: summary.encryption.is_some() || summary.backing.is_some(),
                 data_file: summary.data_file,
             },
             Err(e) => {
@@ -586,7 +587,7 @@ fn remove_abandoned(place: &File, names: &[(OsString, bool)]) {
 
 fn image_header(image: &Image) -> Header {
     let (virtual_size, cluster_size) = (image.virtual_size(), image.cluster_size());
-    Header { virtual_size, cluster_size, data_file: None }
+    Header { virtual_size, cluster_size, ..Header::default() }
 }
 
 fn errno(what: &str, code: i32) -> Error {

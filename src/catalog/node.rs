@@ -6,6 +6,7 @@
 
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +31,9 @@ pub struct Node {
     names: Mutex<Vec<PathBuf>>,
     /// Never held while another lock but the growth lock is taken.
     slot: RwLock<Slot>,
+    /// From the end of the first opening to that of the last close. Who only looks at what is open
+    /// does not wait for a first opening, which takes long where a key is tried.
+    has_image: AtomicBool,
     /// Serializes changes of the virtual size. Taken before the slot.
     pub(crate) size_change: Mutex<()>,
     /// What the header says, and under which stamp it said so.
@@ -93,6 +97,8 @@ pub(super) struct Header {
     pub(super) cluster_size: u64,
     /// The name of its external data file.
     pub(super) data_file: Option<Vec<u8>>,
+    /// It is encrypted, or based on what may be.
+    pub(super) may_be_encrypted: bool,
 }
 
 #[derive(Default)]
@@ -169,6 +175,7 @@ impl Node {
             directory,
             names: Mutex::new(vec![name]),
             slot: RwLock::default(),
+            has_image: AtomicBool::new(false),
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
@@ -273,6 +280,13 @@ impl Node {
         self.slot.try_read().is_none()
     }
 
+    /// Whether opening it may take as long as trying a key does, as far as its header was looked at.
+    pub fn may_need_unlocking(&self) -> bool {
+        let is_open = self.slot.try_read().is_some_and(|slot| slot.open.is_some());
+        let header = self.header.lock();
+        !is_open && header.as_ref().is_some_and(|(_, header)| header.may_be_encrypted)
+    }
+
     /// Runs `verb` on the open image. May wait while the image is being opened for writing.
     ///
     /// # Errors
@@ -314,8 +328,12 @@ impl Node {
         }
     }
 
-    /// The host file and the image while they are open.
+    /// The host file and the image while they are open. Waits where they are being opened again or
+    /// closed.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
+        if !self.has_image.load(Ordering::Acquire) {
+            return None;
+        }
         let slot = self.slot.read();
         let opened = slot.open.as_ref()?;
         Some(look(opened.image(), opened.file.file(), opened.is_writable()))
@@ -351,6 +369,7 @@ impl Node {
                 keep_cache = slot.closed == Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
+                self.has_image.store(true, Ordering::Release);
             }
             Some(opened) if how.write && !opened.is_writable() => {
                 let above = if layered { Some(find()?) } else { None };
@@ -383,7 +402,7 @@ impl Node {
     pub(super) fn release(&self) -> Result<()> {
         let mut slot = self.slot.write();
         slot.handles = slot.handles.saturating_sub(1);
-        if slot.handles > 0 { Ok(()) } else { slot.close() }
+        if slot.handles > 0 { Ok(()) } else { self.close(&mut slot) }
     }
 
     /// Closes the image whatever handles there are, as soon as the requests that are under way are
@@ -396,6 +415,7 @@ impl Node {
         let Some(mut slot) = self.slot.try_write_until(deadline) else { return Err(not_done()) };
         slot.closed = None;
         let Some(opened) = slot.open.take() else { return Ok(()) };
+        self.has_image.store(false, Ordering::Release);
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
         if opened.is_idle_by(deadline) {
@@ -403,6 +423,12 @@ impl Node {
         }
         // What is still under way must not meet the end of the file while that is cut off.
         opened.image().flush().and(Err(not_done()))
+    }
+
+    fn close(&self, slot: &mut Slot) -> Result<()> {
+        let closed = slot.close();
+        self.has_image.store(false, Ordering::Release);
+        closed
     }
 }
 

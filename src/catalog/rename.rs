@@ -2,7 +2,8 @@
 //!
 //! A file that an open image uses as a backing or data file keeps its name, and so do the directories
 //! that it lies in: the image would not be opened again. What closed images are based on nobody knows
-//! without opening all of them.
+//! without opening all of them. Nor does an image get another key by its name where it would not
+//! notice.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata, Permissions};
@@ -150,11 +151,11 @@ impl Catalog {
     /// Renames an image or a directory, with the flags of renameat2(2).
     ///
     /// # Errors
-    /// `EPERM` for an image that would not be called `.raw`, or that names other files relative to the
-    /// directory which it would leave, and for a directory with such images; `EINVAL` for an exchange of
-    /// an image with a directory; `EEXIST` where the host has the new name for something that is not
-    /// shown; `InUse` for what an open image is based on, and for a directory with that in it; and those
-    /// of the host.
+    /// `EPERM` for an image that would not be called `.raw`, that names other files relative to the
+    /// directory which it would leave, or that would get another key and not notice, and for a
+    /// directory with such images; `EINVAL` for an exchange of an image with a directory; `EEXIST`
+    /// where the host has the new name for something that is not shown; `InUse` for what an open image
+    /// is based on, and for a directory with that in it; and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         self.names_may_change()?;
         let flags = RenameFlags::from_bits_retain(flags);
@@ -185,6 +186,11 @@ impl Catalog {
         if moves && flags.contains(RenameFlags::EXCHANGE) {
             target.as_ref().map_or(Ok(()), |target| stands_alone(target, None, &what))?;
         }
+        let new_path = to.0.path().join(&new_name);
+        self.keeps_keys(&source, &source.path, &new_path, &what)?;
+        if let Some(target) = target.as_ref().filter(|_| flags.contains(RenameFlags::EXCHANGE)) {
+            self.keeps_keys(target, &target.path, &source.path, &what)?;
+        }
         let (old_parent, _) = self.place_among_names(from.0)?;
         let (new_parent, _) = self.place_among_names(to.0)?;
         let old_name = source.path.file_name().unwrap_or(from.1);
@@ -194,7 +200,6 @@ impl Catalog {
             false => rename_to_free_name(old, new),
         }
         .map_err(|e| Error::io(what, e.into()))?;
-        let new_path = to.0.path().join(new_name);
         let found: Vec<_> = std::iter::once(&source).chain(&target).collect();
         self.names_moved(&self.nodes_at(&found), &source.path, &new_path, flags);
         if !flags.contains(RenameFlags::EXCHANGE) {
@@ -216,7 +221,8 @@ impl Catalog {
     ///
     /// # Errors
     /// `EPERM` for a directory, for a name that no raw file has, and for an image that names other files
-    /// relative to another directory; `EEXIST`, and those of the host.
+    /// relative to another directory, or would have two keys and not notice; `EEXIST`, and those of the
+    /// host.
     pub fn link(&self, node: &Node, parent: &Node, name: &OsStr) -> Result<()> {
         self.names_may_change()?;
         let _names = self.names.write();
@@ -230,6 +236,7 @@ impl Catalog {
         if found.path.parent() != Some(&parent.path()) {
             stands_alone(&found, None, &what)?;
         }
+        self.keeps_keys(&found, &found.path, &parent.path().join(&image), &what)?;
         if self.found(parent, name)?.is_some() {
             return Err(errno(&what, libc::EEXIST));
         }
@@ -237,6 +244,44 @@ impl Catalog {
         let old = host::path_of(&found.place);
         rustix::fs::linkat(CWD, &old, &directory, &image, AtFlags::SYMLINK_FOLLOW)
             .map_err(|e| Error::io(what, e.into()))
+    }
+
+    /// Fails where `found`, or an image beneath it, would get another key when `from` becomes `to`, and
+    /// not notice: what was written then would be lost for the right one.
+    fn keeps_keys(&self, found: &Found, from: &Path, to: &Path, what: &str) -> Result<()> {
+        if !self.chains.have_keys() {
+            return Ok(());
+        }
+        if !found.metadata.is_dir() {
+            let encryption = || summary_of(found).and_then(|summary| summary.encryption);
+            return match self.chains.keeps_key([from, to], encryption)? {
+                true => Ok(()),
+                false => Err(refused(
+                    format!(
+                        "{what}: as {} the image {} would get another key, which its encryption \
+                         (AES) would not notice: give that name the same key first, or none",
+                        to.display(),
+                        from.display()
+                    ),
+                    libc::EPERM,
+                )),
+            };
+        }
+        let names = host::list(&found.place)
+            .map_err(|e| Error::io(format!("listing {}", from.display()), e))?;
+        for (name, is_directory) in names {
+            if is_directory || names::raw_name(&name).is_some() {
+                let path = from.join(&name);
+                let (place, metadata) = match self.place(&path) {
+                    // It is gone by now.
+                    Err(e) if e.errno() == libc::ENOENT => continue,
+                    found => found?,
+                };
+                let below = Found { path: path.clone(), place, metadata };
+                self.keeps_keys(&below, &path, &to.join(&name), what)?;
+            }
+        }
+        Ok(())
     }
 
     /// What `name` stands for; `None` where it stands for nothing.

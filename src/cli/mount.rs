@@ -71,6 +71,9 @@ pub(super) struct Args {
     unconfined: Vec<&'static [Layer]>,
     #[command(flatten)]
     keys: keys::Args,
+    /// Take keys that another command was told from the standard input
+    #[arg(long, hide = true)]
+    typed_keys: bool,
     #[command(flatten)]
     create: CreateArgs,
     /// Write to qcow2 overlays in this directory, and leave the images as they are
@@ -152,6 +155,8 @@ struct Plan {
     log_file: Option<PathBuf>,
     level: log::LevelFilter,
     catalog: catalog::Options,
+    /// Keys are to be had from the standard input.
+    typed_keys: bool,
     options: MountOptions,
     /// This process gives up what it does not need, but for these layers; `None` is all of them.
     confine: Option<Vec<Layer>>,
@@ -248,6 +253,7 @@ impl Plan {
                 image,
                 create,
             },
+            typed_keys: args.typed_keys,
             options,
             confine,
         })
@@ -275,6 +281,10 @@ impl Plan {
         self.start_log(in_background)?;
         daemon::set_up();
         let signals = signals::block();
+        if self.typed_keys {
+            // Not before the fork: memory that is locked stays so only in the process that locks it.
+            keys::read_typed(&self.catalog.keys.typed)?;
+        }
         // The images are opened beneath the directory as it is now, whatever is mounted later.
         let catalog = Catalog::new(&self.directory, self.catalog.clone());
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);

@@ -98,6 +98,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_getparam,
     libc::SYS_sched_getscheduler,
+    libc::SYS_setpriority,
     libc::SYS_getcpu,
     libc::SYS_nanosleep,
     libc::SYS_clock_nanosleep,

@@ -3,7 +3,9 @@
 //! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
 //! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
-//! flush; one flush at a time is done by the worker that took it. Nothing of qcow2 is known here.
+//! flush; one flush at a time is done by the worker that took it. What opens an image that may be
+//! encrypted goes to a pool of its own: to find the key out from a passphrase takes a second or two,
+//! with a header that was made for it half a minute. Nothing of qcow2 is known here.
 //!
 //! How the page cache is used: handles go through it, and what it holds is kept from one open to
 //! the next as long as nobody else has touched the image file. The first handle of a file decides
@@ -43,6 +45,9 @@ use verbs::{Created, Handle, Verbs};
 
 /// Threads for what may block.
 const SLOW_THREADS: usize = 8;
+/// Threads for opening what may be encrypted: so many such images are opened at once before one of
+/// them waits for another.
+const UNLOCKING_THREADS: usize = 16;
 /// Requests that the kernel may have on the way in the background (readahead, asynchronous I/O).
 const MAX_BACKGROUND: u16 = 64;
 /// Bytes in the largest write.
@@ -58,6 +63,8 @@ const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
 pub struct Filesys {
     verbs: Arc<Verbs>,
     pool: Pool,
+    /// Started with the first such image.
+    unlocking: Pool,
 }
 
 impl Filesys {
@@ -67,14 +74,24 @@ impl Filesys {
     /// Those of the host when it cannot start a thread.
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+        let unlocking = Pool::without_threads(UNLOCKING_THREADS);
+        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)?, unlocking })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
     /// gives its privileges up while it has no threads.
     pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Filesys { verbs, pool: Pool::without_threads(SLOW_THREADS) }
+        let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
+        Filesys { verbs, pool, unlocking }
+    }
+
+    /// The pool for what opens the image that `ino` stands for.
+    fn pool_for_opening(&self, ino: INodeNo) -> &Pool {
+        match self.verbs.node_behind(ino) {
+            Some(node) if node.may_need_unlocking() => &self.unlocking,
+            _ => &self.pool,
+        }
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
@@ -333,7 +350,9 @@ impl Filesystem for Filesys {
         let (accessed, modified) = (atime.map(set), mtime.map(set));
         let change = AttributeChange { mode, uid, gid, accessed, modified };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || match verbs.set_attributes(&node, size, change) {
+        // Only a new size needs the image itself.
+        let pool = if size.is_some() { self.pool_for_opening(ino) } else { &self.pool };
+        pool.run(move || match verbs.set_attributes(&node, size, change) {
             Ok(()) => answer_attributes(&verbs, &node, reply),
             Err(e) => reply.error(fail(Some(&node), &e)),
         });
@@ -341,7 +360,7 @@ impl Filesystem for Filesys {
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || {
+        self.pool_for_opening(ino).run(move || {
             if ino == control::CONTROL {
                 let handle = verbs.add_handle(Handle::Control { held: Default::default() });
                 return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
@@ -607,7 +626,8 @@ impl Filesystem for Filesys {
         let name = name.to_owned();
         if snap::is_ours(parent) {
             let verbs = Arc::clone(&self.verbs);
-            return self.pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
+            let pool = self.pool_for_opening(parent);
+            return pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
         }
         self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, false)
@@ -680,7 +700,7 @@ impl Filesystem for Filesys {
                 answer_created(verbs.create(&parent, &name, mode, creator, flags), reply);
             });
         }
-        self.pool.run(move || match verbs.snap_create(parent, &name) {
+        self.pool_for_opening(parent).run(move || match verbs.snap_create(parent, &name) {
             Ok((attr, handle)) => {
                 let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
                 reply.created(&ENTRY_TTL, &attr, GENERATION, handle, flags);

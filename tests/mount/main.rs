@@ -42,3 +42,4 @@ mod refusals;
 mod resize;
 mod snapshots;
 mod status;
+mod terminal;
