@@ -77,10 +77,11 @@ impl Image {
             compaction.pin(|| format!("refcounts are too narrow to pack the data at {offset}"));
             return Ok(());
         }
-        let Some((place, touched)) = self.pack_referenced(writer, pass, exact as u64, one.paths, most)?
+        let Some((place, touched)) =
+            self.pack_referenced(writer, pass, exact as u64, one.paths, most)?
         else {
             // Others may fit into less.
-            pass.is_out_of_room = true;
+            (pass.is_out_of_room, pass.is_fragmented) = (true, true);
             return Ok(());
         };
         let sectors = (place.0 + exact as u64 - 1) / 512 - place.0 / 512 + 1;

@@ -150,8 +150,8 @@ pub(super) struct Compaction {
     /// The compressed bytes dropped that were known when it was last looked how full host clusters
     /// are.
     surveyed_at: Option<u64>,
-    /// The last pass ran out of room and this is the first time: the next one leaves some.
-    is_cramped: bool,
+    /// The last pass ran out of room and this is the first time: the next one leaves so many clusters.
+    cramped: Option<u64>,
     /// There may be compressed data: none ever comes to an open image.
     has_compressed: bool,
 }
@@ -160,6 +160,7 @@ pub(super) struct Compaction {
 #[derive(Debug)]
 struct Pass {
     purpose: Purpose,
+    began: Instant,
     /// What lies at or behind this cluster moves; or all before it.
     end: u64,
     /// The bytes to win that are worth moving something for.
@@ -173,10 +174,12 @@ struct Pass {
     survey: Option<Occupancy>,
     /// Host clusters that compressed data is moved out of.
     dissolved: Option<Occupancy>,
-    /// There was nothing free before the end any more.
+    /// Something found no room before the end: others have taken it.
     is_out_of_room: bool,
+    /// Or it was compressed data, which needs it in one piece.
+    is_fragmented: bool,
     /// The pass before it ran out of room.
-    has_slack: bool,
+    is_second_try: bool,
     snapshots: Vec<structures::SnapshotL1>,
     /// The L1 index that is next.
     column: u64,
@@ -263,15 +266,16 @@ impl Compaction {
             failed: None,
             retry: None,
             surveyed_at: None,
-            is_cramped: false,
+            cramped: None,
             has_compressed: true,
         }
     }
 
     /// Whether another pass may win more than this one has, which is over.
     fn is_unfinished(&mut self, pass: &Pass) -> bool {
-        self.is_cramped = pass.is_out_of_room && !pass.has_slack;
-        self.is_cramped || pass.dissolved.is_some() || pass.emptied > 0
+        let is_first_time = pass.is_out_of_room && !pass.is_second_try;
+        self.cramped = is_first_time.then_some(if pass.is_fragmented { SLACK } else { 0 });
+        is_first_time || pass.dissolved.is_some() || pass.emptied > 0
     }
 
     /// Whether so much compressed data was dropped, of `dropped` bytes in all, that it is worth
@@ -611,10 +615,11 @@ impl Image {
         log::debug!("compacting: {} clusters become {}", prospect.end, prospect.used);
         let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
         let surveys = compaction.has_compressed && compaction.surveyed_at != Some(dropped);
-        let has_slack = std::mem::take(&mut compaction.is_cramped);
+        let slack = compaction.cramped.take();
         compaction.pass = Some(Pass {
             purpose: Purpose::Shorten,
-            end: prospect.used + if has_slack { SLACK } else { 0 },
+            began: Instant::now(),
+            end: prospect.used + slack.unwrap_or(0),
             worth,
             win: prospect.win(),
             stage: if surveys { Stage::Survey } else { Stage::Columns },
@@ -622,7 +627,8 @@ impl Image {
             survey: None,
             dissolved: None,
             is_out_of_room: false,
-            has_slack,
+            is_fragmented: false,
+            is_second_try: slack.is_some(),
             snapshots,
             column: 0,
             entries: Vec::new(),
@@ -740,11 +746,15 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
-        // A pass that has moved much may be worth another; one that has not is not, until more is
-        // freed.
+        // Another may win what others have freed meanwhile, or put at the end, and what this one was
+        // not out for. What stays behind the end for no such reason does so until more is freed.
         compaction.failed = None;
         compaction.retry = None;
-        let worth_another = win > 0 && (pass.moved > win || compaction.is_unfinished(pass));
+        let may_win = prospect.end <= pass.end
+            || writer.recycler.has_allocated_since(pass.began)
+            || pass.moved > win
+            || compaction.is_unfinished(pass);
+        let worth_another = win > 0 && may_win;
         compaction.asked &= worth_another;
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())

@@ -81,8 +81,9 @@ impl Occupancy {
     /// Host clusters that emptying the sparse ones frees, those for what is packed taken off, and
     /// the bytes to be packed.
     pub(super) fn win(&self) -> (u64, u64) {
-        let (count, live) =
-            self.sparse().fold((0u64, 0), |(count, live), (_, sectors)| (count + 1, live + sectors));
+        let (count, live) = self
+            .sparse()
+            .fold((0u64, 0), |(count, live), (_, sectors)| (count + 1, live + sectors));
         (count.saturating_sub(live.div_ceil(self.per_cluster.max(1))), live * SECTOR)
     }
 }
