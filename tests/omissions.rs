@@ -13,6 +13,8 @@ mod support;
 
 #[path = "omissions/interrupted.rs"]
 mod interrupted;
+#[path = "omissions/repair.rs"]
+mod repair;
 
 use interrupted::{Layout, Other};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -48,6 +50,8 @@ enum Ground {
     Bitmap,
     /// The header has autoclear bits that nobody knows.
     Autoclear,
+    /// A damaged image is repaired.
+    Repair,
 }
 
 /// What is special about random histories.
@@ -64,9 +68,10 @@ enum Kind {
     Bitmaps,
     MovesOfBitmaps,
     Dirty,
+    Encrypted,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Writes,
     Kind::Moves,
     Kind::Sizes,
@@ -78,6 +83,7 @@ const KINDS: [Kind; 11] = [
     Kind::Bitmaps,
     Kind::MovesOfBitmaps,
     Kind::Dirty,
+    Kind::Encrypted,
 ];
 
 fn ground(rule: Rule) -> Ground {
@@ -90,7 +96,8 @@ fn ground(rule: Rule) -> Ground {
         | Rule::AllocatedBeforeEntry
         | Rule::FileReachesAllocated
         | Rule::CopyBeforeEntry => Kind::Writes,
-        Rule::MoveBeforeEntry => Kind::Moves,
+        Rule::MoveBeforeEntry | Rule::LinksInTurn | Rule::BlocksMoveInTurn => Kind::Moves,
+        Rule::CipherBeforeEntry => Kind::Encrypted,
         Rule::L1BeforeHeader
         | Rule::L1SwitchBeforeReuse
         | Rule::CutBeforeSize
@@ -104,8 +111,15 @@ fn ground(rule: Rule) -> Ground {
         | Rule::SnapshotsBeforeHeader
         | Rule::SnapshotSwitchBeforeReuse
         | Rule::AppliedBeforeHeader
+        | Rule::DiskBeforeSnapshot
+        | Rule::DiskBeforeApplied
+        | Rule::DropsBeforeApplied
         | Rule::AppliedSwitchBeforeReuse => Kind::Snapshots,
-        Rule::MoveBeforeWord | Rule::WordsBeforeTableMove => Kind::MovesOfSnapshots,
+        Rule::MoveBeforeWord
+        | Rule::WordsBeforeTableMove
+        | Rule::WordsBeforePass
+        | Rule::WordsBeforeReread
+        | Rule::TablesBeforeStructures => Kind::MovesOfSnapshots,
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
@@ -115,6 +129,7 @@ fn ground(rule: Rule) -> Ground {
         Rule::LinksBeforePlaces | Rule::UnlinkedPlacesWait => {
             return Ground::Compaction(Layout::TablesFirst, Other::Writes);
         }
+        Rule::LeftPlacesWait => return Ground::Compaction(Layout::TablesFirst, Other::Frees),
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
@@ -125,6 +140,7 @@ fn ground(rule: Rule) -> Ground {
         Rule::StatesSynced => return Ground::PoolOfOldData,
         Rule::BitmapsMarkedFirst => return Ground::Bitmap,
         Rule::AutoclearFirst => return Ground::Autoclear,
+        Rule::RepairedCountsBeforeFlags | Rule::RepairSynced => return Ground::Repair,
     })
 }
 
@@ -132,7 +148,7 @@ impl Kind {
     fn mix(self) -> Mix {
         match self {
             Kind::Writes | Kind::DataFile | Kind::RawDataFile | Kind::Subclusters => WRITES,
-            Kind::Dirty | Kind::Bitmaps => WRITES,
+            Kind::Dirty | Kind::Bitmaps | Kind::Encrypted => WRITES,
             Kind::Moves | Kind::MovesOfBitmaps => MOVES,
             Kind::Sizes => SIZES,
             Kind::Snapshots => SNAPSHOTS,
@@ -158,6 +174,7 @@ impl Kind {
                 shape.extended_l2 = true;
                 shape.cluster_bits = 14;
             }
+            Kind::Encrypted => shape = shape.encrypted_one_in(1, rng),
             Kind::Bitmaps | Kind::MovesOfBitmaps | Kind::Dirty => {}
         }
         shape.version = 3;
@@ -167,7 +184,7 @@ impl Kind {
     fn campaign(self) -> Campaign {
         Campaign {
             test: "omissions",
-            plan: Plan { mix: self.mix(), actions: (10, 80), threads: false },
+            plan: Plan { mix: self.mix(), actions: (10, 80), threads: false, faults: false },
             backed: 4,
             bitmaps: matches!(self, Kind::Bitmaps | Kind::MovesOfBitmaps),
             prepare: if self == Kind::Dirty { mark_dirty } else { |_| () },
@@ -199,6 +216,7 @@ fn search(ground: Ground, seed: u64, tally: &mut Tally) -> Option<String> {
         Ground::PoolOfOldData => interrupted::pool_of_old_data(tally),
         Ground::Bitmap => interrupted::bitmap(tally),
         Ground::Autoclear => interrupted::autoclear(tally),
+        Ground::Repair => repair::cut_off(tally),
     }));
     // What this program asserts of itself finds it too.
     found.unwrap_or_else(|_| Err("a panic".into())).err()
@@ -258,6 +276,8 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::PoolOfOldData,
         Ground::Bitmap,
         Ground::Autoclear,
+        Ground::Repair,
+        Ground::Compaction(Layout::TablesFirst, Other::Frees),
     ];
     let mut tally = Tally::default();
     for ground in random.into_iter().chain(directed) {
