@@ -202,6 +202,8 @@ struct Clients<'a> {
     storage: Arc<RecordingStorage>,
     /// What makes the files fail, where they do.
     faults: Option<Faults>,
+    /// What was done, in the order in which it was begun, for messages.
+    taken: Mutex<Vec<(Action, Range<u64>)>>,
     /// What each step number is.
     steps: Mutex<HashMap<u64, Step>>,
     next: AtomicU64,
@@ -255,6 +257,7 @@ pub fn record(
         image,
         storage: storage.clone(),
         faults,
+        taken: Mutex::default(),
         steps: Mutex::default(),
         next: AtomicU64::new(1),
         sectors: AtomicU64::new(sectors),
@@ -265,7 +268,7 @@ pub fn record(
         began,
         hours: AtomicU64::new(1),
     };
-    clients.run_all(rng).map_err(|e| format!("{e}"))?;
+    clients.run_all(rng).map_err(|e| format!("{e}, after {:?}", clients.taken.lock()))?;
     let struck = clients.faults.as_ref().map_or(0, Faults::struck);
     let steps = clients.steps.into_inner();
     Ok(Recorded { image: storage, data, steps, struck })
@@ -379,6 +382,7 @@ impl Clients<'_> {
     fn take_action(&self, action: Action, client: u64, rng: &mut Rng) -> qcow2fs::Result<()> {
         let sectors = self.own_sectors(action, client, rng);
         let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
+        self.taken.lock().push((action, sectors.clone()));
         let image = &self.image;
         let step = |kind| Step::Disk(Operation { kind, sectors: sectors.clone() });
         match action {
