@@ -40,15 +40,39 @@
 //! # What is promised, and what holds it
 //! | promise | test |
 //! |---|---|
-//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
+//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction, laying out in order and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
+//! | the same where the host fails now and then and the image is used on | `tests/crash.rs`: `every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged` |
 //! | the same with other programs' eyes | `tests/crash.rs`: QEMU checks and reads one file in 500 |
 //! | each rule of order ([`rules`]) is needed, and its loss would be noticed | `tests/omissions.rs` |
 //! | a failure of the host reaches the caller as what it is, and leaves the image sound | `tests/faults.rs`, `tests/snapshots/faults.rs` |
 //! | after a failed sync nothing is written and no flush succeeds | `tests/faults.rs`: `a_failed_sync_ends_all_writing` |
+//! | on a full host data is written in place, discards make room, and writing goes on | `tests/faults.rs`, `tests/mount/hosts.rs` |
 //! | a bitmap is complete or marked as inconsistent | `tests/bitmaps.rs`, `tests/crash.rs` |
 //! | a raw data file reads by itself as the disk does | `tests/crash.rs`, `tests/regressions.rs` |
-//! | a repair that is cut short leaves what it found, or less damage | `tests/check/crash.rs` |
-//! | what `fsync` has acknowledged through the mount survives SIGKILL | `tests/compact_kill.rs`, `tests/mount` |
+//! | a repair that is cut short leaves what it found, or less damage | `tests/check/crash.rs`, `tests/omissions.rs` |
+//! | what `fsync` has acknowledged through the mount survives SIGKILL, and mounting again takes no time | `tests/kill`, `tests/compact_kill.rs`, `tests/mount` |
+//! | a mount that is detached, taken by force, cut off or stands still loses nothing that was acknowledged, and nobody hangs | `tests/kill/gone.rs` |
+//! | processes that do everything to files at once find what they wrote | `tests/fsx`, `tests/model.rs`, `tests/concurrency.rs` |
+//! | the threads of one image get through in every order of their steps | `src/image/models.rs` |
+//! | a VM and a mount never write one image at once | `tests/mount/locks.rs` |
+//! | an image that is not well is told of by `status`, by the log once, and by the exit code | `tests/mount/health.rs` |
+//! | loop devices are written though memory is short | `tests/mount/memory.rs` |
+//!
+//! # When memory is short
+//! The kernel gets memory back by writing pages, and those of a file system on a loop device on the
+//! mount are written by this process: if it needed memory itself and waited for them, nothing would
+//! ever move again. So the daemon asks to be an I/O flusher (`PR_SET_IO_FLUSHER` of prctl(2), as
+//! other servers of block devices do): while its threads allocate, the kernel starts no I/O and does
+//! not slow them down for others' dirty pages. The kernel grants that with `CAP_SYS_RESOURCE` only.
+//! `status` says where it was refused: then nothing is promised for loop devices while the daemon
+//! itself is short of memory, in a cgroup with a limit of its own or because all is used up. Without
+//! loop devices on the mount it makes no difference.
+//!
+//! What the daemon takes is bounded: for each request that is being served its data and a cluster
+//! or two, and for each open image its caches of tables ([`image::Options::metadata_cache`]) and what
+//! waits for a flush, which crowded tables start by themselves. None of it is locked into memory but
+//! keys; put a daemon that serves loop devices into no cgroup with a tight limit, and its swap, if
+//! any, on no device that it serves.
 //!
 //! # Locks
 //! In this order, each optional: catalog, [`image`]'s lock of snapshot changes, that of compaction,

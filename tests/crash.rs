@@ -17,7 +17,7 @@ mod crash_search;
 mod support;
 
 use crash_search::Campaign;
-use crash_search::history::{Plan, SNAPSHOTS, WRITES};
+use crash_search::history::{Action, EVERYTHING, Mix, Plan, SNAPSHOTS, WRITES};
 use crash_search::search::Tally;
 use support::SECTOR;
 use support::qemu::{DataFile, Shape};
@@ -57,7 +57,7 @@ fn shape_with_snapshots(rng: &mut Rng) -> Shape {
 fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
     Campaign {
         test: "every_crash_leaves_a_sound_image_with_old_or_new_data",
-        plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
+        plan: Plan { mix: WRITES, actions: (20, 150), threads: false, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -68,6 +68,20 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
 }
 
+/// What [`WRITES`] was when the seed below was found.
+const WRITES_OF_THAT_TIME: Mix = &[
+    (45, Action::Write),
+    (1, Action::Fill),
+    (20, Action::Discard),
+    (5, Action::WriteZeroes),
+    (3, Action::WriteZeros),
+    (3, Action::Preallocate),
+    (9, Action::Flush),
+    (3, Action::Resize),
+    (3, Action::Compact),
+    (12, Action::Recycle),
+];
+
 /// A refcount block that had moved was linked and the one that counts its place was not, which had
 /// moved as well.
 #[test]
@@ -75,7 +89,7 @@ fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
     let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
     let campaign = Campaign {
         test,
-        plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
+        plan: Plan { mix: WRITES_OF_THAT_TIME, actions: (20, 150), threads: false, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -92,7 +106,7 @@ fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
 fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
     Campaign {
         test: "every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new",
-        plan: Plan { mix: SNAPSHOTS, actions: (20, 120), threads: false },
+        plan: Plan { mix: SNAPSHOTS, actions: (20, 120), threads: false, faults: false },
         backed: 4,
         bitmaps: false,
         prepare: |_| (),
@@ -107,7 +121,7 @@ fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
 fn every_crash_leaves_subclusters_with_old_or_new_data() {
     Campaign {
         test: "every_crash_leaves_subclusters_with_old_or_new_data",
-        plan: Plan { mix: WRITES, actions: (20, 120), threads: false },
+        plan: Plan { mix: WRITES, actions: (20, 120), threads: false, faults: false },
         backed: 2,
         bitmaps: false,
         prepare: |_| (),
@@ -122,7 +136,7 @@ fn every_crash_leaves_subclusters_with_old_or_new_data() {
 fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
     Campaign {
         test: "every_crash_in_the_midst_of_several_threads_leaves_a_sound_image",
-        plan: Plan { mix: WRITES, actions: (10, 80), threads: true },
+        plan: Plan { mix: WRITES, actions: (10, 80), threads: true, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -131,4 +145,23 @@ fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
         states: 8_000,
     }
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
+}
+
+/// The host fails now and then, and the history goes on.
+#[test]
+fn every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged() {
+    Campaign {
+        test: "every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged",
+        plan: Plan { mix: EVERYTHING, actions: (20, 150), threads: false, faults: true },
+        backed: 4,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
+        seconds: 20,
+        states: 6_000,
+    }
+    .run(|rng| {
+        let shape = if rng.one_in(4) { shape_with_subclusters(rng) } else { small_shape(rng) };
+        shape.encrypted_one_in(8, rng)
+    });
 }

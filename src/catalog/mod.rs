@@ -89,6 +89,8 @@ pub struct Options {
     pub image: image::Options,
     /// What new images are like.
     pub create: image::CreateOptions,
+    /// The kernel knows that this process is what devices may wait for; only for the status.
+    pub io_flusher: bool,
 }
 
 /// The tree of images beneath one directory.

@@ -252,6 +252,8 @@ impl Plan {
                 overlay,
                 image,
                 create,
+                // Asked for when it is served.
+                io_flusher: false,
             },
             typed_keys: args.typed_keys,
             options,
@@ -279,14 +281,15 @@ impl Plan {
 
     fn start(&self, in_background: bool) -> Result<Started, String> {
         self.start_log(in_background)?;
-        daemon::set_up();
+        let io_flusher = daemon::set_up();
         let signals = signals::block();
         if self.typed_keys {
             // Not before the fork: memory that is locked stays so only in the process that locks it.
             keys::read_typed(&self.catalog.keys.typed)?;
         }
         // The images are opened beneath the directory as it is now, whatever is mounted later.
-        let catalog = Catalog::new(&self.directory, self.catalog.clone());
+        let options = catalog::Options { io_flusher, ..self.catalog.clone() };
+        let catalog = Catalog::new(&self.directory, options);
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
         let files = self.files(Arc::clone(&catalog))?;
         let session = Session::new(files, &self.mountpoint, &self.config())

@@ -102,6 +102,9 @@ pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
 /// The whole page; `rates` has a line or nothing for each image.
 fn page(status: &Value, rates: &[String], colours: bool) -> String {
     let mut page = headline(status) + "\n" + &confinement(&status["confined"]);
+    if status["io_flusher"] == false {
+        page += "without CAP_SYS_RESOURCE, so loop devices on it may hang when memory is short\n";
+    }
     let no_rates = std::iter::repeat_with(|| "");
     let rates = rates.iter().map(String::as_str).chain(no_rates);
     for (image, rate) in images(status).zip(rates) {

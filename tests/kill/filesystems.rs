@@ -142,9 +142,10 @@ impl Disk {
         let point = self.point();
         for writer in &mut self.writers {
             let place = writer.place(&point);
-            writer
-                .judge(&place)
-                .unwrap_or_else(|e| panic!("{} after {} kills: {e}", self.kind.make, self.kills));
+            writer.judge(&place).unwrap_or_else(|e| {
+                let said = what_the_kernel_said(device);
+                panic!("{} after {} kills: {e}\n{said}", self.kind.make, self.kills)
+            });
         }
         if self.fio_state().exists() {
             let arguments = self.fio_arguments();
@@ -203,6 +204,10 @@ impl Disk {
 
     /// Mounted once more and closed in order, nothing has leaked.
     fn end(mut self) {
+        if self.kills == 0 {
+            // There is no file system yet.
+            return;
+        }
         let daemon = Daemon::start(&self.lab);
         let device = LoopDevice::attach(&daemon.path("disk.raw"), "");
         self.judge(&device);
@@ -220,6 +225,13 @@ impl Drop for Disk {
             attempt!("umount -l {}", self.point().display());
         }
     }
+}
+
+/// The last messages about a device: an error before the kill tells that the file system was told of
+/// it, and which promise it did not keep.
+fn what_the_kernel_said(device: &LoopDevice) -> String {
+    let name = device.path().file_name().unwrap().to_str().unwrap();
+    attempt!("dmesg | grep {name} | tail -40").text()
 }
 
 /// What a file holds.

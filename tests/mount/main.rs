@@ -34,6 +34,7 @@ mod info;
 mod layers;
 mod locks;
 mod map;
+mod memory;
 mod messages;
 mod options;
 mod overlays;

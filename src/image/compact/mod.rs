@@ -44,6 +44,7 @@ use super::{Image, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
+use crate::rules::Rule;
 use crate::tables::MetadataMap;
 
 /// Somebody who never stops allocating does not keep the file long for ever: after so many times
@@ -531,9 +532,13 @@ impl Image {
         self.tell(writer, &compaction);
     }
 
-    /// Ends a pass that is under way: the image is being closed.
+    /// Ends a pass that is under way: it was told to, or the image is being closed.
     pub(super) fn stop_compacting(&self, writer: &Writer) {
-        self.end_moves(writer, &mut writer.compaction.lock());
+        let mut compaction = writer.compaction.lock();
+        if self.end_moves(writer, &mut compaction) {
+            // Nobody has flushed: whoever changes snapshots next has to.
+            compaction.note_moved();
+        }
     }
 
     /// Ends a pass that is under way; whether anything may have moved since this was last asked. A
@@ -607,7 +612,9 @@ impl Image {
         }
         let flush = self.hold_flush(writer);
         // What is read from the file below is as the last flush left it, or newer.
-        self.flush_held(writer)?;
+        if Rule::WordsBeforePass.is_kept() {
+            self.flush_held(writer)?;
+        }
         let snapshots = self.snapshot_l1s()?;
         drop(flush);
         compaction.pinned = None;
