@@ -43,7 +43,7 @@ impl Alone {
         self.opened.image()
     }
 
-    /// Removes the name `path` of the image, if it is still one of this image.
+    /// Removes the name `path` of the image or of its data file, if it is still one of theirs.
     ///
     /// # Errors
     /// `Invalid` where another file has the name, and those of the host.

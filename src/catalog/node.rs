@@ -503,10 +503,12 @@ impl Opened {
         id(self.file.file()) == id(place)
     }
 
-    /// Whether the file with these attributes is the one that is open.
+    /// Whether the file with these attributes is the one that is open, or its data file.
     pub(super) fn is_named(&self, metadata: &Metadata) -> bool {
-        let own = self.file.file().metadata();
-        own.is_ok_and(|own| HostId::of(&own) == HostId::of(metadata))
+        let data = self.files.data.iter().map(|data| &data.file);
+        std::iter::once(&self.file).chain(data).any(|file| {
+            file.file().metadata().is_ok_and(|own| HostId::of(&own) == HostId::of(metadata))
+        })
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {

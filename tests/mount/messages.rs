@@ -123,7 +123,7 @@ fn arguments_that_make_no_sense_are_named() {
         ("info".to_owned(), "IMAGE"),
         ("info --frob x".to_owned(), "--frob"),
         (format!("resize {disk} 10X"), "10X"),
-        (format!("resize {disk} 1.5G"), "1.5G"),
+        (format!("resize {disk} 1.5"), "'1.5'"),
         (format!("resize {disk} 99999999T"), "99999999T"),
         (format!("resize {disk} 1M"), "--shrink"),
         (format!("resize {disk} 8000000T"), "disk.qcow2"),
