@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(parse("1.5G"), Ok(3 << 29));
         assert_eq!(parse("0.1K"), Ok(102));
         assert_eq!(parse("2.00MiB"), Ok(2 << 20));
-        assert_eq!(parse("16383.999P"), Ok(18_445_618_173_802_708_992));
+        assert_eq!(parse("16383.999P"), Ok((16383 << 50) + 1_124_774_006_935_781));
         for wrong in ["1.5", "1.5B", "1.G", ".5G", ".", "1.2.3G", "1.5.G", "16384.0P", "1.+5G"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
