@@ -136,17 +136,18 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         // What a session that failed has left.
-        let (directory, disk) = (self.lab.path(""), self.here("/mnt/disk"));
+        let (images, disk) = (self.lab.images(), self.here("/mnt/disk"));
         for point in [self.here("/mnt/then"), disk] {
             if is_mounted(point.as_ref()) {
                 attempt!("umount -l {point}");
             }
         }
         attempt!(
-            "$qcow2fs detach {0}/images/disk.qcow2; \
-             for device in $(losetup -n -O NAME,BACK-FILE | grep {0}/ | cut -d' ' -f1); \
+            "$qcow2fs detach {}/disk.qcow2 || true; \
+             for device in $(losetup -n -O NAME,BACK-FILE | grep {}/ | cut -d' ' -f1); \
              do losetup -d $device; done",
-            directory.display()
+            images.display(),
+            self.here("/mnt/raw")
         );
         let raw = self.here("/mnt/raw");
         if is_mounted(raw.as_ref()) {
