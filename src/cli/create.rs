@@ -11,8 +11,8 @@ use clap::ValueEnum;
 use super::progress::Progress;
 use super::{signals, size};
 use crate::catalog::{NewImage, create_filled_image};
-use crate::error::Error;
-use crate::image::{BackingFile, CompressionType, CreateOptions, Image};
+use crate::error::{Error, ErrorKind};
+use crate::image::{BackingFile, CompressionType, CreateOptions, Image, NewDataFile};
 use crate::storage::{HostFile, IfTaken};
 
 /// Bytes in a sector, of which a disk has a whole number.
@@ -25,8 +25,12 @@ const PIECE: usize = 1 << 20;
 /// Make an empty image
 ///
 /// It appears complete and durable, or not at all. A size is rounded up to whole sectors of 512
-/// bytes; an overlay without one is as large as its backing file. The name of a backing file is
-/// recorded as it is given: relative to the directory of the new image, or absolute.
+/// bytes; an overlay without one is as large as its backing file. The names of a backing and of a data
+/// file are recorded as they are given: relative to the directory of the new image, or absolute.
+///
+/// A data file is a new, sparse file that holds the data, while the image says which of it is in use.
+/// With --data-file-raw it reads as the disk by itself at any time, and all of it is mapped from the
+/// start.
 ///
 /// Preallocation: metadata maps all of the disk to clusters without space on the host; falloc
 /// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left, and
@@ -39,7 +43,8 @@ const PIECE: usize = 1 << 20;
   qcow2fs create disk.qcow2 10G
   qcow2fs create -b base.qcow2 -F qcow2 overlay.qcow2
   qcow2fs create --cluster-size 128K --extended-l2 --compression-type zstd disk.qcow2 1TiB
-  qcow2fs create --preallocation falloc disk.qcow2 10G")]
+  qcow2fs create --preallocation falloc disk.qcow2 1.5G
+  qcow2fs create --data-file disk.data --data-file-raw disk.qcow2 10G")]
 pub(super) struct Args {
     /// What is read where the image has nothing of its own
     #[arg(long, short, value_name = "FILE", requires = "backing_format")]
@@ -47,6 +52,12 @@ pub(super) struct Args {
     /// The format of the backing file
     #[arg(long, short = 'F', value_name = "FORMAT", requires = "backing")]
     backing_format: Option<BackingFormat>,
+    /// Keep the data in this new file, not in the image
+    #[arg(long, value_name = "FILE")]
+    data_file: Option<PathBuf>,
+    /// The data file is to read as the disk by itself
+    #[arg(long, requires = "data_file", conflicts_with = "backing")]
+    data_file_raw: bool,
     /// Bytes in a cluster: a power of 2 from 512 to 2M
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64K")]
     cluster_size: u64,
@@ -116,13 +127,18 @@ fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<i32, String> {
     }
     let options = options(args)?;
     let if_taken = if args.force { IfTaken::Replace } else { IfTaken::Fail };
-    let prepare = |new: &NewImage<'_>| match args.preallocation {
+    let mode = match args.preallocation {
+        // As QEMU has it: otherwise the first write to each L2 table would wait for its mapping.
+        Preallocation::Off if args.data_file_raw => Preallocation::Metadata,
+        mode => mode,
+    };
+    let prepare = |new: &NewImage<'_>| match mode {
         Preallocation::Off => Ok(true),
-        _ => new.with_opened(|image| fill(args, image, signal)),
+        _ => new.with_opened(|image| fill(args, mode, image, signal)),
     };
     let made = create_filled_image(&args.image, &options, if_taken, prepare);
-    let made = made.map_err(|e| match e.errno() {
-        libc::EEXIST => "it is there already: --force replaces it".to_owned(),
+    let made = made.map_err(|e| match (e.kind(), e.errno()) {
+        (ErrorKind::Io, libc::EEXIST) => "it is there already: --force replaces it".to_owned(),
         _ => e.to_string(),
     })?;
     Ok(if made { 0 } else { signal.load(Ordering::Acquire) })
@@ -152,6 +168,10 @@ fn options(args: &Args) -> Result<CreateOptions, String> {
             name: OsStr::as_bytes(name.as_os_str()).to_vec(),
             format: Some(format.name().to_owned()),
         }),
+        data_file: args.data_file.as_ref().map(|name| NewDataFile {
+            name: OsStr::as_bytes(name.as_os_str()).to_vec(),
+            raw: args.data_file_raw,
+        }),
         ..CreateOptions::default()
     })
 }
@@ -165,8 +185,13 @@ impl BackingFormat {
     }
 }
 
+/// Where a file is that an image names.
+fn beside(image: &Path, name: &Path) -> PathBuf {
+    image.parent().unwrap_or(Path::new("")).join(name)
+}
+
 fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u64, String> {
-    let path = image.parent().unwrap_or(Path::new("")).join(name);
+    let path = beside(image, name);
     let of_it = |e: Error| format!("backing file {}: {e}", path.display());
     let file = super::check::open(&path, false).map_err(of_it)?;
     let size = match format {
@@ -181,14 +206,19 @@ fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u
 }
 
 /// Allocates all of the disk, until a signal comes; whether it came to the end.
-fn fill(args: &Args, image: &Image, signal: &AtomicI32) -> crate::Result<bool> {
+fn fill(
+    args: &Args,
+    mode: Preallocation,
+    image: &Image,
+    signal: &AtomicI32,
+) -> crate::Result<bool> {
     let mut progress = Progress::new(args.image.display().to_string(), false);
-    let zeros = vec![0; if args.preallocation == Preallocation::Full { PIECE } else { 0 }];
+    let zeros = vec![0; if mode == Preallocation::Full { PIECE } else { 0 }];
     let end = image.virtual_size();
     let mut at = 0;
     while at < end && signal.load(Ordering::Acquire) == 0 {
         let next = end.min(at + STEP);
-        match args.preallocation {
+        match mode {
             Preallocation::Off => {}
             Preallocation::Metadata => image.preallocate_metadata(at..next)?,
             Preallocation::Falloc => image.preallocate(at..next)?,

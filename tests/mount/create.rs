@@ -130,3 +130,55 @@ fn an_image_that_is_not_filled_to_its_end_never_has_a_name() {
         }
     }
 }
+
+#[test]
+fn data_files_are_what_qemu_would_make() {
+    let lab = Lab::new();
+    lab.subdirectory("images/data");
+    let (image, data) = (lab.image("disk.qcow2"), lab.image("data/disk.data"));
+    let create = |options: &str| {
+        sh!("$qcow2fs create --data-file data/disk.data {options} {} 1.5M", image.display());
+    };
+    for (options, is_raw, is_mapped) in [
+        ("", false, false),
+        ("--data-file-raw", true, true),
+        ("--preallocation falloc", false, true),
+        ("--data-file-raw --preallocation full", true, true),
+    ] {
+        create(options);
+        let found = info(&image);
+        assert_eq!(found["virtual-size"], 3 << 19, "{options}");
+        let found = &found["format-specific"]["data"];
+        assert_eq!(found["data-file"], "data/disk.data", "{options}");
+        assert_eq!(found["data-file-raw"], is_raw, "{options}");
+        // QEMU takes the name for one in its own working directory.
+        let map = sh!("cd {}; qemu-img map --output=json disk.qcow2", lab.images().display());
+        let map: Value = serde_json::from_str(&map).unwrap();
+        let piece = &map.as_array().unwrap()[0];
+        assert_eq!((&piece["data"], &piece["length"]), (&is_mapped.into(), &(3 << 19).into()));
+        assert_eq!(fs::metadata(&data).unwrap().len(), 3 << 19, "{options}");
+        let has_space = options.contains("preallocation");
+        assert_eq!(allocated(&data) >= 3 << 19, has_space, "{options}: {}", allocated(&data));
+        sh!("$qcow2fs check {}", image.display());
+        fs::remove_file(&image).unwrap();
+        let taken = attempt!("$qcow2fs create --data-file data/disk.data {} 1M", image.display());
+        assert!(taken.code == Some(1) && taken.err.contains("data/disk.data"), "{taken:?}");
+        fs::remove_file(&data).unwrap();
+        assert!(!image.exists());
+    }
+}
+
+#[test]
+fn of_an_interrupted_create_neither_image_nor_data_file_is_left() {
+    let lab = Lab::new();
+    let (image, data) = (lab.image("disk.qcow2"), lab.path("elsewhere.data"));
+    let stopped = attempt!(
+        "$qcow2fs create --data-file {data} --preallocation full {image} 300G & \
+         for i in $(seq 600); do [ -s {data} ] && [ $(stat -c %b {data}) -gt 9000 ] && break; sleep 0.05; done; \
+         kill -INT $!; wait $!",
+        data = data.display(),
+        image = image.display()
+    );
+    assert_eq!(stopped.code, Some(130), "{stopped:?}");
+    assert!(!image.exists() && !data.exists(), "something is left");
+}

@@ -3,10 +3,13 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::discards::{open, read_all};
-use crate::lab::{Lab, assert_same, assert_sound, eventually, length, pattern, wait_until_free};
+use crate::lab::{
+    Lab, assert_same, assert_sound, eventually, length, pattern, signal, wait_until_free,
+};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -156,4 +159,47 @@ fn hard_links_are_one_image() {
     drop((first, second));
     mount.umount();
     assert_sound(&image);
+}
+
+#[test]
+fn a_listing_of_a_thousand_images_opens_none_for_writing() {
+    const IMAGES: usize = 1000;
+    let lab = Lab::new();
+    let one = fs::read(lab.create("0.qcow2", "8M", "cluster_size=4k")).unwrap();
+    for number in 1..IMAGES {
+        fs::write(lab.image(&format!("{number}.qcow2")), &one).unwrap();
+    }
+    let stamp = |number: usize| {
+        let found = fs::metadata(lab.image(&format!("{number}.qcow2"))).unwrap();
+        (found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec(), found.len())
+    };
+    let before: Vec<_> = (0..IMAGES).map(stamp).collect();
+    let mount = lab.mount();
+    let trace = lab.path("trace");
+    let mut strace = Command::new("strace")
+        .args(["-f", "-y", "-e", "trace=open,openat,openat2", "-o"])
+        .args([trace.as_path(), Path::new("-p"), Path::new(&mount.pid().to_string())])
+        .spawn()
+        .expect("tests need strace");
+    // The images that are opened for writing so far.
+    let written = || {
+        let text = fs::read_to_string(&trace).unwrap_or_default();
+        let opened = text.lines().filter(|line| line.ends_with(".qcow2>"));
+        opened.filter(|line| line.contains("O_RDWR") || line.contains("O_WRONLY")).count()
+    };
+    let is_traced = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+        status.contains(&format!("TracerPid:\t{}\n", strace.id()))
+    };
+    eventually(Duration::from_secs(20), is_traced, || "strace does not attach".into());
+    let listing = sh!("ls -l {}", mount.point().display());
+    assert_eq!(listing.lines().filter(|line| line.contains(" 8388608 ")).count(), IMAGES);
+    assert_eq!(written(), 0);
+    // It would be seen.
+    drop(open(&mount.path("0.raw")));
+    eventually(Duration::from_secs(20), || written() > 0, || "strace sees nothing".into());
+    signal(strace.id() as i32, libc::SIGINT);
+    strace.wait().unwrap();
+    mount.umount();
+    assert!((1..IMAGES).all(|number| stamp(number) == before[number]), "an image has changed");
 }

@@ -39,6 +39,7 @@ mod messages;
 mod options;
 mod overlays;
 mod plain_files;
+mod readme;
 mod refusals;
 mod resize;
 mod snapshots;
