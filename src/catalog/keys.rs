@@ -27,9 +27,11 @@ const MAX_KEY_FILE: usize = 64 << 10;
 /// How far whoever tries a key gives way to what serves requests: so much nicer it is.
 const NICER: i32 = 10;
 
+type Ask = dyn Fn(&Path) -> Option<Secret> + Send + Sync;
+
 /// Asks a person for the key of an image; nothing where nobody is there.
 #[derive(Clone)]
-pub struct Prompt(Arc<dyn Fn(&Path) -> Option<Secret> + Send + Sync>);
+pub struct Prompt(Arc<Ask>);
 
 impl Prompt {
     /// Whoever `ask` asks.

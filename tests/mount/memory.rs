@@ -80,7 +80,7 @@ fn has_capability() -> bool {
 
 #[test]
 fn the_daemon_is_an_io_flusher_where_it_may_and_says_so() {
-    for arguments in ["", "--confine"] {
+    for arguments in ["", "--unconfined all"] {
         let lab = Lab::new();
         lab.create("disk.qcow2", "1M", "");
         let mount = lab.mount_with(arguments);

@@ -6,6 +6,7 @@ use std::fs;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
 use qcow2fs::catalog::{AttributeChange, Catalog, Creator, Options, ROOT};
@@ -237,7 +238,7 @@ pub fn run(bytes: &[u8]) {
     for step in steps.iter().take(24) {
         act(&catalog, &mut parent, step);
     }
-    catalog.close_all();
+    catalog.close_all(Duration::from_secs(60));
     assert_tidy(&images);
     let outside: Vec<_> = fs::read_dir(lab.path()).unwrap().flatten().collect();
     assert_eq!(outside.len(), 2, "{outside:?}");
