@@ -13,8 +13,6 @@ mod support;
 
 #[path = "omissions/interrupted.rs"]
 mod interrupted;
-#[path = "omissions/repair.rs"]
-mod repair;
 
 use interrupted::{Layout, Other};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,8 +48,6 @@ enum Ground {
     Bitmap,
     /// The header has autoclear bits that nobody knows.
     Autoclear,
-    /// A damaged image is repaired.
-    Repair,
 }
 
 /// What is special about random histories.
@@ -68,10 +64,9 @@ enum Kind {
     Bitmaps,
     MovesOfBitmaps,
     Dirty,
-    Encrypted,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 11] = [
     Kind::Writes,
     Kind::Moves,
     Kind::Sizes,
@@ -83,7 +78,6 @@ const KINDS: [Kind; 12] = [
     Kind::Bitmaps,
     Kind::MovesOfBitmaps,
     Kind::Dirty,
-    Kind::Encrypted,
 ];
 
 fn ground(rule: Rule) -> Ground {
@@ -96,8 +90,7 @@ fn ground(rule: Rule) -> Ground {
         | Rule::AllocatedBeforeEntry
         | Rule::FileReachesAllocated
         | Rule::CopyBeforeEntry => Kind::Writes,
-        Rule::MoveBeforeEntry | Rule::LinksInTurn | Rule::BlocksMoveInTurn => Kind::Moves,
-        Rule::CipherBeforeEntry => Kind::Encrypted,
+        Rule::MoveBeforeEntry => Kind::Moves,
         Rule::L1BeforeHeader
         | Rule::L1SwitchBeforeReuse
         | Rule::CutBeforeSize
@@ -111,15 +104,8 @@ fn ground(rule: Rule) -> Ground {
         | Rule::SnapshotsBeforeHeader
         | Rule::SnapshotSwitchBeforeReuse
         | Rule::AppliedBeforeHeader
-        | Rule::DiskBeforeSnapshot
-        | Rule::DiskBeforeApplied
-        | Rule::DropsBeforeApplied
         | Rule::AppliedSwitchBeforeReuse => Kind::Snapshots,
-        Rule::MoveBeforeWord
-        | Rule::WordsBeforeTableMove
-        | Rule::WordsBeforePass
-        | Rule::WordsBeforeReread
-        | Rule::TablesBeforeStructures => Kind::MovesOfSnapshots,
+        Rule::MoveBeforeWord | Rule::WordsBeforeTableMove => Kind::MovesOfSnapshots,
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
@@ -129,7 +115,6 @@ fn ground(rule: Rule) -> Ground {
         Rule::LinksBeforePlaces | Rule::UnlinkedPlacesWait => {
             return Ground::Compaction(Layout::TablesFirst, Other::Writes);
         }
-        Rule::LeftPlacesWait => return Ground::Compaction(Layout::TablesFirst, Other::Frees),
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
@@ -140,7 +125,6 @@ fn ground(rule: Rule) -> Ground {
         Rule::StatesSynced => return Ground::PoolOfOldData,
         Rule::BitmapsMarkedFirst => return Ground::Bitmap,
         Rule::AutoclearFirst => return Ground::Autoclear,
-        Rule::RepairedCountsBeforeFlags | Rule::RepairSynced => return Ground::Repair,
     })
 }
 
@@ -148,7 +132,7 @@ impl Kind {
     fn mix(self) -> Mix {
         match self {
             Kind::Writes | Kind::DataFile | Kind::RawDataFile | Kind::Subclusters => WRITES,
-            Kind::Dirty | Kind::Bitmaps | Kind::Encrypted => WRITES,
+            Kind::Dirty | Kind::Bitmaps => WRITES,
             Kind::Moves | Kind::MovesOfBitmaps => MOVES,
             Kind::Sizes => SIZES,
             Kind::Snapshots => SNAPSHOTS,
@@ -174,7 +158,6 @@ impl Kind {
                 shape.extended_l2 = true;
                 shape.cluster_bits = 14;
             }
-            Kind::Encrypted => shape = shape.encrypted_one_in(1, rng),
             Kind::Bitmaps | Kind::MovesOfBitmaps | Kind::Dirty => {}
         }
         shape.version = 3;
@@ -216,7 +199,6 @@ fn search(ground: Ground, seed: u64, tally: &mut Tally) -> Option<String> {
         Ground::PoolOfOldData => interrupted::pool_of_old_data(tally),
         Ground::Bitmap => interrupted::bitmap(tally),
         Ground::Autoclear => interrupted::autoclear(tally),
-        Ground::Repair => repair::cut_off(tally),
     }));
     // What this program asserts of itself finds it too.
     found.unwrap_or_else(|_| Err("a panic".into())).err()
@@ -276,8 +258,6 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::PoolOfOldData,
         Ground::Bitmap,
         Ground::Autoclear,
-        Ground::Repair,
-        Ground::Compaction(Layout::TablesFirst, Other::Frees),
     ];
     let mut tally = Tally::default();
     for ground in random.into_iter().chain(directed) {

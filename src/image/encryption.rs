@@ -23,7 +23,6 @@ use super::write::is_all_zero;
 use crate::crypt::{DataCipher, Location, SECTOR, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster};
-use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::LinkOrder;
 
@@ -90,10 +89,7 @@ impl Image {
     /// When an entry that leads to a new cluster may reach the disk, where it could be so by `order`
     /// if zeros were zeros.
     pub(super) fn order_of_new(&self, order: LinkOrder) -> LinkOrder {
-        match self.data.cipher {
-            Some(_) => LinkOrder::as_demanded_by(Rule::CipherBeforeEntry),
-            None => order,
-        }
+        if self.data.cipher.is_some() { LinkOrder::AfterSync } else { order }
     }
 
     pub(super) fn read_encrypted(
