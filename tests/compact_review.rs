@@ -7,7 +7,6 @@
 mod support;
 
 use std::io;
-use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::Command;
@@ -20,7 +19,7 @@ use qcow2fs::format::{Header, HostCluster, HostOffset};
 use qcow2fs::image::{CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
-    Entry, FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
+    self, Entry, FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
 };
 use qcow2fs::tables::{Edit, MetadataMap, Tables};
 use support::qemu;
@@ -213,9 +212,9 @@ impl Hooked {
     }
 }
 
-impl Storage for Hooked {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
+impl testing::Layer for Hooked {
+    fn below(&self) -> &dyn Storage {
+        &*self.inner
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -224,37 +223,9 @@ impl Storage for Hooked {
         Ok(())
     }
 
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.inner.write_at(data, offset)
-    }
-
     fn sync(&self) -> io::Result<()> {
         Self::call(&self.before_sync);
         self.inner.sync()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.zero_range(range)
-    }
-
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.inner.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use qcow2fs::image::{CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
-    FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
+    self, FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
 };
 use qcow2fs::{Error, ErrorKind};
 use support::made::Made;
@@ -362,13 +362,9 @@ impl SmallDisk {
     }
 }
 
-impl Storage for SmallDisk {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
+impl testing::Layer for SmallDisk {
+    fn below(&self) -> &dyn Storage {
+        &self.inner
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
@@ -376,33 +372,9 @@ impl Storage for SmallDisk {
         self.inner.write_at(data, offset)
     }
 
-    fn sync(&self) -> io::Result<()> {
-        self.inner.sync()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: std::ops::Range<u64>) -> io::Result<()> {
-        self.inner.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: std::ops::Range<u64>) -> io::Result<()> {
-        self.inner.zero_range(range)
-    }
-
     fn allocate(&self, range: std::ops::Range<u64>) -> io::Result<()> {
         self.check_room(range.clone())?;
         self.inner.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.inner.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
     }
 }
 

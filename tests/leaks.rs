@@ -8,14 +8,13 @@
 mod support;
 
 use std::io;
-use std::ops::Range;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use qcow2fs::image::{Condition, Image, Options};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::MemoryStorage;
+use qcow2fs::storage::testing::{self, MemoryStorage};
 use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
 use support::{busy, difference, for_seeds, scratch};
@@ -33,49 +32,17 @@ impl SlowToSearch {
     }
 }
 
-impl Storage for SlowToSearch {
+impl testing::Layer for SlowToSearch {
+    fn below(&self) -> &dyn Storage {
+        &*self.file
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if std::thread::current().name() == Some("leak search") {
             std::thread::sleep(Duration::from_millis(3));
             drop(self.gate.lock());
         }
         self.file.read_at(buf, offset)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_at(data, offset)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-
-    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.zero_range(range)
-    }
-
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.file.allocated()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use qcow2fs::image::{Backing, Beside, Image, Options, RawBacking};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::{Fate, MemoryStorage, RecordingStorage};
+use qcow2fs::storage::testing::{self, Fate, MemoryStorage, RecordingStorage};
 
 const CLUSTER: u64 = 65536;
 
@@ -100,9 +100,9 @@ impl Probe {
     }
 }
 
-impl Storage for Probe {
-    fn len(&self) -> io::Result<u64> {
-        self.memory.len()
+impl testing::Layer for Probe {
+    fn below(&self) -> &dyn Storage {
+        &self.memory
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -123,31 +123,11 @@ impl Storage for Probe {
         self.memory.sync()
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.memory.set_len(len)
-    }
-
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         if self.cannot_punch.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.memory.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.memory.zero_range(range)
-    }
-
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.memory.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.memory.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.memory.allocated()
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use qcow2fs::check::check;
 use qcow2fs::image::{CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::MemoryStorage;
+use qcow2fs::storage::testing::{self, MemoryStorage};
 
 use crate::meter;
 use crate::shapes::{DISK, RECIPES, Sound};
@@ -56,13 +56,9 @@ impl Fenced {
     }
 }
 
-impl Storage for Fenced {
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_at(buf, offset)
+impl testing::Layer for Fenced {
+    fn below(&self) -> &dyn Storage {
+        &self.file
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
@@ -70,34 +66,14 @@ impl Storage for Fenced {
         self.file.write_at(data, offset)
     }
 
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.allow(0..len)?;
         self.file.set_len(len)
     }
 
-    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.zero_range(range)
-    }
-
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
         self.allow(range.clone())?;
         self.file.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.file.allocated()
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use qcow2fs::image::{Beside, CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::{Entry, Fate, MemoryStorage, RecordingStorage};
+use qcow2fs::storage::testing::{self, Entry, Fate, MemoryStorage, RecordingStorage};
 
 use crate::crash_search::history::{MOVES, Recorded, Step};
 use crate::crash_search::search::{Search, Tally};
@@ -89,13 +89,9 @@ impl Interrupting {
     }
 }
 
-impl Storage for Interrupting {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
+impl testing::Layer for Interrupting {
+    fn below(&self) -> &dyn Storage {
+        &*self.inner
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
@@ -108,29 +104,9 @@ impl Storage for Interrupting {
         self.inner.sync()
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         self.before(At::Punch);
         self.inner.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.zero_range(range)
-    }
-
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.allocate(range)
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.inner.seek_data(offset)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
     }
 }
 
