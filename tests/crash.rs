@@ -157,8 +157,8 @@ fn every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged() {
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 20,
-        states: 6_000,
+        seconds: 12,
+        states: 4_000,
     }
     .run(|rng| {
         let shape = if rng.one_in(4) { shape_with_subclusters(rng) } else { small_shape(rng) };

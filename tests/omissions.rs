@@ -13,8 +13,6 @@ mod support;
 
 #[path = "omissions/interrupted.rs"]
 mod interrupted;
-#[path = "omissions/repair.rs"]
-mod repair;
 
 use interrupted::{Layout, Other};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,8 +49,6 @@ enum Ground {
     Bitmap,
     /// The header has autoclear bits that nobody knows.
     Autoclear,
-    /// A damaged image is repaired.
-    Repair,
 }
 
 /// What is special about random histories.
@@ -97,8 +93,7 @@ fn ground(rule: Rule) -> Ground {
         | Rule::AllocatedBeforeEntry
         | Rule::FileReachesAllocated
         | Rule::CopyBeforeEntry => Kind::Writes,
-        Rule::MoveBeforeEntry | Rule::LinksInTurn | Rule::BlocksMoveInTurn => Kind::Moves,
-        Rule::CipherBeforeEntry => Kind::Encrypted,
+        Rule::MoveBeforeEntry => Kind::Moves,
         Rule::L1BeforeHeader
         | Rule::L1SwitchBeforeReuse
         | Rule::CutBeforeSize
@@ -112,25 +107,18 @@ fn ground(rule: Rule) -> Ground {
         | Rule::SnapshotsBeforeHeader
         | Rule::SnapshotSwitchBeforeReuse
         | Rule::AppliedBeforeHeader
-        | Rule::DiskBeforeSnapshot
-        | Rule::DiskBeforeApplied
-        | Rule::DropsBeforeApplied
         | Rule::AppliedSwitchBeforeReuse => Kind::Snapshots,
-        Rule::MoveBeforeWord
-        | Rule::WordsBeforeTableMove
-        | Rule::WordsBeforePass
-        | Rule::WordsBeforeReread
-        | Rule::TablesBeforeStructures => Kind::MovesOfSnapshots,
+        Rule::MoveBeforeWord | Rule::WordsBeforeTableMove => Kind::MovesOfSnapshots,
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
+        Rule::EncryptedBeforeEntry => Kind::Encrypted,
         Rule::BitmapsBeforeHeader | Rule::BitmapSwitchBeforeReuse => Kind::Bitmaps,
         Rule::BitmapMoveBeforeWords => Kind::MovesOfBitmaps,
         Rule::RebuiltBeforeHeader | Rule::RebuiltSwitchBeforeUse => Kind::Dirty,
         Rule::LinksBeforePlaces | Rule::UnlinkedPlacesWait => {
             return Ground::Compaction(Layout::TablesFirst, Other::Writes);
         }
-        Rule::LeftPlacesWait => return Ground::Compaction(Layout::TablesFirst, Other::Frees),
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
@@ -141,7 +129,6 @@ fn ground(rule: Rule) -> Ground {
         Rule::StatesSynced => return Ground::PoolOfOldData,
         Rule::BitmapsMarkedFirst => return Ground::Bitmap,
         Rule::AutoclearFirst => return Ground::Autoclear,
-        Rule::RepairedCountsBeforeFlags | Rule::RepairSynced => return Ground::Repair,
     })
 }
 
@@ -218,7 +205,6 @@ fn search(ground: Ground, seed: u64, tally: &mut Tally) -> Option<String> {
         Ground::PoolOfOldData => interrupted::pool_of_old_data(tally),
         Ground::Bitmap => interrupted::bitmap(tally),
         Ground::Autoclear => interrupted::autoclear(tally),
-        Ground::Repair => repair::cut_off(tally),
     }));
     // What this program asserts of itself finds it too.
     found.unwrap_or_else(|_| Err("a panic".into())).err()
@@ -278,8 +264,6 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::PoolOfOldData,
         Ground::Bitmap,
         Ground::Autoclear,
-        Ground::Repair,
-        Ground::Compaction(Layout::TablesFirst, Other::Frees),
     ];
     let mut tally = Tally::default();
     for ground in random.into_iter().chain(directed) {

@@ -4,7 +4,7 @@
 //!
 //! - a cluster of the pool reads as zeros on the host and as anything through the cipher. Whoever
 //!   takes one fills all of it, with encrypted zeros where there is no data, and the entry that leads
-//!   there reaches the disk only after that ([`Rule::CipherBeforeEntry`]);
+//!   there reaches the disk only after that ([`Rule::EncryptedBeforeEntry`]);
 //! - a part of a cluster cannot be punched: encrypted zeros are written to it. Whether a cluster has
 //!   become all zeros, and can be unmapped, is seen by decrypting it;
 //! - a hole in a data file says nothing, and none is made;
@@ -90,10 +90,8 @@ impl Image {
     /// When an entry that leads to a new cluster may reach the disk, where it could be so by `order`
     /// if zeros were zeros.
     pub(super) fn order_of_new(&self, order: LinkOrder) -> LinkOrder {
-        match self.data.cipher {
-            Some(_) => LinkOrder::as_demanded_by(Rule::CipherBeforeEntry),
-            None => order,
-        }
+        let waits = self.data.cipher.is_some() && Rule::EncryptedBeforeEntry.is_kept();
+        if waits { LinkOrder::AfterSync } else { order }
     }
 
     pub(super) fn read_encrypted(
