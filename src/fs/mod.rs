@@ -26,6 +26,7 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+mod ahead;
 mod control;
 mod pool;
 mod reply;
@@ -36,6 +37,7 @@ mod verbs;
 
 use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
 use crate::error::Result;
+use ahead::Ahead;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Verbs};
@@ -56,6 +58,7 @@ const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
 /// The file system that the kernel talks to.
 pub struct Filesys {
     verbs: Arc<Verbs>,
+    ahead: Ahead,
     pool: Pool,
 }
 
@@ -66,7 +69,7 @@ impl Filesys {
     /// Those of the host when it cannot start a thread.
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+        Ok(Filesys { verbs, ahead: Ahead::new(), pool: Pool::new(SLOW_THREADS)? })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
@@ -245,6 +248,7 @@ impl Filesystem for Filesys {
                 Err(e) => reply.error(fail(None, &e)),
             });
         }
+        self.ahead.looked_at(&self.verbs.catalog, parent.0, name);
         answer_entry(&self.verbs, parent, name, reply);
     }
 
@@ -542,6 +546,9 @@ impl Filesystem for Filesys {
             Ok(entries) => entries,
             Err(e) => return reply.error(fail(None, &e)),
         };
+        if offset == 0 {
+            self.ahead.listed(ino.0, &entries);
+        }
         let at_root = ino.0 == crate::catalog::ROOT;
         let hidden = |name: &OsStr| name == snap::NAME || at_root && name == control::NAME;
         let dots =
