@@ -208,6 +208,21 @@ impl Catalog {
         self.shown(&node, &place, metadata)
     }
 
+    /// Has the host read what a look at the file `name` in `directory` will need, so that it is in
+    /// memory by then. What fails here will fail then.
+    pub fn read_ahead(&self, directory: u64, name: &OsStr) {
+        let Ok(parent) = self.node(directory) else { return };
+        let names = self.names.read();
+        let found = self.find(&parent, name);
+        drop(names);
+        if let Ok((_, place, metadata)) = found
+            && metadata.is_file()
+            && let Ok(file) = host::open_file(&place, false)
+        {
+            let _ = Image::summarize(&HostFile::new(file));
+        }
+    }
+
     /// The host path, the place and the looks of what is shown as `name` in `parent`.
     fn find(&self, parent: &Node, name: &OsStr) -> Result<(PathBuf, File, Metadata)> {
         if !parent.is_directory() {

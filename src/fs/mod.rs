@@ -29,6 +29,7 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+mod ahead;
 mod control;
 mod pool;
 mod reply;
@@ -39,6 +40,7 @@ mod verbs;
 
 use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
 use crate::error::Result;
+use ahead::Ahead;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Verbs};
@@ -62,6 +64,7 @@ const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
 /// The file system that the kernel talks to.
 pub struct Filesys {
     verbs: Arc<Verbs>,
+    ahead: Ahead,
     pool: Pool,
     /// Started with the first such image.
     unlocking: Pool,
@@ -75,7 +78,7 @@ impl Filesys {
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
         let unlocking = Pool::without_threads(UNLOCKING_THREADS);
-        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)?, unlocking })
+        Ok(Filesys { verbs, ahead: Ahead::new(), pool: Pool::new(SLOW_THREADS)?, unlocking })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
@@ -271,6 +274,7 @@ impl Filesystem for Filesys {
                 Err(e) => reply.error(fail(None, &e)),
             });
         }
+        self.ahead.looked_at(&self.verbs.catalog, parent.0, name);
         answer_entry(&self.verbs, parent, name, reply);
     }
 
@@ -574,6 +578,9 @@ impl Filesystem for Filesys {
             Ok(entries) => entries,
             Err(e) => return reply.error(fail(None, &e)),
         };
+        if offset == 0 {
+            self.ahead.listed(ino.0, &entries);
+        }
         let at_root = ino.0 == crate::catalog::ROOT;
         let hidden = |name: &OsStr| name == snap::NAME || at_root && name == control::NAME;
         let dots =
