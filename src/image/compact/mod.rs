@@ -746,17 +746,17 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
-        // Another may win what others have freed meanwhile, or put at the end, and what this one was
-        // not out for. What stays behind the end for no such reason does so until more is freed.
+        // Another may win what others have freed meanwhile, or put at the end (for which nobody who has
+        // asked need wait), and what this one was not out for. What stays behind the end for no such
+        // reason does so until more is freed.
         compaction.failed = None;
         compaction.retry = None;
         let has_reached_its_end = prospect.end <= pass.end && pass.slack.unwrap_or(0) == 0;
-        let may_win = has_reached_its_end
-            || writer.recycler.has_allocated_since(pass.began)
-            || pass.moved > win
-            || compaction.is_unfinished(pass);
-        let worth_another = win > 0 && may_win;
-        compaction.asked &= worth_another;
+        let is_unfinished =
+            has_reached_its_end || pass.moved > win || compaction.is_unfinished(pass);
+        compaction.asked &= win > 0 && is_unfinished;
+        let was_alone = !writer.recycler.has_allocated_since(pass.began);
+        let worth_another = win > 0 && (is_unfinished || !was_alone);
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())
     }
