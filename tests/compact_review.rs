@@ -160,39 +160,6 @@ fn a_pass_ends_though_a_client_never_does() {
     image.close().unwrap();
 }
 
-#[test]
-fn tables_that_map_nothing_go() {
-    const TABLE: u64 = 2048 * KIB;
-    for by_itself in [false, true] {
-        let file = Arc::new(MemoryStorage::new(made("cluster_size=4096", 64 * TABLE)));
-        let options = if by_itself { eager() } else { quiet() };
-        let image = Image::open(file.clone(), &options).unwrap();
-        (0..64).for_each(|n| image.write(n * TABLE, &[7; 4096]).unwrap());
-        image.discard(TABLE..64 * TABLE).unwrap();
-        match by_itself {
-            false => image.compact(|_| true).unwrap(),
-            true => {
-                let _watchdog = Watchdog::new("letting go of tables", 120);
-                // The header, two structures of refcounts, two tables, and the data.
-                while file.len().unwrap() > 6 * 4096 {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-            }
-        }
-        assert_eq!(image.prospect().unwrap().used, 6);
-        image.write(9 * TABLE, &[8; 4096]).unwrap();
-        image.close().unwrap();
-        verify_clean(&*file).unwrap();
-        let image = Image::open(file, &quiet()).unwrap();
-        let mut found = vec![0; 4096];
-        for (n, expected) in [(0, 7), (9, 8), (10, 0)] {
-            image.read(n * TABLE, &mut found).unwrap();
-            assert!(found == [expected; 4096], "table {n}");
-        }
-        image.close().unwrap();
-    }
-}
-
 /// Makes a compressed image of clusters that are nearly all zeros, no two alike; what it holds.
 fn compressed(path: &Path, options: &str, size: u64) -> Vec<u8> {
     let mut bytes = vec![0; size as usize];
@@ -217,7 +184,7 @@ fn packing_leaves_room_for_a_snapshot_in_narrow_refcounts() {
         let mut bytes = compressed(&path, &options, 4096 * KIB);
         let file = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
         let image = Image::open(file.clone(), &quiet()).unwrap();
-        for (n, cluster) in bytes.chunks_mut(4096).enumerate().filter(|(n, _)| n % 3 > 0) {
+        for (n, cluster) in bytes.chunks_mut(4096).enumerate().filter(|(n, _)| n % 3 != 1) {
             image.discard(n as u64 * 4096..(n as u64 + 1) * 4096).unwrap();
             cluster.fill(0);
         }

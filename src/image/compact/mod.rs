@@ -178,8 +178,8 @@ struct Pass {
     is_out_of_room: bool,
     /// Or it was compressed data, which needs it in one piece.
     is_fragmented: bool,
-    /// The pass before it ran out of room.
-    is_second_try: bool,
+    /// The pass before it ran out of room, and this one leaves so many clusters.
+    slack: Option<u64>,
     snapshots: Vec<structures::SnapshotL1>,
     /// The L1 index that is next.
     column: u64,
@@ -273,7 +273,7 @@ impl Compaction {
 
     /// Whether another pass may win more than this one has, which is over.
     fn is_unfinished(&mut self, pass: &Pass) -> bool {
-        let is_first_time = pass.is_out_of_room && !pass.is_second_try;
+        let is_first_time = pass.is_out_of_room && pass.slack.is_none();
         self.cramped = is_first_time.then_some(if pass.is_fragmented { SLACK } else { 0 });
         is_first_time || pass.dissolved.is_some() || pass.emptied > 0
     }
@@ -632,7 +632,7 @@ impl Image {
             dissolved: None,
             is_out_of_room: false,
             is_fragmented: false,
-            is_second_try: slack.is_some(),
+            slack,
             snapshots,
             column: 0,
             entries: Vec::new(),
@@ -750,16 +750,17 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
-        // Another may win what others have freed meanwhile, or put at the end, and what this one was
-        // not out for. What stays behind the end for no such reason does so until more is freed.
+        // Another may win what others have freed meanwhile, or put at the end (for which nobody who has
+        // asked need wait), and what this one was not out for. What stays behind the end for no such
+        // reason does so until more is freed.
         compaction.failed = None;
         compaction.retry = None;
-        let may_win = prospect.end <= pass.end
-            || writer.recycler.has_allocated_since(pass.began)
-            || pass.moved > win
-            || compaction.is_unfinished(pass);
-        let worth_another = win > 0 && may_win;
-        compaction.asked &= worth_another;
+        let has_reached_its_end = prospect.end <= pass.end && pass.slack.unwrap_or(0) == 0;
+        let is_unfinished =
+            has_reached_its_end || pass.moved > win || compaction.is_unfinished(pass);
+        compaction.asked &= win > 0 && is_unfinished;
+        let was_alone = !writer.recycler.has_allocated_since(pass.began);
+        let worth_another = win > 0 && (is_unfinished || !was_alone);
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())
     }
