@@ -41,6 +41,17 @@ def wait_until(true, what, limit=20):
         time.sleep(0.005)
 
 
+def key_of(image):
+    """The file with the key of an image, if that is encrypted."""
+    key = image.with_suffix(".key")
+    return key if key.exists() else None
+
+
+def secret(image):
+    """What tells QEMU's programs the key of an encrypted image, which they then call `key`."""
+    return "--object", f"secret,id=key,file={image.with_suffix('.key')}"
+
+
 class Server:
     """A file to read and write, and the processes behind it."""
 
@@ -139,8 +150,9 @@ class Qcow2fs(Contender):
     name = "qcow2fs"
 
     def start(self, image, point, processes):
+        keys = ("--keys", image.parent) if key_of(image) else ()
         server = self.spawn(processes, self.programs / "qcow2fs", "mount", "--foreground", "-q",
-                            image.parent, point)
+                            *keys, image.parent, point)
         self.await_mount(server, point)
         return point / (image.stem + ".raw")
 
@@ -160,11 +172,14 @@ class StorageDaemon(Contender):
     def start(self, image, point, processes):
         path = point / "disk.raw"
         path.touch()
+        is_encrypted = key_of(image) is not None
+        encryption = ",encrypt.format=luks,encrypt.key-secret=key" if is_encrypted else ""
         server = self.spawn(
             processes, "qemu-storage-daemon",
             "--object", "iothread,id=thread",
+            *(secret(image) if is_encrypted else ()),
             "--blockdev", f"driver=file,node-name=file,filename={image},discard=unmap",
-            "--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap",
+            "--blockdev", f"driver=qcow2,node-name=disk,file=file,discard=unmap{encryption}",
             "--export", f"fuse,id=export,node-name=disk,mountpoint={path},writable=on,"
                         "iothread=thread")
         self.await_mount(server, path)
@@ -186,8 +201,13 @@ class NbdFuse(Contender):
     def start(self, image, point, processes):
         socket = self.work / "socket"
         socket.unlink(missing_ok=True)
-        self.spawn(processes, "qemu-nbd", "--format=qcow2", f"--socket={socket}", "--shared=8",
-                   "--persistent", "--discard=unmap", image)
+        if key_of(image):
+            what = (*secret(image), "--image-opts",
+                    f"driver=qcow2,encrypt.key-secret=key,file.filename={image}")
+        else:
+            what = ("--format=qcow2", image)
+        self.spawn(processes, "qemu-nbd", f"--socket={socket}", "--shared=8", "--persistent",
+                   "--discard=unmap", *what)
         wait_until(socket.exists, "qemu-nbd's socket")
         server = self.spawn(processes, "nbdfuse", point / "disk.raw", "--unix", socket)
         self.await_mount(server, point)

@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 
-from contenders import run
+from contenders import run, secret
 
 MIB = 1 << 20
 
@@ -41,6 +41,20 @@ def create(path, size, *options):
     run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, size)
 
 
+def encrypt(path, source=None, size=None):
+    """An image encrypted as QEMU does it by default (LUKS with aes-256-xts), with the content of the
+    raw file `source` or of `size` bytes without any. Its key is beside it."""
+    path.with_suffix(".key").write_text("a passphrase", encoding="utf-8")
+    path.with_suffix(".key").chmod(0o600)
+    # Only opening it depends on how hard the passphrase is to try out.
+    options = ("-O" if source else "-f", "qcow2", *secret(path), "-o",
+               "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10")
+    if source:
+        run("qemu-img", "convert", "-f", "raw", *options, source, path)
+    else:
+        run("qemu-img", "create", "-q", *options, path, size)
+
+
 class Images:
     """All images, in one directory. `raw` is the same disk as a raw file."""
 
@@ -53,6 +67,8 @@ class Images:
         """The path of an image of that kind as qcow2 or raw."""
         if kind == "empty":
             return self.empty(form)
+        if kind == "encrypted_empty":
+            return self.encrypted_empty()
         if kind == "trim":
             return self.copy(self.once("trim", form), form)
         return self.once(kind, form)
@@ -75,6 +91,12 @@ class Images:
             create(path, size)
         return path
 
+    def encrypted_empty(self, size=8 << 30):
+        path = self.path("empty.qcow2")
+        path.unlink(missing_ok=True)
+        encrypt(path, size=size)
+        return path
+
     def copy(self, source, form):
         path = self.path("copy." + form)
         run("cp", "--sparse=always", source, path)
@@ -82,7 +104,7 @@ class Images:
 
     def drop(self, *kinds):
         """Gives back what is no longer needed."""
-        for name in ("empty.raw", "empty.qcow2", "copy.raw", "copy.qcow2"):
+        for name in ("empty.raw", "empty.qcow2", "empty.key", "copy.raw", "copy.qcow2"):
             self.path(name).unlink(missing_ok=True)
         for kind in kinds:
             for path in self.made.pop(kind, {}).values():
@@ -93,6 +115,11 @@ class Images:
         noise(raw, self.size)
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
         return {"raw": raw, "qcow2": image}
+
+    def make_encrypted(self):
+        image = self.path("encrypted.qcow2")
+        encrypt(image, self.once("full", "raw"))
+        return {"qcow2": image}
 
     def make_compressed(self):
         """Twice the usual size."""

@@ -30,10 +30,16 @@ def fio(name, title, image, pattern, block, depth=1, direct=True, goals=None, mo
     return Job(name, title, image, "fio", options, goals or {}, **rest)
 
 
+def luks(*what, **rest):
+    """Who has nothing to decrypt is no measure."""
+    return fio(*what, without=("floor", "raw"), **rest)
+
+
 RANDOM = {"peer": 2.2, "floor": 0.9}
 ALLOCATING = {"peer": 2.0, "floor": 0.75}
 READS = {"peer": 2.0, "floor": 0.9}
 WRITES = {"peer": 1.2, "floor": 0.9}
+ENCRYPTED = {"peer": 1.5}
 NEVER_BEHIND = {"peer": 1.0}
 # Buffered I/O through a new mount starts with nothing in the page cache.
 WARM = ("--pre_read=1",)
@@ -92,6 +98,22 @@ JOBS = (
     Job("compressed-copy", "compressed: copied to a raw file", "compressed", "copy",
         goals={"nbdfuse": 1.0, "convert to a file": 1.0}, also=("convert to a file",),
         without=("floor", "raw")),
+    luks("luks-read-1m", "LUKS: 1 MiB sequential reads, O_DIRECT", "encrypted", "read", "1m", 4,
+         goals=ENCRYPTED, chart=True),
+    luks("luks-write-1m", "LUKS: 1 MiB sequential writes, O_DIRECT", "encrypted", "write", "1m", 4,
+         goals=ENCRYPTED, chart=True),
+    luks("luks-new-write-1m", "LUKS: 1 MiB sequential writes into an empty image, O_DIRECT",
+         "encrypted_empty", "write", "1m", 4, goals=ENCRYPTED, more=ONCE),
+    luks("luks-cold-read-1m", "LUKS: 1 MiB buffered sequential reads, cold", "encrypted", "read",
+         "1m", direct=False, goals=ENCRYPTED, more=("--time_based=0",)),
+    luks("luks-randread-1", "LUKS: 4 KiB random reads, one at a time", "encrypted", "randread", "4k",
+         goals=NEVER_BEHIND),
+    luks("luks-randread-32", "LUKS: 4 KiB random reads, 32 at once", "encrypted", "randread", "4k",
+         32, goals=NEVER_BEHIND),
+    luks("luks-randwrite-1", "LUKS: 4 KiB random writes, one at a time", "encrypted", "randwrite",
+         "4k", goals=NEVER_BEHIND),
+    luks("luks-randwrite-32", "LUKS: 4 KiB random writes, 32 at once", "encrypted", "randwrite",
+         "4k", 32, goals=NEVER_BEHIND),
     Job("untar", "ext4 on a loop device: small files unpacked", "empty", "untar",
         goals=NEVER_BEHIND),
     Job("ext4-fsync", "ext4 on a loop device: 4 KiB random writes, each with fsync", "empty",
