@@ -155,7 +155,7 @@ fn a_table_that_is_marked_as_referenced_once_and_counted_otherwise_is_not_change
     }
 }
 
-/// A table that is counted nowhere is metadata that looks free: the first that needs a cluster finds it.
+/// A table that is counted nowhere looks free, and may be overwritten in a moment.
 #[test]
 fn a_table_that_looks_free_is_not_changed() {
     let victim = Victim::new(false);
