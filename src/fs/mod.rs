@@ -86,7 +86,7 @@ impl Filesys {
     pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
         let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
-        Filesys { verbs, pool, unlocking }
+        Filesys { verbs, ahead: Ahead::new(), pool, unlocking }
     }
 
     /// The pool for what opens the image that `ino` stands for.

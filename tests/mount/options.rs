@@ -343,7 +343,8 @@ fn what_was_acknowledged_before_the_second_sigterm_is_in_the_image() {
     let files: Vec<File> = (0..WRITERS).map(|_| open(&mount.path("disk.raw"))).collect();
     let one = pattern(8, 4096);
     let written: Vec<u64> = thread::scope(|scope| {
-        let write = |(index, file)| scope.spawn(|| write_on(file, index, &one));
+        let one = &one;
+        let write = |(index, file)| scope.spawn(move || write_on(file, index, one));
         let writers: Vec<_> = (0..).zip(&files).map(write).collect();
         signal(mount.pid(), libc::SIGTERM);
         let stays = || mount.log().contains("is busy, still serving it");
