@@ -128,7 +128,7 @@ fn one_l2_table_for_all_l1_entries() {
 #[test]
 fn looking_for_data_behind_millions_of_empty_tables() {
     let l2 = FAR + 64 * MIB;
-    for (name, entry) in [("zeros", 1), ("data, cluster by cluster", 8 * MIB | COPIED)] {
+    for (name, entry) in [("zeros", 1), ("data, cluster by cluster", (8 * MIB) | COPIED)] {
         let bomb = Bomb::new("one L2 table for all", PLAIN)
             .l1(L1_ENTRIES, FAR)
             .words(FAR, u64::from(L1_ENTRIES), |_| l2)

@@ -144,7 +144,7 @@ impl Disk {
             let place = writer.place(&point);
             writer.judge(&place).unwrap_or_else(|e| {
                 let said = what_the_kernel_said(device);
-                panic!("{} after {} kills: {e}\n{said}", self.kind.make, self.kills)
+                panic!("after {} kills: {e}\n{said}", self.kills)
             });
         }
         if self.fio_state().exists() {

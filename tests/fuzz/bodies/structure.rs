@@ -147,7 +147,7 @@ impl Map {
             Change::CopyOf(field) => word(&self.2, field_at(place, *field)),
             Change::PastEnd(clusters) => {
                 let size = self.0.geometry.cluster_size();
-                old & !OFFSETS | end.next_multiple_of(size) + u64::from(*clusters) * size
+                (old & !OFFSETS) | (end.next_multiple_of(size) + u64::from(*clusters) * size)
             }
         }
     }

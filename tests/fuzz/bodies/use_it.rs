@@ -29,7 +29,9 @@ fn read_all(file: MemoryStorage, beside: Beside) {
     let _damage = image.read(0, &mut buf);
     let _damage = image.next_data(0);
     for at in [image.virtual_size(), u64::MAX >> 1, u64::MAX - 511] {
-        assert!(image.read(at, &mut [0; 512]).is_err(), "read at {at:#x}, past the end");
+        let mut past_the_end = [1; 512];
+        let read = image.read(at, &mut past_the_end);
+        assert!(read.is_err() || past_the_end == [0; 512], "{at:#x} is past the end");
         let _past_the_end = image.next_data(at);
         let _past_the_end = image.next_hole(at);
     }
@@ -57,7 +59,7 @@ fn change(file: MemoryStorage, beside: Beside) {
     let _refused = image.discard(0..end / 2);
     let _refused = image.preallocate(end / 2..end / 2 + 2048);
     let _refused = image.take_snapshot(b"more");
-    let _refused = image.write(end / 2 & !511, &[0xd8; 512]);
+    let _refused = image.write((end / 2) & !511, &[0xd8; 512]);
     let _refused = image.delete_snapshot(b"more");
     let _refused = image.compact(|_| true);
     let _refused = image.close();
