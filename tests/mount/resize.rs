@@ -68,16 +68,15 @@ fn an_overlay_of_version_2_gets_smaller_without_taking_space() {
         )
     };
     let resize = |args: &str| sh!("$qcow2fs resize {} {args}", image.display());
-    for grow in ["$qcow2fs resize", "qemu-img resize -q"] {
-        make();
-        resize("--shrink 1000K");
-        assert!(allocated(&image) < 2 << 20, "{} bytes for what was cut", allocated(&image));
-        sh!("{grow} {} 32M", image.display());
-        let disk = guest_bytes(&image);
-        assert_same(&disk[..1000 << 10], &data[..1000 << 10], "what stayed");
-        assert!(disk[1000 << 10..].iter().all(|byte| *byte == 0), "{grow}: what was cut came back");
-        assert_sound(&image);
-    }
+    make();
+    resize("--shrink 1000K");
+    assert!(allocated(&image) < 2 << 20, "{} bytes for what was cut", allocated(&image));
+    // QEMU refuses: in version 2 it has no zeros for what the backing file would show.
+    resize("32M");
+    let disk = guest_bytes(&image);
+    assert_same(&disk[..1000 << 10], &data[..1000 << 10], "what stayed");
+    assert!(disk[1000 << 10..].iter().all(|byte| *byte == 0), "what was cut came back");
+    assert_sound(&image);
     make();
     let mount = lab.mount();
     let file = File::options().read(true).write(true).open(mount.path("disk.raw")).unwrap();
