@@ -57,6 +57,10 @@ impl Image {
             true => self.clear_mapped(writer, &cut)?,
             false => self.clear_held(writer, cut.clone())?,
         }
+        if self.data.is_external && self.data.cipher.is_some() {
+            // What is cut off and still mapped after a crash reads as zeros, which decrypt to anything.
+            self.flush_held(writer)?;
+        }
         // Before the header, so that the disk keeps its size where this fails.
         self.cut_data_file(cut.start)?;
         if Rule::CutBeforeSize.is_kept() {
