@@ -68,8 +68,8 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
 }
 
-/// What [`WRITES`] was when the seed below was found.
-const WRITES_OF_THAT_TIME: Mix = &[
+/// What [`WRITES`] was when the first seed below was found.
+const FIRST_WRITES: Mix = &[
     (45, Action::Write),
     (1, Action::Fill),
     (20, Action::Discard),
@@ -82,14 +82,30 @@ const WRITES_OF_THAT_TIME: Mix = &[
     (12, Action::Recycle),
 ];
 
-/// A refcount block that had moved was linked and the one that counts its place was not, which had
-/// moved as well.
-#[test]
-fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
-    let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
+/// And the second one.
+const SECOND_WRITES: Mix = &[
+    (45, Action::Write),
+    (1, Action::Fill),
+    (20, Action::Discard),
+    (5, Action::WriteZeroes),
+    (3, Action::WriteZeros),
+    (2, Action::Preallocate),
+    (1, Action::PreallocateMetadata),
+    (9, Action::Flush),
+    (3, Action::Resize),
+    (2, Action::Compact),
+    (1, Action::CompactSome),
+    (2, Action::BeginPass),
+    (1, Action::Defragment),
+    (1, Action::FreeZeros),
+    (12, Action::Recycle),
+];
+
+/// Searches the history of `seed`, which once showed a defect.
+fn search_again(test: &'static str, mix: Mix, seed: u64) {
     let campaign = Campaign {
         test,
-        plan: Plan { mix: WRITES_OF_THAT_TIME, actions: (20, 150), threads: false, faults: false },
+        plan: Plan { mix, actions: (20, 150), threads: false, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -98,8 +114,23 @@ fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
         states: 0,
     };
     let shape = |rng: &mut Rng| small_shape(rng).encrypted_one_in(8, rng);
-    let found = campaign.examine(1_795_270_163_391_651, &shape, &mut Tally::default());
+    let found = campaign.examine(seed, &shape, &mut Tally::default());
     assert!(found.is_ok(), "it is back: {:?}", found.err().map(|trouble| trouble.complaint));
+}
+
+/// A refcount block that had moved was linked and the one that counts its place was not, which had
+/// moved as well.
+#[test]
+fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
+    let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
+    search_again(test, FIRST_WRITES, 1_795_270_163_391_651);
+}
+
+/// The data file of an encrypted image was cut while tables on disk still led to its end.
+#[test]
+fn an_encrypted_data_file_is_cut_once_no_table_on_disk_leads_to_its_end() {
+    let test = "an_encrypted_data_file_is_cut_once_no_table_on_disk_leads_to_its_end";
+    search_again(test, SECOND_WRITES, 1_795_282_136_940_058);
 }
 
 #[test]
