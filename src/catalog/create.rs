@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::errno;
+use super::host::HostId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Beside, CompactAfter, CreateOptions, Image, NewDataFile, Options};
 use crate::storage::image_lock::{self, Access};
@@ -60,10 +61,14 @@ pub fn create_filled_image(
     if !fill(&NewImage { file: new.file(), data: data.as_ref() })? {
         return Ok(false);
     }
+    let made = HostId::of(&new.file().metadata().map_err(failed)?);
     // The image last: where it is, all is.
     let data_path = data.map(UnnamedData::publish).transpose()?;
     let published = new.publish(name, if_taken).map_err(failed);
+    // It may have its name all the same, where only the directory could not be made durable.
+    let is_there = || path.symlink_metadata().is_ok_and(|found| HostId::of(&found) == made);
     if let (Err(_), Some(data_path)) = (&published, data_path)
+        && !is_there()
         && let Err(e) = std::fs::remove_file(&data_path)
     {
         log::warn!("removing {}: {e}", data_path.display());

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 mod alone;
 mod chain;
@@ -106,6 +106,8 @@ pub struct Catalog {
     names: RwLock<()>,
     /// Closes that failed: data may be lost, and the exit code says so.
     close_errors: AtomicU64,
+    /// Who closes all images holds it: one that comes second must not end the process under the first.
+    closing: Mutex<()>,
 }
 
 struct Nodes {
@@ -182,6 +184,7 @@ impl Catalog {
             nodes: RwLock::new(nodes),
             names: RwLock::default(),
             close_errors: AtomicU64::new(0),
+            closing: Mutex::new(()),
         })
     }
 
@@ -563,8 +566,10 @@ impl Catalog {
     }
 
     /// Closes every image, whoever still uses it; requests that are under way are waited for, but not
-    /// longer than `patience` for all of them. Returns how many closes have failed, over all.
+    /// longer than `patience` for all of them; what is being opened or closed, however long that takes.
+    /// Returns how many closes have failed, over all.
     pub fn close_all(&self, patience: Duration) -> u64 {
+        let _alone = self.closing.lock();
         let deadline = Instant::now() + patience;
         for node in self.all_nodes() {
             self.count_close(&node, node.force_close(deadline));

@@ -149,10 +149,17 @@ impl Overlays {
                 Error::io(format!("looking for overlays in {}", self.directory.display()), e)
             })?),
         };
-        match known.get(&HostId::of(image)).map(Vec::as_slice) {
-            None | Some([]) => Ok(path.to_owned()),
-            Some([name]) => Ok(name.clone()),
-            Some([first, second, ..]) => Err(Error::new(
+        // The host may have given the place of an image that is gone to another one.
+        let is_its = |name: &&PathBuf| {
+            let found = self.images.place(name).and_then(|found| found.metadata());
+            found.is_ok_and(|found| HostId::of(&found) == HostId::of(image))
+        };
+        let names: Vec<&PathBuf> =
+            known.get(&HostId::of(image)).into_iter().flatten().filter(is_its).collect();
+        match names[..] {
+            [] => Ok(path.to_owned()),
+            [name] => Ok(name.clone()),
+            [first, second, ..] => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
                     "it is one image with several names, of which two have overlays, {} and {}: \

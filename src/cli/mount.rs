@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 use sd_notify::NotifyState;
@@ -104,6 +105,9 @@ pub(super) struct Args {
 /// copies a compressed image waits for the inflating and it for him: measured with
 /// `scripts/bench --jobs compressed-copy`.
 const READ_AHEAD: u64 = 1 << 20;
+
+/// How long the last requests of a mount that is gone are waited for, which are flushes of much.
+const LAST_REQUESTS: Duration = Duration::from_secs(600);
 
 /// What images are like that are made through the mount.
 #[derive(clap::Args)]
@@ -357,7 +361,7 @@ impl Plan {
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
-        let failed = catalog.close_all(signals::CLOSING);
+        let failed = catalog.close_all(LAST_REQUESTS);
         if failed > 0 {
             log::error!("{failed} times an image could not be closed in order; check it");
         }

@@ -9,11 +9,10 @@
 //!
 //! How the page cache is used: handles go through it, and what it holds is kept from one open to
 //! the next as long as nobody else has touched the image file. The first handle of a file decides
-//! for those that come while it is open: if it was opened with `O_DIRECT`, or to be written only,
-//! all bypass the cache and may write at the same time; if not, none bypasses it, and `O_DIRECT` is
-//! the kernel's own, which keeps the cache right. A mixture would leave stale pages: the kernel
-//! drops the pages of a range before it sends a bypassing write, not after, and a reader may bring
-//! them back in between.
+//! for those that come while it is open: if it was opened with `O_DIRECT`, all bypass the cache and
+//! may write at the same time; if not, none bypasses it, and `O_DIRECT` is the kernel's own, which
+//! keeps the cache right. A mixture would leave stale pages: the kernel drops the pages of a range
+//! before it sends a bypassing write, not after, and a reader may bring them back in between.
 
 use std::ffi::OsStr;
 use std::io;
@@ -211,11 +210,11 @@ fn answer_created(made: Result<Created>, reply: ReplyCreate) {
     }
 }
 
-/// Whether a file opened with these flags is better off without the page cache: one that asks for it,
-/// and one that only writes. The kernel would first make pages of what is written, to be read by
-/// somebody else perhaps: `dd` to a disk is half as fast (`scripts/bench --jobs dd`).
+/// Whether a file opened with these flags bypasses the page cache. One that is only written would be
+/// written twice as fast so (`scripts/bench --jobs dd`), but who maps the disk meanwhile could write
+/// an old page back over what was written past it.
 fn bypasses(flags: i32) -> bool {
-    flags & libc::O_DIRECT != 0 || flags & libc::O_ACCMODE == libc::O_WRONLY
+    flags & libc::O_DIRECT != 0
 }
 
 /// What the kernel is told of an open image.

@@ -120,7 +120,8 @@ impl Image {
         let mapped_end = mapped.saturating_mul(self.cluster_size());
         // In version 2 hiding a backing file takes clusters: no more of it than needed.
         let hides_little = self.geometry.version() < 3 && self.is_backed(added.end);
-        let end = if hides_little { self.cluster_end(added.end) } else { mapped_end };
+        let whole = added.end.next_multiple_of(self.cluster_size());
+        let end = if hides_little { whole } else { mapped_end };
         self.clear_held(writer, added.start..end)?;
         if Rule::ClearBeforeGrowth.is_kept() {
             self.flush_held(writer)?;
