@@ -18,7 +18,7 @@
 //! | [`locks`] | which guest clusters are in use by whom |
 //! | [`counters`] | what is counted for `status`, at next to no cost |
 //! | [`check`] | the independent verifier: reads an image, trusts nothing |
-//! | [`confine`] | what the process gives up, where asked to, once it serves a mount |
+//! | [`confine`] | what the process gives up once it serves a mount |
 //! | [`crypt`] | keys and ciphers of encrypted images |
 //! | [`rules`] | the rules of order that keep an image sound, by name |
 //! | [`storage`] | the host file, and its doubles in tests |
@@ -40,15 +40,39 @@
 //! # What is promised, and what holds it
 //! | promise | test |
 //! |---|---|
-//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
+//! | invariants 1 to 5 after every crash, of data, snapshots, sizes, bitmaps, compaction, laying out in order and recovery | `tests/crash.rs`, which looks at some 50,000 crash files or more |
+//! | the same where the host fails now and then and the image is used on | `tests/crash.rs`: `every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged` |
 //! | the same with other programs' eyes | `tests/crash.rs`: QEMU checks and reads one file in 500 |
 //! | each rule of order ([`rules`]) is needed, and its loss would be noticed | `tests/omissions.rs` |
 //! | a failure of the host reaches the caller as what it is, and leaves the image sound | `tests/faults.rs`, `tests/snapshots/faults.rs` |
 //! | after a failed sync nothing is written and no flush succeeds | `tests/faults.rs`: `a_failed_sync_ends_all_writing` |
+//! | on a full host data is written in place, discards make room, and writing goes on | `tests/faults.rs`, `tests/mount/hosts.rs` |
 //! | a bitmap is complete or marked as inconsistent | `tests/bitmaps.rs`, `tests/crash.rs` |
 //! | a raw data file reads by itself as the disk does | `tests/crash.rs`, `tests/regressions.rs` |
 //! | a repair that is cut short leaves what it found, or less damage | `tests/check/crash.rs` |
-//! | what `fsync` has acknowledged through the mount survives SIGKILL | `tests/compact_kill.rs`, `tests/mount` |
+//! | what `fsync` has acknowledged through the mount survives SIGKILL, and mounting again takes no time | `tests/kill`, `tests/compact_kill.rs`, `tests/mount` |
+//! | a mount that is detached, taken by force, cut off or stands still loses nothing that was acknowledged, and nobody hangs | `tests/kill/gone.rs` |
+//! | processes that do everything to files at once find what they wrote | `tests/fsx`, `tests/model.rs`, `tests/concurrency.rs` |
+//! | the threads of one image get through in every order of their steps | `src/image/models.rs` |
+//! | a VM and a mount never write one image at once | `tests/mount/locks.rs` |
+//! | an image that is not well is told of by `status`, by the log once, and by the exit code | `tests/mount/health.rs` |
+//! | loop devices are written though memory is short | `tests/mount/memory.rs` |
+//!
+//! # When memory is short
+//! The kernel gets memory back by writing pages, and those of a file system on a loop device on the
+//! mount are written by this process: if it needed memory itself and waited for them, nothing would
+//! ever move again. So the daemon asks to be an I/O flusher (`PR_SET_IO_FLUSHER` of prctl(2), as
+//! other servers of block devices do): while its threads allocate, the kernel starts no I/O and does
+//! not slow them down for others' dirty pages. The kernel grants that with `CAP_SYS_RESOURCE` only.
+//! `status` says where it was refused: then nothing is promised for loop devices while the daemon
+//! itself is short of memory, in a cgroup with a limit of its own or because all is used up. Without
+//! loop devices on the mount it makes no difference.
+//!
+//! What the daemon takes is bounded: for each request that is being served its data and a cluster
+//! or two, and for each open image its caches of tables ([`image::Options::metadata_cache`]) and what
+//! waits for a flush, which crowded tables start by themselves. None of it is locked into memory but
+//! keys; put a daemon that serves loop devices into no cgroup with a tight limit, and its swap, if
+//! any, on no device that it serves.
 //!
 //! # Locks
 //! In this order, each optional: catalog, [`image`]'s lock of snapshot changes, that of compaction,
@@ -65,14 +89,45 @@
 //! | a table, or what it points to, lies past the end of the file | read-only, marked as corrupt | `tests/hostile/mutation.rs`, `tests/hostile/bombs.rs` |
 //! | tables of tens of MiB, in holes or all over the file; one L2 table for all L1 entries; a million snapshots; bitmaps without end | opened in at most 64 MiB, or refused | `tests/hostile/bombs.rs` |
 //! | a cluster that inflates to gigabytes, a zstd window of gigabytes | inflated no further than a cluster, windows of 16 MiB at most | `tests/hostile/bombs.rs` |
+//! | a LUKS header that asks for endless rounds, or material elsewhere | no more rounds than take half a minute, in all; refused | `tests/encryption.rs` |
 //! | data over metadata, metadata over metadata | looked up before every write, of the header, all L1 and L2 tables, refcount table and blocks, snapshot table, bitmaps; read-only, marked as corrupt | `tests/check/damage.rs`, `tests/hostile/mutation.rs` |
 //! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
+//! | a COPIED flag where the refcount says otherwise, of data or of an L2 table | looked at before the first change that goes by it: `EIO`; read-only, marked as corrupt | `tests/hostile/ownership.rs` |
+//! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
 //! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
+//! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |
-//! | a defect that runs the attacker's code | with `--confine`, no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
-//! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide | `tests/mount/options.rs` |
+//! | a defect that runs the attacker's code | no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
+//! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide, and those of the image directory about `.qcow2fs/status` and `metrics` | `tests/mount/options.rs` |
+//!
+//! # Unsafe code
+//! Nothing but system calls that no crate wraps as they are needed, and the memory of keys. Each place
+//! says why it is sound; `tests/hostile/unsafe_code.rs` counts them:
+//!
+//! | file | places | for |
+//! |---|---|---|
+//! | `src/catalog/host.rs` | 6 | `openat2`, times and free space of what is only a place |
+//! | `src/catalog/node.rs` | 1 | how a descriptor is open: `F_GETFL` |
+//! | `src/catalog/overlay.rs` | 2 | `flock`, and who runs this |
+//! | `src/cli/attach/loop_device.rs` | 3 | `ioctl` of loop devices |
+//! | `src/cli/attach/mod.rs` | 1 | who runs this |
+//! | `src/cli/daemon.rs` | 6 | `fork`, `setsid`, descriptors, limits, `PR_SET_IO_FLUSHER` |
+//! | `src/cli/detach.rs` | 1 | who runs this |
+//! | `src/cli/helper.rs` | 6 | `fork`, `_exit`, descriptors |
+//! | `src/cli/logging.rs` | 2 | `openlog`, `syslog` |
+//! | `src/cli/map/extents.rs` | 1 | `lseek` to data and holes |
+//! | `src/cli/mod.rs` | 1 | `SIGPIPE` as other programs have it |
+//! | `src/cli/mount.rs` | 1 | who runs this |
+//! | `src/cli/signals.rs` | 2 | signal masks and `sigwait` |
+//! | `src/cli/umount.rs` | 4 | `pidfd_open`, `poll`, `ioctl` of loop devices |
+//! | `src/cli/unmounting.rs` | 2 | `umount2`, `poll` |
+//! | `src/confine/mod.rs` | 1 | `PR_SET_NO_NEW_PRIVS` |
+//! | `src/confine/system_calls.rs` | 1 | `seccomp` |
+//! | `src/crypt/memory.rs` | 11 | pages that are locked, left out of dumps, and seen as bytes |
+//! | `src/storage/host_file.rs` | 2 | `fallocate`, `lseek` to data and holes |
+//! | `src/storage/image_lock.rs` | 3 | locks of open file descriptions |
 
 pub mod alloc;
 pub mod catalog;

@@ -42,6 +42,9 @@ pub enum Rule {
     AllocatedBeforeEntry,
     /// The file reaches to the end of each cluster that is handed out.
     FileReachesAllocated,
+    /// A new cluster of an encrypted image is filled, durably, before an entry leads there: what it was
+    /// erased to decrypts to anything.
+    EncryptedBeforeEntry,
     /// A copy of older data is durable before the entry that replaces the original.
     CopyBeforeEntry,
     /// A copy of a shared L2 table is durable before the L1 entry that leads to it.
@@ -101,7 +104,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 41] = [
+    pub const ALL: [Rule; 42] = [
         Rule::DataFileBeforeTables,
         Rule::BlocksBeforeLinks,
         Rule::BarrierBeforeEntries,
@@ -117,6 +120,7 @@ impl Rule {
         Rule::AllocatedReadsZeros,
         Rule::AllocatedBeforeEntry,
         Rule::FileReachesAllocated,
+        Rule::EncryptedBeforeEntry,
         Rule::CopyBeforeEntry,
         Rule::TableCopyBeforeEntry,
         Rule::SubclusterBeforeBit,

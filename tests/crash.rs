@@ -17,7 +17,7 @@ mod crash_search;
 mod support;
 
 use crash_search::Campaign;
-use crash_search::history::{Plan, SNAPSHOTS, WRITES};
+use crash_search::history::{Action, EVERYTHING, Mix, Plan, SNAPSHOTS, WRITES};
 use crash_search::search::Tally;
 use support::SECTOR;
 use support::qemu::{DataFile, Shape};
@@ -57,25 +57,55 @@ fn shape_with_snapshots(rng: &mut Rng) -> Shape {
 fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
     Campaign {
         test: "every_crash_leaves_a_sound_image_with_old_or_new_data",
-        plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
+        plan: Plan { mix: WRITES, actions: (20, 150), threads: false, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 40,
+        seconds: 30,
         states: 18_000,
     }
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
 }
 
-/// A refcount block that had moved was linked and the one that counts its place was not, which had
-/// moved as well.
-#[test]
-fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
-    let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
+/// What [`WRITES`] was when the first seed below was found.
+const FIRST_WRITES: Mix = &[
+    (45, Action::Write),
+    (1, Action::Fill),
+    (20, Action::Discard),
+    (5, Action::WriteZeroes),
+    (3, Action::WriteZeros),
+    (3, Action::Preallocate),
+    (9, Action::Flush),
+    (3, Action::Resize),
+    (3, Action::Compact),
+    (12, Action::Recycle),
+];
+
+/// And the second one.
+const SECOND_WRITES: Mix = &[
+    (45, Action::Write),
+    (1, Action::Fill),
+    (20, Action::Discard),
+    (5, Action::WriteZeroes),
+    (3, Action::WriteZeros),
+    (2, Action::Preallocate),
+    (1, Action::PreallocateMetadata),
+    (9, Action::Flush),
+    (3, Action::Resize),
+    (2, Action::Compact),
+    (1, Action::CompactSome),
+    (2, Action::BeginPass),
+    (1, Action::Defragment),
+    (1, Action::FreeZeros),
+    (12, Action::Recycle),
+];
+
+/// Searches the history of `seed`, which once showed a defect.
+fn search_again(test: &'static str, mix: Mix, seed: u64) {
     let campaign = Campaign {
         test,
-        plan: Plan { mix: WRITES, actions: (20, 150), threads: false },
+        plan: Plan { mix, actions: (20, 150), threads: false, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -84,30 +114,45 @@ fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
         states: 0,
     };
     let shape = |rng: &mut Rng| small_shape(rng).encrypted_one_in(8, rng);
-    let found = campaign.examine(1_795_270_163_391_651, &shape, &mut Tally::default());
+    let found = campaign.examine(seed, &shape, &mut Tally::default());
     assert!(found.is_ok(), "it is back: {:?}", found.err().map(|trouble| trouble.complaint));
+}
+
+/// A refcount block that had moved was linked and the one that counts its place was not, which had
+/// moved as well.
+#[test]
+fn a_refcount_block_is_linked_after_the_one_that_counts_its_place() {
+    let test = "a_refcount_block_is_linked_after_the_one_that_counts_its_place";
+    search_again(test, FIRST_WRITES, 1_795_270_163_391_651);
+}
+
+/// The data file of an encrypted image was cut while tables on disk still led to its end.
+#[test]
+fn an_encrypted_data_file_is_cut_once_no_table_on_disk_leads_to_its_end() {
+    let test = "an_encrypted_data_file_is_cut_once_no_table_on_disk_leads_to_its_end";
+    search_again(test, SECOND_WRITES, 1_795_282_136_940_058);
 }
 
 #[test]
 fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
     Campaign {
         test: "every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new",
-        plan: Plan { mix: SNAPSHOTS, actions: (20, 120), threads: false },
+        plan: Plan { mix: SNAPSHOTS, actions: (20, 120), threads: false, faults: false },
         backed: 4,
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 40,
+        seconds: 30,
         states: 18_000,
     }
-    .run(shape_with_snapshots);
+    .run(|rng| shape_with_snapshots(rng).encrypted_one_in(8, rng));
 }
 
 #[test]
 fn every_crash_leaves_subclusters_with_old_or_new_data() {
     Campaign {
         test: "every_crash_leaves_subclusters_with_old_or_new_data",
-        plan: Plan { mix: WRITES, actions: (20, 120), threads: false },
+        plan: Plan { mix: WRITES, actions: (20, 120), threads: false, faults: false },
         backed: 2,
         bitmaps: false,
         prepare: |_| (),
@@ -122,7 +167,7 @@ fn every_crash_leaves_subclusters_with_old_or_new_data() {
 fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
     Campaign {
         test: "every_crash_in_the_midst_of_several_threads_leaves_a_sound_image",
-        plan: Plan { mix: WRITES, actions: (10, 80), threads: true },
+        plan: Plan { mix: WRITES, actions: (10, 80), threads: true, faults: false },
         backed: 3,
         bitmaps: false,
         prepare: |_| (),
@@ -130,5 +175,24 @@ fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
         seconds: 30,
         states: 8_000,
     }
-    .run(small_shape);
+    .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
+}
+
+/// The host fails now and then, and the history goes on.
+#[test]
+fn every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged() {
+    Campaign {
+        test: "every_crash_after_faults_leaves_a_sound_image_with_what_was_acknowledged",
+        plan: Plan { mix: EVERYTHING, actions: (20, 150), threads: false, faults: true },
+        backed: 4,
+        bitmaps: false,
+        prepare: |_| (),
+        states_of_history: 900,
+        seconds: 12,
+        states: 4_000,
+    }
+    .run(|rng| {
+        let shape = if rng.one_in(4) { shape_with_subclusters(rng) } else { small_shape(rng) };
+        shape.encrypted_one_in(8, rng)
+    });
 }

@@ -388,6 +388,58 @@ fn hostile_and_damaged_headers_are_refused_in_time() {
     assert!(kind == ErrorKind::WrongKey && line.contains("rounds of PBKDF2"), "{line}");
 }
 
+/// Where the qcow2 header says that the LUKS header is, and how long.
+#[test]
+fn the_place_of_a_luks_header_is_not_trusted() {
+    let directory = scratch();
+    let path = make(directory.path(), Shape::new(16, 16, MIB), luks());
+    let bytes = std::fs::read(&path).unwrap();
+    let luks = bytes.windows(6).position(|w| w == b"LUKS\xba\xbe").unwrap() as u64;
+    let at = bytes.windows(4).position(|w| w == 0x0537_be77u32.to_be_bytes()).unwrap() + 8;
+    for (offset, length, text) in [
+        (luks + 512, support::luks::LENGTH, "makes no sense"),
+        (u64::MAX, support::luks::LENGTH, "makes no sense"),
+        (luks, 0, "makes no sense"),
+        (luks, u64::MAX, "makes no sense"),
+        (luks, 592, "its material is at"),
+        (0, support::luks::LENGTH, "no LUKS header"),
+        (1 << 50, support::luks::LENGTH, "LUKS header"),
+        (u64::MAX << 16, support::luks::LENGTH, "LUKS header"),
+    ] {
+        let mut changed = bytes.clone();
+        changed[at..at + 8].copy_from_slice(&offset.to_be_bytes());
+        changed[at + 8..at + 16].copy_from_slice(&length.to_be_bytes());
+        std::fs::write(&path, changed).unwrap();
+        let line = refused(&path, KEY).to_string();
+        assert!(line.contains(text), "{offset:#x}, {length}: {line}");
+    }
+}
+
+/// Any bytes of the header may be any others; only rounds are few, so that it takes no time.
+#[test]
+fn a_luks_header_of_any_bytes_opens_or_does_not() {
+    let directory = scratch();
+    let path = make(directory.path(), Shape::new(16, 16, MIB), luks());
+    let bytes = std::fs::read(&path).unwrap();
+    let luks = bytes.windows(6).position(|w| w == b"LUKS\xba\xbe").unwrap();
+    let seed = support::rng::fresh_seed();
+    let mut rng = support::rng::Rng::new(seed);
+    for round in 0..60 {
+        let mut changed = bytes.clone();
+        for _ in 0..rng.within(1..5) {
+            changed[luks + rng.within(0..592) as usize] = rng.within(0..256) as u8;
+        }
+        for rounds in std::iter::once(164).chain((0..8).map(|slot| 212 + slot * 48)) {
+            changed[luks + rounds..][..2].fill(0);
+        }
+        std::fs::write(&path, changed).unwrap();
+        if let Err(error) = unlock(&path, KEY) {
+            let line = error.to_string();
+            assert!(!line.contains('\n'), "seed {seed}, round {round}: {line}");
+        }
+    }
+}
+
 /// A slot that is damaged keeps nobody from opening another one.
 #[test]
 fn any_slot_opens_the_image_beside_damaged_ones() {

@@ -24,6 +24,7 @@ use crash_search::search::Tally;
 use qcow2fs::rules::{Rule, leave_out, missed};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
+use support::luks::Encryption;
 use support::qemu::{DataFile, Shape};
 use support::rng::Rng;
 use support::{SECTOR, setting};
@@ -64,9 +65,10 @@ enum Kind {
     Bitmaps,
     MovesOfBitmaps,
     Dirty,
+    Encrypted,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Writes,
     Kind::Moves,
     Kind::Sizes,
@@ -78,6 +80,7 @@ const KINDS: [Kind; 11] = [
     Kind::Bitmaps,
     Kind::MovesOfBitmaps,
     Kind::Dirty,
+    Kind::Encrypted,
 ];
 
 fn ground(rule: Rule) -> Ground {
@@ -109,6 +112,7 @@ fn ground(rule: Rule) -> Ground {
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
+        Rule::EncryptedBeforeEntry => Kind::Encrypted,
         Rule::BitmapsBeforeHeader | Rule::BitmapSwitchBeforeReuse => Kind::Bitmaps,
         Rule::BitmapMoveBeforeWords => Kind::MovesOfBitmaps,
         Rule::RebuiltBeforeHeader | Rule::RebuiltSwitchBeforeUse => Kind::Dirty,
@@ -132,7 +136,7 @@ impl Kind {
     fn mix(self) -> Mix {
         match self {
             Kind::Writes | Kind::DataFile | Kind::RawDataFile | Kind::Subclusters => WRITES,
-            Kind::Dirty | Kind::Bitmaps => WRITES,
+            Kind::Dirty | Kind::Bitmaps | Kind::Encrypted => WRITES,
             Kind::Moves | Kind::MovesOfBitmaps => MOVES,
             Kind::Sizes => SIZES,
             Kind::Snapshots => SNAPSHOTS,
@@ -158,6 +162,8 @@ impl Kind {
                 shape.extended_l2 = true;
                 shape.cluster_bits = 14;
             }
+            // The older method: no LUKS header of 2 MB in each file that is looked at.
+            Kind::Encrypted => shape = shape.encrypted(Encryption::Aes),
             Kind::Bitmaps | Kind::MovesOfBitmaps | Kind::Dirty => {}
         }
         shape.version = 3;
@@ -167,7 +173,7 @@ impl Kind {
     fn campaign(self) -> Campaign {
         Campaign {
             test: "omissions",
-            plan: Plan { mix: self.mix(), actions: (10, 80), threads: false },
+            plan: Plan { mix: self.mix(), actions: (10, 80), threads: false, faults: false },
             backed: 4,
             bitmaps: matches!(self, Kind::Bitmaps | Kind::MovesOfBitmaps),
             prepare: if self == Kind::Dirty { mark_dirty } else { |_| () },

@@ -14,6 +14,7 @@ import time
 import chart
 import report
 from contenders import ALL, Convert, Failed, Qcow2fs
+from growth import COUNTS, Growth, tables
 from images import MIB, Images
 from jobs import CHECKS, JOBS
 from runs import Runs
@@ -40,6 +41,8 @@ def arguments():
     parser.add_argument("--list", action="store_true", help="name the jobs")
     parser.add_argument("--guard", action="store_true",
                         help="fail when random 4 KiB reads or writes fall below half of the goal")
+    parser.add_argument("--growth", action="store_true",
+                        help="what more images and larger ones cost, instead of the jobs")
     parsed = parser.parse_args()
     short = parsed.quick or parsed.guard
     parsed.rounds = parsed.rounds or (3 if parsed.guard else 1 if parsed.quick else 5)
@@ -142,6 +145,8 @@ def main():
         options.contenders = "qcow2fs,floor"
         return guard(Bench(options))
     where = machine(options.disk)
+    if options.growth:
+        return growth(options, where)
     bench = Bench(options)
     jobs, checks = chosen(options.jobs)
     results, checked = [], {}
@@ -170,13 +175,33 @@ def measure(bench, jobs, checks, results, checked):
         say(f"{name:22} {statistics.median(checked[name]):.2f}")
 
 
+def described_machine(options, where):
+    return (f"{where['processors']}, Linux {where['kernel']}, QEMU {where['qemu']}, images "
+            f"{where['images']}; {options.rounds} rounds of {options.seconds:g} s")
+
+
+def growth(options, where):
+    """Prints what more images and larger ones cost, and writes it where that was asked for."""
+    for name in ("images", "disk"):
+        (options.work / name).mkdir()
+    runs = Runs(options.work, Images(options.work / "images", options.size), options.seconds)
+    growing = Growth(options.work, options.programs, runs)
+    counts = []
+    for number in COUNTS:
+        counts.append(growing.count(number))
+        say(f"{number} images: {counts[-1].mount:.2f} s")
+    text = f"{described_machine(options, where)}.\n\n{tables(counts, growing.sizes(options.rounds))}"
+    print(text)
+    if options.out:
+        pathlib.Path(f"{options.out}.md").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
 def publish(options, where, results, checked):
     """Prints the table; writes it, the figures and the chart where that was asked for."""
     where["load_after"] = os.getloadavg()[0]
     where["when"] = time.strftime("%Y-%m-%d", time.gmtime())
-    described = (f"{where['processors']}, Linux {where['kernel']}, QEMU {where['qemu']}, images "
-                 f"{where['images']}; {options.rounds} rounds of {options.seconds:g} s, "
-                 f"images of {options.size // MIB} MiB")
+    described = f"{described_machine(options, where)}, images of {options.size // MIB} MiB"
     text = [f"MB/s, medians: {described}. Ratios are medians of those within one round, the goal "
             f"in brackets; a goal that was missed is bold. The load of the machine was "
             f"{where['load_before']:.1f} before and {where['load_after']:.1f} after."]

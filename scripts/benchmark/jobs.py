@@ -83,6 +83,7 @@ JOBS = (
         direct=False, goals=WRITES, chart=True),
     fio("new-buffered-write-1m", "1 MiB buffered sequential writes into an empty image", "empty",
         "write", "1m", direct=False, goals={"peer": 1.2, "floor": 0.75}, more=ONCE),
+    Job("dd", "1 MiB buffered sequential writes by dd, which only writes", "full", "dd", goals=WRITES),
     fio("fdatasync", "4 KiB random writes, each with fdatasync", "full", "randwrite", "4k",
         goals={"peer": 2.0}, more=("--fdatasync=1",), chart=True),
     fio("new-fdatasync", "4 KiB random writes into an empty image, each with fdatasync", "empty",

@@ -69,8 +69,9 @@ class Runs:
         image = self.images.get(job.image, contender.reads)
         return getattr(self, job.how)(contender, image, job)
 
-    def fio_command(self, path, options):
-        size = min(os.stat(path).st_size, 8 * GIB)
+    def fio_command(self, path, options, limit=8 * GIB):
+        """What fio printed of a run over the first `limit` bytes of a file."""
+        size = min(os.stat(path).st_size, limit)
         return run(
             "fio", "--name=job", f"--filename={path}", f"--size={size}", "--norandommap=1",
             "--time_based=1", f"--runtime={self.seconds}", "--randrepeat=0",
@@ -123,6 +124,13 @@ class Runs:
                                 "bs=1M", "status=none")
         self.copy_path.unlink(missing_ok=True)
         return sample
+
+    def dd(self, contender, image, _job):
+        """All of a disk is written, by a program that opens it for writing only."""
+        with contender.serve(image) as server:
+            size = os.stat(server.path).st_size
+            return self.timed(server, size, "dd", "if=/dev/zero", f"of={server.path}", "bs=1M",
+                              f"count={size // MIB}", "conv=notrunc", "status=none")
 
     @staticmethod
     def timed(server, size, *command):

@@ -43,18 +43,6 @@ impl Alone {
         self.opened.image()
     }
 
-    /// Removes the name `path` of the image, if it is still one of this image.
-    ///
-    /// # Errors
-    /// `Invalid` where another file has the name, and those of the host.
-    pub fn remove(&self, path: &Path) -> Result<()> {
-        let failed = |e| Error::io(format!("removing {}", path.display()), e);
-        if !self.opened.is_named(&path.symlink_metadata().map_err(failed)?) {
-            return Err(Error::invalid(format!("another file is called {} now", path.display())));
-        }
-        std::fs::remove_file(path).map_err(failed)
-    }
-
     /// Closes the image and gives the lock up.
     ///
     /// # Errors

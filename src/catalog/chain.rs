@@ -19,7 +19,7 @@ use super::keys::Keys;
 use super::node::open_host_file;
 use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, BackingFile, Beside, Image, Options, RawBacking, Summary};
+use crate::image::{Backing, BackingFile, Beside, Encryption, Image, Options, RawBacking, Summary};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -36,11 +36,35 @@ pub(super) struct Chains {
     /// given by, which images may have recorded: a symbolic link may be on those.
     roots: Vec<(PathBuf, Root)>,
     users: Arc<Users>,
+    writers: Arc<Writers>,
     keys: Keys,
 }
 
-/// By whom each such file is used: the names of open images.
-type Users = Mutex<HashMap<HostId, Vec<PathBuf>>>;
+/// By whom each such file is used.
+type Users = Mutex<HashMap<HostId, Vec<Use>>>;
+
+/// The images that are open for writing, by their names.
+type Writers = Mutex<HashMap<HostId, PathBuf>>;
+
+/// One use of a file by an open image.
+struct Use {
+    /// The name of the image.
+    user: PathBuf,
+    /// The whole path of the file.
+    file: PathBuf,
+}
+
+/// Says of an image that it is open for writing, until this is dropped.
+pub(super) struct Writing {
+    writers: Arc<Writers>,
+    id: HostId,
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.writers.lock().remove(&self.id);
+    }
+}
 
 /// An image's backing file with all that is behind it, open and held against writers.
 pub(super) struct Chain {
@@ -79,6 +103,14 @@ struct Opened {
     uses: Uses,
 }
 
+/// A data file, open and locked.
+struct OpenedData {
+    file: Arc<HostFile>,
+    id: HostId,
+    /// Its whole path.
+    path: PathBuf,
+}
+
 struct Uses {
     users: Arc<Users>,
     user: PathBuf,
@@ -86,9 +118,10 @@ struct Uses {
 }
 
 impl Uses {
-    fn add(&mut self, id: HostId) {
+    fn add(&mut self, id: HostId, file: &Path) {
         self.files.push(id);
-        self.users.lock().entry(id).or_default().push(self.user.clone());
+        let one = Use { user: self.user.clone(), file: file.to_owned() };
+        self.users.lock().entry(id).or_default().push(one);
     }
 }
 
@@ -96,11 +129,11 @@ impl Drop for Uses {
     fn drop(&mut self) {
         let mut users = self.users.lock();
         for id in &self.files {
-            if let Some(names) = users.get_mut(id) {
-                if let Some(at) = names.iter().position(|name| *name == self.user) {
-                    names.swap_remove(at);
+            if let Some(uses) = users.get_mut(id) {
+                if let Some(at) = uses.iter().position(|one| one.user == self.user) {
+                    uses.swap_remove(at);
                 }
-                if names.is_empty() {
+                if uses.is_empty() {
                     users.remove(id);
                 }
             }
@@ -120,12 +153,31 @@ impl Chains {
         let given =
             allowed.iter().map(|directory| open_root(directory, |path| std::path::absolute(path)));
         let roots = real.chain(given).collect::<Result<Vec<_>>>()?;
-        Ok(Chains { roots, users: Arc::default(), keys })
+        Ok(Chains { roots, users: Arc::default(), writers: Arc::default(), keys })
     }
 
     /// The name of an open image that uses this file as a backing or data file.
     pub(super) fn user_of(&self, id: HostId) -> Option<PathBuf> {
-        self.users.lock().get(&id)?.first().cloned()
+        self.users.lock().get(&id)?.first().map(|one| one.user.clone())
+    }
+
+    /// A file beneath the directory `id` that an open image uses as a backing or data file, and the
+    /// name of that image.
+    pub(super) fn used_beneath(&self, id: HostId) -> Option<(PathBuf, PathBuf)> {
+        let is_it = |path: &Path| path.metadata().is_ok_and(|metadata| HostId::of(&metadata) == id);
+        let uses: Vec<(PathBuf, PathBuf)> = {
+            let users = self.users.lock();
+            users.values().flatten().map(|one| (one.file.clone(), one.user.clone())).collect()
+        };
+        // By what the directories are, not by their names: an allowed one may have several.
+        uses.into_iter().find(|(file, _)| file.ancestors().skip(1).any(is_it))
+    }
+
+    /// The image `file`, called `name`, is open for writing from now on.
+    pub(super) fn note_writing(&self, file: &File, name: &Path) -> Result<Writing> {
+        let id = HostId::of(&look(file)?);
+        self.writers.lock().insert(id, name.to_owned());
+        Ok(Writing { writers: Arc::clone(&self.writers), id })
     }
 
     /// Opens what the image at `path` (beneath the image directory), open as `file`, needs beside
@@ -164,8 +216,8 @@ impl Chains {
                 let may_write = options.writable;
                 let mut uses = self.no_uses(path);
                 let file = self.data_file(&image, name, [write, may_write], &mut opened.seen)?;
-                uses.add(file.1);
-                Some(DataFile { file: file.0, _uses: uses })
+                uses.add(file.id, &file.path);
+                Some(DataFile { file: file.file, _uses: uses })
             }
             None => None,
         };
@@ -194,6 +246,22 @@ impl Chains {
         summary.encryption.map(unlock).transpose()
     }
 
+    /// Whether there is any place that keys may come from.
+    pub(super) fn have_keys(&self) -> bool {
+        let Keys { files, directory, credentials, .. } = &self.keys;
+        !files.is_empty() || directory.is_some() || credentials.is_some()
+    }
+
+    /// Whether an image may have the name `to` instead of `from` as far as its key is concerned: a wrong
+    /// one would be noticed, or it stays what it was.
+    pub(super) fn keeps_key(
+        &self,
+        [from, to]: [&Path; 2],
+        encryption: impl FnOnce() -> Option<Encryption>,
+    ) -> Result<bool> {
+        Ok(self.keys.stays(from, to)? || encryption() != Some(Encryption::Aes))
+    }
+
     /// What the host says of the data file `name` of the image at `path`, without opening it;
     /// nothing where it may not be looked at.
     pub(super) fn look_at_data_file(&self, path: &Path, name: &[u8]) -> Option<Metadata> {
@@ -217,7 +285,7 @@ impl Chains {
         name: &[u8],
         [write, may_write]: [bool; 2],
         seen: &mut Vec<HostId>,
-    ) -> Result<(Arc<HostFile>, HostId)> {
+    ) -> Result<OpenedData> {
         let open = || {
             let path = whole_path(image, name)?;
             let place = self.find(&path, AMEND)?;
@@ -228,23 +296,28 @@ impl Chains {
             }
             let access = if write { Access::Write } else { Access::Read };
             image_lock::acquire(&file, None, access).map_err(|e| self.name_user(e, id))?;
-            Ok((Arc::new(HostFile::new(file)), id))
+            Ok(OpenedData { file: Arc::new(HostFile::new(file)), id, path })
         };
         let name = String::from_utf8_lossy(name).escape_debug().to_string();
-        let (file, id) = open().map_err(|e| e.context(format!("data file {name}")))?;
-        seen.push(id);
-        Ok((file, id))
+        let opened = open().map_err(|e| e.context(format!("data file {name}")))?;
+        seen.push(opened.id);
+        Ok(opened)
     }
 
     /// Says which image of ours it is that keeps a file from being locked.
     pub(super) fn name_user(&self, error: Error, id: HostId) -> Error {
-        match self.user_of(id).filter(|_| error.kind() == ErrorKind::InUse) {
-            Some(user) => {
-                let text = format!("it is a file of {}, which is open; close that", user.display());
-                Error::new(ErrorKind::InUse, text)
-            }
-            None => error,
+        if error.kind() != ErrorKind::InUse {
+            return error;
         }
+        let writer = || self.writers.lock().get(&id).cloned();
+        let text = match self.user_of(id) {
+            Some(user) => format!("it is a file of {}, which is open; close that", user.display()),
+            None => match writer() {
+                Some(name) => format!("{} is open for writing; close that", name.display()),
+                None => return error,
+            },
+        };
+        Error::new(ErrorKind::InUse, text)
     }
 
     /// Opens the backing file that `image` (a whole path) needs, and those behind it.
@@ -271,7 +344,7 @@ impl Chains {
         opened.seen.push(id);
         let locked = image_lock::acquire(&file, None, Access::Read);
         locked.map_err(|e| in_file(self.name_user(e, id)))?;
-        opened.uses.add(id);
+        opened.uses.add(id, &path);
         // Not before the lock keeps writers away.
         opened.stamps.push(Stamp::of(&look(&file).map_err(in_file)?));
         let file = Arc::new(HostFile::new(file));
@@ -287,10 +360,10 @@ impl Chains {
                 if let Some(name) = summary.data_file.filter(|_| summary.refusal.is_none()) {
                     let read_only = [false, false];
                     let data = self.data_file(&path, &name, read_only, &mut opened.seen);
-                    let (data, id) = data.map_err(in_file)?;
-                    opened.uses.add(id);
-                    opened.stamps.push(Stamp::of(&look(data.file()).map_err(in_file)?));
-                    beside.data = Some(data);
+                    let data = data.map_err(in_file)?;
+                    opened.uses.add(data.id, &data.path);
+                    opened.stamps.push(Stamp::of(&look(data.file.file()).map_err(in_file)?));
+                    beside.data = Some(data.file);
                 }
                 if let Some(next) = summary.backing {
                     beside.backing = Some(self.follow(&path, &next, options, opened)?);

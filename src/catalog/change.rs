@@ -10,11 +10,6 @@ use rustix::fs::XattrFlags;
 use super::{Catalog, Node, SetTime, errno, host};
 use crate::error::{Error, Result};
 
-/// The names of extended attributes that are shown and may be set; the others are the host's matter.
-const USER: &[u8] = b"user.";
-/// Bytes in the longest value, and in the longest list of names, that Linux has.
-const MAX_ATTRIBUTE: usize = 64 << 10;
-
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
 /// image's matter.
 #[derive(Clone, Copy, Debug, Default)]
@@ -91,12 +86,7 @@ impl Catalog {
     /// `EOPNOTSUPP` for one that is not the users', `ENODATA`, and those of the host.
     pub fn extended_attribute(&self, node: &Node, name: &OsStr) -> Result<Vec<u8>> {
         is_users(name)?;
-        self.at_place(node, "reading an extended attribute", |file| {
-            let mut value = vec![0; MAX_ATTRIBUTE];
-            let length = rustix::fs::getxattr(host::path_of(file), name, &mut value[..])?;
-            value.truncate(length);
-            Ok(value)
-        })
+        self.at_place(node, "reading an extended attribute", |file| host::attribute(file, name))
     }
 
     /// The names of the extended attributes of a node's file, each with a NUL after it.
@@ -104,19 +94,7 @@ impl Catalog {
     /// # Errors
     /// Those of the host.
     pub fn extended_attributes(&self, node: &Node) -> Result<Vec<u8>> {
-        let listed = self.at_place(node, "listing the extended attributes", |file| {
-            let mut names = vec![0; MAX_ATTRIBUTE];
-            let length = rustix::fs::listxattr(host::path_of(file), &mut names[..])?;
-            names.truncate(length);
-            Ok(names)
-        });
-        let names = match listed {
-            // A host without any has none to list.
-            Err(e) if e.errno() == libc::EOPNOTSUPP => Vec::new(),
-            listed => listed?,
-        };
-        let each = names.split_inclusive(|byte| *byte == 0);
-        Ok(each.filter(|name| name.starts_with(USER)).flatten().copied().collect())
+        self.at_place(node, "listing the extended attributes", host::user_attributes)
     }
 
     /// Sets an extended attribute of a node's file, with the flags of setxattr(2).
@@ -162,7 +140,7 @@ impl Catalog {
 }
 
 fn is_users(name: &OsStr) -> Result<()> {
-    match name.as_encoded_bytes().starts_with(USER) {
+    match host::is_users(name) {
         true => Ok(()),
         false => Err(errno("an extended attribute that is not the users'", libc::EOPNOTSUPP)),
     }

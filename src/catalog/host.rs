@@ -4,7 +4,7 @@
 //! symbolic link anywhere. What is opened first is only a place (`O_PATH`): nothing happens to a
 //! device or a FIFO by looking at it. Nothing here knows qcow2.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -12,6 +12,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
 
 /// How often an open is tried again while names are being moved about.
 const ATTEMPTS: u32 = 16;
@@ -67,6 +70,11 @@ impl Root {
         let flags = libc::O_PATH | libc::O_DIRECTORY;
         let directory = File::options().read(true).custom_flags(flags).open(source)?;
         Ok(Root { directory })
+    }
+
+    /// A directory that was found as a place.
+    pub(super) fn at(directory: File) -> Root {
+        Root { directory }
     }
 
     /// The directory itself.
@@ -187,6 +195,64 @@ pub(super) fn list(place: &File) -> io::Result<Vec<(OsString, bool)>> {
         }
     }
     Ok(names)
+}
+
+/// Every regular file beneath `root`, by its path there. What vanishes meanwhile is left out.
+pub(super) fn files_beneath(root: &Root) -> io::Result<Vec<PathBuf>> {
+    let (mut files, mut directories) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(at) = directories.pop() {
+        let listed = match root.place(&at) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ELOOP)) => continue,
+            place => list(&place?)?,
+        };
+        for (name, is_directory) in listed {
+            let list = if is_directory { &mut directories } else { &mut files };
+            list.push(at.join(name));
+        }
+    }
+    Ok(files)
+}
+
+/// What names of extended attributes begin with that are shown and may be set; the others are the
+/// host's matter.
+const USER: &[u8] = b"user.";
+/// Bytes in the longest value, and in the longest list of names, that Linux has.
+const MAX_ATTRIBUTE: usize = 64 << 10;
+
+/// Whether it is the name of an extended attribute of the users.
+pub(super) fn is_users(attribute: &OsStr) -> bool {
+    attribute.as_bytes().starts_with(USER)
+}
+
+/// The names of a file's extended attributes that are the users', each with a NUL after it. None on a
+/// host that knows none.
+pub(super) fn user_attributes(place: &File) -> io::Result<Vec<u8>> {
+    let mut names = vec![0; MAX_ATTRIBUTE];
+    let length = match rustix::fs::listxattr(path_of(place), &mut names[..]) {
+        Err(Errno::OPNOTSUPP) => 0,
+        length => length?,
+    };
+    let each = names[..length].split_inclusive(|byte| *byte == 0);
+    Ok(each.filter(|name| name.starts_with(USER)).flatten().copied().collect())
+}
+
+/// The value of an extended attribute.
+pub(super) fn attribute(place: &File, name: &OsStr) -> io::Result<Vec<u8>> {
+    let mut value = vec![0; MAX_ATTRIBUTE];
+    let length = rustix::fs::getxattr(path_of(place), name, &mut value[..])?;
+    value.truncate(length);
+    Ok(value)
+}
+
+/// Gives `to` the extended attributes of `from` that are the users'.
+pub(super) fn copy_user_attributes(from: &File, to: &File) -> io::Result<()> {
+    let names = user_attributes(from)?;
+    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        let name = OsStr::from_bytes(name);
+        let value = attribute(from, name)?;
+        rustix::fs::setxattr(path_of(to), name, &value, XattrFlags::empty())?;
+    }
+    Ok(())
 }
 
 /// Figures of the host's file system, in blocks of `block` bytes and in files.

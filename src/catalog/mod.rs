@@ -22,8 +22,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 mod alone;
 mod chain;
@@ -43,9 +44,9 @@ mod tests;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
-pub use create::create_image;
+pub use create::{NewImage, create_filled_image, create_image};
 pub use host::{HostSpace, SetTime};
-pub use keys::{Keys, Prompt};
+pub use keys::{Keys, Prompt, Typed};
 pub use metrics::metrics;
 pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
@@ -88,6 +89,8 @@ pub struct Options {
     pub image: image::Options,
     /// What new images are like.
     pub create: image::CreateOptions,
+    /// The kernel knows that this process is what devices may wait for; only for the status.
+    pub io_flusher: bool,
 }
 
 /// The tree of images beneath one directory.
@@ -103,6 +106,8 @@ pub struct Catalog {
     names: RwLock<()>,
     /// Closes that failed: data may be lost, and the exit code says so.
     close_errors: AtomicU64,
+    /// Who closes all images holds it: one that comes second must not end the process under the first.
+    closing: Mutex<()>,
 }
 
 struct Nodes {
@@ -179,6 +184,7 @@ impl Catalog {
             nodes: RwLock::new(nodes),
             names: RwLock::default(),
             close_errors: AtomicU64::new(0),
+            closing: Mutex::new(()),
         })
     }
 
@@ -205,10 +211,28 @@ impl Catalog {
         self.shown(&node, &place, metadata)
     }
 
+    /// Has the host read what a look at the file `name` in `directory` will need, so that it is in
+    /// memory by then. What fails here will fail then.
+    pub fn read_ahead(&self, directory: u64, name: &OsStr) {
+        let Ok(parent) = self.node(directory) else { return };
+        let names = self.names.read();
+        let found = self.find(&parent, name);
+        drop(names);
+        if let Ok((_, place, metadata)) = found
+            && metadata.is_file()
+            && let Ok(file) = host::open_file(&place, false)
+        {
+            let _ = Image::summarize(&HostFile::new(file));
+        }
+    }
+
     /// The host path, the place and the looks of what is shown as `name` in `parent`.
     fn find(&self, parent: &Node, name: &OsStr) -> Result<(PathBuf, File, Metadata)> {
         if !parent.is_directory() {
             return Err(errno("looking up a name", libc::ENOTDIR));
+        }
+        if !names::is_one(name) {
+            return Err(errno("looking up what is no name", libc::EINVAL));
         }
         let directory = parent.path();
         if let Some(image) = names::image_name(name)
@@ -318,12 +342,18 @@ impl Catalog {
         Err(stale())
     }
 
-    /// The overlay of a node whose own file is `own`, or that where there is none.
+    /// The overlay of a node whose own file is `own`, or that where there is none, or none that could be
+    /// opened: then the image is shown still.
     fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
         match &self.overlays {
-            Some(overlays) if !node.is_directory() => {
-                Ok(overlays.find(node.id(), &node.path())?.unwrap_or(own))
-            }
+            Some(overlays) if !node.is_directory() => match overlays.find(&own.1, &node.path()) {
+                Ok(found) => Ok(found.map_or(own, |found| (found.place, found.metadata))),
+                Err(e) if e.kind() == crate::ErrorKind::Unsupported => {
+                    node.log(&e);
+                    Ok(own)
+                }
+                Err(e) => Err(e),
+            },
             _ => Ok(own),
         }
     }
@@ -338,7 +368,7 @@ impl Catalog {
             Some(_) if node.is_directory() => {
                 Err(errno("changing a directory above overlays", libc::EROFS))
             }
-            Some(overlays) => overlays.make(node.id(), &node.path(), &self.own_place(node)?.0),
+            Some(overlays) => overlays.make(&node.path(), &self.own_place(node)?.0),
         }
     }
 
@@ -348,11 +378,11 @@ impl Catalog {
         let Some(overlays) = &self.overlays else {
             return Ok(Found { place: own.0, may_write: !self.options.read_only });
         };
-        match overlays.find(node.id(), &node.path())? {
+        match overlays.find(&own.1, &node.path())? {
             None => Ok(Found { place: own.0, may_write: false }),
-            Some((place, _)) => {
-                overlays.check(&place, &node.path())?;
-                Ok(Found { place, may_write: !self.options.read_only })
+            Some(overlay) => {
+                overlays.check(&overlay)?;
+                Ok(Found { place: overlay.place, may_write: !self.options.read_only })
             }
         }
     }
@@ -402,6 +432,7 @@ impl Catalog {
             Ok(summary) => Header {
                 virtual_size: summary.virtual_size,
                 cluster_size: summary.cluster_size,
+                may_be_encrypted: summary.encryption.is_some() || summary.backing.is_some(),
                 data_file: summary.data_file,
             },
             Err(e) => {
@@ -534,10 +565,14 @@ impl Catalog {
         done
     }
 
-    /// Closes every image, whoever still uses it. Returns how many closes have failed, over all.
-    pub fn close_all(&self) -> u64 {
+    /// Closes every image, whoever still uses it; requests that are under way are waited for, but not
+    /// longer than `patience` for all of them; what is being opened or closed, however long that takes.
+    /// Returns how many closes have failed, over all.
+    pub fn close_all(&self, patience: Duration) -> u64 {
+        let _alone = self.closing.lock();
+        let deadline = Instant::now() + patience;
         for node in self.all_nodes() {
-            self.count_close(&node, node.force_close());
+            self.count_close(&node, node.force_close(deadline));
         }
         self.close_errors.load(Ordering::Relaxed)
     }
@@ -574,7 +609,7 @@ fn remove_abandoned(place: &File, names: &[(OsString, bool)]) {
 
 fn image_header(image: &Image) -> Header {
     let (virtual_size, cluster_size) = (image.virtual_size(), image.cluster_size());
-    Header { virtual_size, cluster_size, data_file: None }
+    Header { virtual_size, cluster_size, ..Header::default() }
 }
 
 fn errno(what: &str, code: i32) -> Error {

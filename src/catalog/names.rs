@@ -34,6 +34,13 @@ pub(super) fn raw_path(path: &Path) -> PathBuf {
     }
 }
 
+/// Whether it is the name of something within a directory, and no path. The kernel passes no other,
+/// but what is made, removed and renamed by name must not depend on that.
+pub(super) fn is_one(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    !matches!(name, b"" | b"." | b"..") && !name.iter().any(|byte| matches!(byte, b'/' | 0))
+}
+
 /// Whether a raw file goes by `name`, which does not end in `.raw`, for a while: `.NAME.raw.SUFFIX`.
 fn is_temporary(name: &[u8]) -> bool {
     let mut parts = name.rsplitn(2, |byte| *byte == b'.');
@@ -50,6 +57,16 @@ fn exchange(name: &OsStr, from: &[u8], to: &[u8]) -> Option<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_no_name() {
+        for path in ["", ".", "..", "/", "a/b.raw", "../a.raw", "a.raw/", "a\0.raw"] {
+            assert!(!is_one(path.as_ref()), "{path:?}");
+        }
+        for name in ["a.raw", "...", "..raw", " ", "\u{1f600}"] {
+            assert!(is_one(name.as_ref()), "{name:?}");
+        }
+    }
 
     #[test]
     fn an_image_and_its_raw_file_name_each_other() {

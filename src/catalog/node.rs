@@ -6,12 +6,14 @@
 
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::chain::{Chains, Files};
+use super::chain::{Chains, Files, Writing};
 use super::host::{self, HostId, Stamp};
 use super::names;
 use crate::counters::{OperationCounts, Operations};
@@ -29,6 +31,9 @@ pub struct Node {
     names: Mutex<Vec<PathBuf>>,
     /// Never held while another lock but the growth lock is taken.
     slot: RwLock<Slot>,
+    /// From the end of the first opening to that of the last close. Who only looks at what is open
+    /// does not wait for a first opening, which takes long where a key is tried.
+    has_image: AtomicBool,
     /// Serializes changes of the virtual size. Taken before the slot.
     pub(crate) size_change: Mutex<()>,
     /// What the header says, and under which stamp it said so.
@@ -92,6 +97,8 @@ pub(super) struct Header {
     pub(super) cluster_size: u64,
     /// The name of its external data file.
     pub(super) data_file: Option<Vec<u8>>,
+    /// It is encrypted, or based on what may be.
+    pub(super) may_be_encrypted: bool,
 }
 
 #[derive(Default)]
@@ -120,11 +127,18 @@ pub(super) enum Look<R> {
 const PATIENCE: Duration = Duration::from_millis(200);
 
 pub(super) struct Opened {
-    image: Arc<Image>,
+    served: Arc<Served>,
     file: Arc<HostFile>,
     /// What it needs beside itself, held as long as it is open.
     files: Arc<Files>,
-    writable: bool,
+    /// While it is writable.
+    writing: Option<Writing>,
+}
+
+/// An open image as requests have it. Each that goes on without the slot has one more of them, so
+/// that who closes the image under its hands can wait for it.
+struct Served {
+    image: Arc<Image>,
 }
 
 /// What a handle asks for.
@@ -132,7 +146,7 @@ pub(super) struct Opened {
 pub struct Opening {
     /// It will write.
     pub write: bool,
-    /// It was opened with `O_DIRECT`.
+    /// It is better off without the page cache.
     pub direct: bool,
 }
 
@@ -161,6 +175,7 @@ impl Node {
             directory,
             names: Mutex::new(vec![name]),
             slot: RwLock::default(),
+            has_image: AtomicBool::new(false),
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
@@ -265,6 +280,13 @@ impl Node {
         self.slot.try_read().is_none()
     }
 
+    /// Whether opening it may take as long as trying a key does, as far as its header was looked at.
+    pub fn may_need_unlocking(&self) -> bool {
+        let is_open = self.slot.try_read().is_some_and(|slot| slot.open.is_some());
+        let header = self.header.lock();
+        !is_open && header.as_ref().is_some_and(|(_, header)| header.may_be_encrypted)
+    }
+
     /// Runs `verb` on the open image. May wait while the image is being opened for writing.
     ///
     /// # Errors
@@ -272,21 +294,21 @@ impl Node {
     pub fn with_image<R>(&self, verb: impl FnOnce(&Image) -> Result<R>) -> Result<R> {
         let slot = self.slot.read();
         let opened = slot.open.as_ref().ok_or_else(gone)?;
-        if !opened.writable {
+        if !opened.is_writable() {
             // Held to the end: the switch to a writable image ends this one.
-            return verb(&opened.image);
+            return verb(opened.image());
         }
         // A writable image stays until the last handle is closed, and this request has one. A long
         // flush must not keep others from opening the file.
-        let image = Arc::clone(&opened.image);
+        let served = Arc::clone(&opened.served);
         drop(slot);
-        verb(&image)
+        verb(&served.image)
     }
 
     /// As [`Node::peek`], but nothing while the image is being opened or closed.
     pub(super) fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
         let slot = self.slot.try_read()?;
-        Some(look(&slot.open.as_ref()?.image))
+        Some(look(slot.open.as_ref()?.image()))
     }
 
     /// What the host says of the external data file while that is open.
@@ -301,16 +323,20 @@ impl Node {
     pub(super) fn look<R>(&self, look: impl FnOnce(&Image, bool, u32) -> R) -> Look<R> {
         let Some(slot) = self.slot.try_read_for(PATIENCE) else { return Look::Busy };
         match &slot.open {
-            Some(opened) => Look::Open(look(&opened.image, opened.writable, slot.handles)),
+            Some(opened) => Look::Open(look(opened.image(), opened.is_writable(), slot.handles)),
             None => Look::Closed,
         }
     }
 
-    /// The host file and the image while they are open.
+    /// The host file and the image while they are open. Waits where they are being opened again or
+    /// closed.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
+        if !self.has_image.load(Ordering::Acquire) {
+            return None;
+        }
         let slot = self.slot.read();
         let opened = slot.open.as_ref()?;
-        Some(look(&opened.image, opened.file.file(), opened.writable))
+        Some(look(opened.image(), opened.file.file(), opened.is_writable()))
     }
 
     /// Counts a handle in, opening the image for it where that is due. `find` finds the file. Where
@@ -343,14 +369,15 @@ impl Node {
                 keep_cache = slot.closed == Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
+                self.has_image.store(true, Ordering::Release);
             }
-            Some(opened) if how.write && !opened.writable => {
+            Some(opened) if how.write && !opened.is_writable() => {
                 let above = if layered { Some(find()?) } else { None };
                 match above.filter(|found| !opened.is_open_on(&found.place)) {
                     Some(found) => {
                         slot.move_up(self.open_found(&found, true, options, chains)?.0);
                     }
-                    None => slot.make_writable(options)?,
+                    None => slot.make_writable(options, chains, &self.path())?,
                 }
             }
             Some(opened) if how.write => opened.takes_writes()?,
@@ -375,13 +402,41 @@ impl Node {
     pub(super) fn release(&self) -> Result<()> {
         let mut slot = self.slot.write();
         slot.handles = slot.handles.saturating_sub(1);
-        if slot.handles > 0 { Ok(()) } else { slot.close() }
+        if slot.handles > 0 { Ok(()) } else { self.close(&mut slot) }
     }
 
-    /// Closes the image whatever handles there are; they fail from now on.
-    pub(super) fn force_close(&self) -> Result<()> {
-        self.slot.write().close()
+    /// Closes the image whatever handles there are, as soon as the requests that are under way are
+    /// done; later ones fail. Where they are not done by `deadline`, it is left as by a crash, but
+    /// with all in it that was written by then.
+    ///
+    /// # Errors
+    /// Those of [`Image::close`]; `TimedOut` for requests that are not done.
+    pub(super) fn force_close(&self, deadline: Instant) -> Result<()> {
+        // Where it is being opened or closed that comes to its end first, however long it takes: what
+        // is being closed is not all in the file yet.
+        let mut slot = self.slot.write();
+        slot.closed = None;
+        let Some(opened) = slot.open.take() else { return Ok(()) };
+        self.has_image.store(false, Ordering::Release);
+        // A request that is under way may wait for one that waits for the slot.
+        drop(slot);
+        if opened.is_idle_by(deadline) {
+            return opened.finish().and(opened.unlock());
+        }
+        // What is still under way must not meet the end of the file while that is cut off.
+        opened.image().flush().and(Err(not_done()))
     }
+
+    fn close(&self, slot: &mut Slot) -> Result<()> {
+        let closed = slot.close();
+        self.has_image.store(false, Ordering::Release);
+        closed
+    }
+}
+
+fn not_done() -> Error {
+    let errno = std::io::Error::from_raw_os_error(libc::ETIMEDOUT);
+    Error::io("requests for it are still under way: it is left as by a crash", errno)
 }
 
 fn gone() -> Error {
@@ -392,10 +447,10 @@ fn gone() -> Error {
 impl Slot {
     /// Replaces an image that is only read by the same one, writable; on failure it is only read
     /// again. The lock on the file is never given up in between.
-    fn make_writable(&mut self, options: &Options) -> Result<()> {
-        let Some(Opened { image, file, files, .. }) = &self.open else { return Err(gone()) };
-        let (file, before) = (Arc::clone(file), Arc::clone(image));
-        let files = Arc::clone(files);
+    fn make_writable(&mut self, options: &Options, chains: &Chains, name: &Path) -> Result<()> {
+        let Some(opened) = &self.open else { return Err(gone()) };
+        let (file, before) = (Arc::clone(&opened.file), Arc::clone(opened.image()));
+        let files = Arc::clone(&opened.files);
         lock_for_writing(file.file())?;
         let data = files.data.as_ref().map(|data| data.file.file());
         let release = || {
@@ -407,20 +462,23 @@ impl Slot {
             release()?;
             return Err(e.context("data file"));
         }
-        if let Err(e) = image.close() {
+        if let Err(e) = before.close() {
             log::warn!("closing an image that was only read: {e}");
         }
         self.open = None;
-        match Opened::on(Arc::clone(&file), true, options, Arc::clone(&files)) {
+        let writable = chains
+            .note_writing(file.file(), name)
+            .and_then(|writing| Opened::on(&file, Some(writing), options, &files));
+        match writable {
             Ok(opened) => {
-                opened.image.adopt_views(&before);
+                opened.image().adopt_views(&before);
                 self.open = Some(opened);
                 Ok(())
             }
             Err(e) => {
                 release()?;
-                let opened = Opened::on(file, false, options, files)?;
-                opened.image.adopt_views(&before);
+                let opened = Opened::on(&file, None, options, &files)?;
+                opened.image().adopt_views(&before);
                 self.open = Some(opened);
                 Err(e)
             }
@@ -439,8 +497,7 @@ impl Slot {
 
     fn close(&mut self) -> Result<()> {
         let Some(opened) = self.open.take() else { return Ok(()) };
-        let failure = opened.image.failure().map_or(Ok(()), Err);
-        let closed = opened.image.close().and(failure);
+        let closed = opened.finish();
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
@@ -464,7 +521,9 @@ impl Opened {
         let file = Arc::new(HostFile::new(file));
         let opened = chains.open(path, &file, write, options).and_then(|files| {
             let files = Arc::new(files);
-            Opened::on(Arc::clone(&file), write, options, Arc::clone(&files))
+            let writing = write.then(|| chains.note_writing(file.file(), path)).transpose();
+            writing
+                .and_then(|writing| Opened::on(&file, writing, options, &files))
                 .inspect_err(|_| unlock_data(&files))
         });
         match opened {
@@ -476,25 +535,45 @@ impl Opened {
         }
     }
 
+    /// Opens the image in `file`, for writing where that was noted.
     fn on(
-        file: Arc<HostFile>,
-        writable: bool,
+        file: &Arc<HostFile>,
+        writing: Option<Writing>,
         options: &Options,
-        files: Arc<Files>,
+        files: &Arc<Files>,
     ) -> Result<Opened> {
-        let options = Options { writable, ..options.clone() };
+        let options = Options { writable: writing.is_some(), ..options.clone() };
         let beside = Beside {
             backing: files.chain.as_ref().map(|chain| Arc::clone(&chain.backing)),
             data: files.data.as_ref().map(|data| Arc::clone(&data.file) as _),
             cipher: files.cipher.clone(),
         };
-        let image = Image::open_with(Arc::clone(&file) as _, &options, beside)?;
-        let opened = Opened { image, file, files, writable };
-        if writable && let Err(e) = opened.takes_writes() {
-            opened.image.close()?;
+        let image = Image::open_with(Arc::clone(file) as _, &options, beside)?;
+        let served = Arc::new(Served { image });
+        let (file, files) = (Arc::clone(file), Arc::clone(files));
+        let opened = Opened { served, file, files, writing };
+        if opened.is_writable()
+            && let Err(e) = opened.takes_writes()
+        {
+            opened.image().close()?;
             return Err(e);
         }
         Ok(opened)
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// Waits until no request has the image any more; `false` where one still has at `deadline`.
+    fn is_idle_by(&self, deadline: Instant) -> bool {
+        while Arc::strong_count(&self.served) > 1 {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Whether it is this file that is open.
@@ -503,20 +582,20 @@ impl Opened {
         id(self.file.file()) == id(place)
     }
 
-    /// Whether the file with these attributes is the one that is open.
-    pub(super) fn is_named(&self, metadata: &Metadata) -> bool {
-        let own = self.file.file().metadata();
-        own.is_ok_and(|own| HostId::of(&own) == HostId::of(metadata))
-    }
-
     pub(super) fn image(&self) -> &Arc<Image> {
-        &self.image
+        &self.served.image
     }
 
     /// Closes the image, and then gives the lock up.
     pub(super) fn close(&self) -> Result<()> {
-        let closed = self.image.close();
+        let closed = self.image().close();
         closed.and(self.unlock())
+    }
+
+    /// Closes the image; an error too where it became read-only while it was open.
+    fn finish(&self) -> Result<()> {
+        let failure = self.image().failure().map_or(Ok(()), Err);
+        self.image().close().and(failure)
     }
 
     /// The stamp of the image file, followed by those of its data file and of its chain.
@@ -534,10 +613,10 @@ impl Opened {
     /// Fails when the image takes no writes: it is marked as corrupt, or something went wrong for
     /// good since it was opened.
     fn takes_writes(&self) -> Result<()> {
-        if self.image.is_writable() {
+        if self.image().is_writable() {
             return Ok(());
         }
-        let reason = self.image.status()?.health;
+        let reason = self.image().status()?.health;
         Err(Error::new(ErrorKind::ReadOnly, format!("the image is read-only: {reason}")))
     }
 }

@@ -4,7 +4,8 @@
 //! image is first opened for writing, appears complete and durable or not at all, and is what is
 //! opened from then on. Kept overlays lie in a directory under the names of their images and are
 //! used again by later mounts; ephemeral ones have no name there, so that nothing is left of them
-//! whatever ends the mount.
+//! whatever ends the mount. An image that has several names (hard links) has one overlay, under
+//! the name by which it was made.
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
@@ -34,7 +35,8 @@ pub struct OverlayOptions {
 pub(super) struct Overlays {
     root: Root,
     directory: PathBuf,
-    /// The image directory's real path.
+    /// The image directory, and its real path.
+    images: Root,
     source: PathBuf,
     kind: Kind,
     /// One is made at a time. Taken before `Ephemeral`'s.
@@ -42,10 +44,25 @@ pub(super) struct Overlays {
 }
 
 enum Kind {
-    /// The directory, locked: no two mounts write the same overlays.
-    Kept(#[expect(dead_code, reason = "only held")] File),
+    /// In a directory that no other mount writes overlays to.
+    Kept {
+        #[expect(dead_code, reason = "only held")]
+        lock: File,
+        /// The names of all overlays by the image that each belongs to, from the moment on when an
+        /// image with several names is met. A leaf.
+        names: Mutex<Option<HashMap<HostId, Vec<PathBuf>>>>,
+    },
     /// By the image that each belongs to.
-    Ephemeral(Mutex<HashMap<HostId, NewFile>>),
+    Ephemeral(Mutex<HashMap<HostId, (PathBuf, NewFile)>>),
+}
+
+/// An overlay that is there.
+pub(super) struct Overlay {
+    /// The file, not yet opened for anything where it has a name.
+    pub(super) place: File,
+    pub(super) metadata: Metadata,
+    /// The name of the image, of those that it has, which it was made by.
+    name: PathBuf,
 }
 
 impl Overlays {
@@ -59,59 +76,123 @@ impl Overlays {
         let directory = options.directory.canonicalize().map_err(failed)?;
         let kind = match options.ephemeral {
             true => Kind::Ephemeral(Mutex::default()),
-            false => Kind::Kept(lock(&directory).map_err(|e| match e.kind() {
-                io::ErrorKind::WouldBlock => Error::new(
-                    ErrorKind::InUse,
-                    format!("another mount has the overlay directory {shown}: give each its own"),
-                ),
-                _ => failed(e),
-            })?),
+            false => {
+                let lock = lock(&directory).map_err(|e| match e.kind() {
+                    io::ErrorKind::WouldBlock => Error::new(
+                        ErrorKind::InUse,
+                        format!(
+                            "another mount has the overlay directory {shown}: give each its own"
+                        ),
+                    ),
+                    _ => failed(e),
+                })?;
+                Kind::Kept { lock, names: Mutex::default() }
+            }
         };
         Ok(Overlays {
             root: Root::open(&directory).map_err(failed)?,
             directory,
+            images: Root::open(source).map_err(failed)?,
             source: source.canonicalize().map_err(failed)?,
             kind,
             making: Mutex::default(),
         })
     }
 
-    /// The overlay of the image `id`, which is at `path` beneath the image directory.
+    /// The overlay of an image, which is at `path` beneath the image directory.
     ///
     /// # Errors
-    /// Those of the host; `Unsupported` for a name there that is no regular file.
-    pub(super) fn find(&self, id: HostId, path: &Path) -> Result<Option<(File, Metadata)>> {
+    /// Those of the host; `Unsupported` for a name there that is no regular file, and for an image
+    /// that has several.
+    pub(super) fn find(&self, image: &Metadata, path: &Path) -> Result<Option<Overlay>> {
         let failed = |e| Error::io(format!("looking at the overlay {}", self.place(path)), e);
-        let file = match &self.kind {
-            Kind::Ephemeral(made) => match made.lock().get(&id) {
-                Some(new) => new.file().try_clone().map_err(failed)?,
+        let (place, name) = match &self.kind {
+            Kind::Ephemeral(made) => match made.lock().get(&HostId::of(image)) {
+                Some((name, new)) => (new.file().try_clone().map_err(failed)?, name.clone()),
                 None => return Ok(None),
             },
-            Kind::Kept(_) => match self.root.place(path) {
-                Ok(place) => place,
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
-                    return Ok(None);
+            Kind::Kept { names, .. } => {
+                let name = self.name(names, image, path)?;
+                match self.root.place(&name) {
+                    Ok(place) => (place, name),
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+                        return Ok(None);
+                    }
+                    Err(e) => return Err(failed(e)),
                 }
-                Err(e) => return Err(failed(e)),
-            },
+            }
         };
-        let metadata = file.metadata().map_err(failed)?;
+        let metadata = place.metadata().map_err(failed)?;
         match metadata.is_file() {
-            true => Ok(Some((file, metadata))),
+            true => Ok(Some(Overlay { place, metadata, name })),
             false => Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("the overlay {} is not a regular file", self.place(path)),
+                format!("the overlay {} is not a regular file", self.place(&name)),
             )),
         }
     }
 
-    /// Fails unless the overlay is one on the image at `path`, of the kind that is made here: with
-    /// another one, names in its header would decide which files are opened and how.
+    /// The name that the overlay of an image has: that of the image, or another one of it.
+    fn name(
+        &self,
+        names: &Mutex<Option<HashMap<HostId, Vec<PathBuf>>>>,
+        image: &Metadata,
+        path: &Path,
+    ) -> Result<PathBuf> {
+        let mut names = names.lock();
+        if image.nlink() < 2 && names.is_none() {
+            return Ok(path.to_owned());
+        }
+        let known = match &mut *names {
+            Some(known) => known,
+            none => none.insert(self.all_names().map_err(|e| {
+                Error::io(format!("looking for overlays in {}", self.directory.display()), e)
+            })?),
+        };
+        // The host may have given the place of an image that is gone to another one.
+        let is_its = |name: &&PathBuf| {
+            let found = self.images.place(name).and_then(|found| found.metadata());
+            found.is_ok_and(|found| HostId::of(&found) == HostId::of(image))
+        };
+        let names: Vec<&PathBuf> =
+            known.get(&HostId::of(image)).into_iter().flatten().filter(is_its).collect();
+        match names[..] {
+            [] => Ok(path.to_owned()),
+            [name] => Ok(name.clone()),
+            [first, second, ..] => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "it is one image with several names, of which two have overlays, {} and {}: \
+                     move one of these away",
+                    self.place(first),
+                    self.place(second)
+                ),
+            )),
+        }
+    }
+
+    /// The names of all overlays by the images of the same names.
+    fn all_names(&self) -> io::Result<HashMap<HostId, Vec<PathBuf>>> {
+        let mut names = HashMap::<HostId, Vec<PathBuf>>::new();
+        for name in host::files_beneath(&self.root)? {
+            // Without an image of that name it is nobody's.
+            if let Ok(image) = self.images.place(&name).and_then(|image| image.metadata())
+                && image.is_file()
+            {
+                names.entry(HostId::of(&image)).or_default().push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Fails unless the overlay is one on its image, of the kind that is made here: with another
+    /// one, names in its header would decide which files are opened and how.
     ///
     /// # Errors
     /// `Unsupported`; those of [`Image::summarize`] and of the host.
-    pub(super) fn check(&self, overlay: &File, path: &Path) -> Result<()> {
-        let file = host::open_file(overlay, false)
+    pub(super) fn check(&self, overlay: &Overlay) -> Result<()> {
+        let path = &overlay.name;
+        let file = host::open_file(&overlay.place, false)
             .map_err(|e| Error::io(format!("opening the overlay {}", self.place(path)), e))?;
         let summary = Image::summarize(&HostFile::new(file))
             .map_err(|e| e.context(format!("the overlay {}", self.place(path))))?;
@@ -137,9 +218,9 @@ impl Overlays {
     /// Makes the overlay of an image, unless there is one.
     ///
     /// # Errors
-    /// Those of [`Overlays::find`], [`Image::summarize`] and [`Image::create`]; `Unsupported` for an
-    /// image that is not served.
-    pub(super) fn make(&self, id: HostId, path: &Path, image: &File) -> Result<()> {
+    /// Those of [`Overlays::find`], [`Overlays::check`], [`Image::summarize`] and [`Image::create`];
+    /// `Unsupported` for an image that is not served.
+    pub(super) fn make(&self, path: &Path, image: &File) -> Result<()> {
         let _making = self.making.lock();
         let failed = |e| Error::io(format!("making the overlay {}", self.place(path)), e);
         let file = host::open_file(image, false).map_err(failed)?;
@@ -153,8 +234,8 @@ impl Overlays {
                         mount it without `--overlay`, or read it only";
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
-        if self.find(id, path)?.is_some() {
-            return Ok(());
+        if let Some(overlay) = self.find(&metadata, path)? {
+            return self.check(&overlay);
         }
         let options = CreateOptions {
             virtual_size: summary.virtual_size,
@@ -162,21 +243,40 @@ impl Overlays {
             ..CreateOptions::default()
         };
         let directory = match self.kind {
-            Kind::Kept(_) => self.make_directories(path).map_err(failed)?,
+            Kind::Kept { .. } => self.make_directories(path).map_err(failed)?,
             Kind::Ephemeral(_) => self.root.place(Path::new("")).map_err(failed)?,
         };
         let new = NewFile::new(&host::path_of(&directory), 0o600).map_err(failed)?;
         let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
         Image::create(&storage, &options)?;
         look_like(new.file(), &metadata).map_err(failed)?;
+        self.copy_attributes(path, image, new.file());
+        let id = HostId::of(&metadata);
         match &self.kind {
-            Kind::Kept(_) => {
-                new.publish(path.file_name().unwrap_or_default(), IfTaken::Fail).map_err(failed)
+            Kind::Kept { names, .. } => {
+                let name = path.file_name().unwrap_or_default();
+                new.publish(name, IfTaken::Fail).map_err(failed)?;
+                if let Some(known) = &mut *names.lock() {
+                    let names = known.entry(id).or_default();
+                    // Who has just looked through the directory may have found it.
+                    if !names.iter().any(|name| name == path) {
+                        names.push(path.to_owned());
+                    }
+                }
             }
             Kind::Ephemeral(made) => {
-                made.lock().insert(id, new);
-                Ok(())
+                made.lock().insert(id, (path.to_owned(), new));
             }
+        }
+        Ok(())
+    }
+
+    /// Gives a new overlay the extended attributes of its image. The host of the overlays may know
+    /// none, or have less room for them: that keeps nobody from writing.
+    fn copy_attributes(&self, path: &Path, image: &File, overlay: &File) {
+        if let Err(e) = host::copy_user_attributes(image, overlay) {
+            let place = self.place(path);
+            log::warn!("the overlay {place} lacks extended attributes of its image: {e}");
         }
     }
 
@@ -204,7 +304,7 @@ impl Overlays {
 
     fn place(&self, path: &Path) -> String {
         match self.kind {
-            Kind::Kept(_) => self.directory.join(path).display().to_string(),
+            Kind::Kept { .. } => self.directory.join(path).display().to_string(),
             Kind::Ephemeral(_) => format!("of {} in {}", path.display(), self.directory.display()),
         }
     }

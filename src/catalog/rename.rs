@@ -1,18 +1,22 @@
 //! Changes of names: what is made, removed, renamed and linked, carried out on the image files.
 //!
-//! A file that an open image uses as a backing or data file keeps its name: the image would not be
-//! opened again. What closed images are based on nobody knows without opening all of them.
+//! A file that an open image uses as a backing or data file keeps its name, and so do the directories
+//! that it lies in: the image would not be opened again. What closed images are based on nobody knows
+//! without opening all of them. Nor does an image get another key by its name where it would not
+//! notice.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata, Permissions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, RenameFlags};
 use rustix::io::Errno;
 
-use super::host::{self, HostId};
+use super::host::{self, HostId, Root};
 use super::{Catalog, Node, errno, names, read_only};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Summary};
@@ -94,10 +98,8 @@ impl Catalog {
             return Err(errno(&format!("making the directory {}", shown(name)), libc::EEXIST));
         }
         let (place, directory) = self.place_among_names(parent)?;
-        let path = host::path_of(&place).join(name);
-        fs::DirBuilder::new().mode(mode & 0o777).create(&path).map_err(failed)?;
-        let [uid, gid] = self.owner_of_new(&directory, creator);
-        std::os::unix::fs::lchown(&path, uid, gid).map_err(failed)
+        let owner = self.owner_of_new(&directory, creator);
+        make_owned_directory(place, name, mode & 0o777, owner).map_err(failed)
     }
 
     /// Whom something new in `directory` is given to; nothing of what the host or an option decides.
@@ -149,33 +151,45 @@ impl Catalog {
     /// Renames an image or a directory, with the flags of renameat2(2).
     ///
     /// # Errors
-    /// `EPERM` for an image that would not be called `.raw`, or that names other files relative to the
-    /// directory which it would leave; `EINVAL` for an exchange of an image with a directory; `EEXIST`
+    /// `EPERM` for an image that would not be called `.raw`, that names other files relative to the
+    /// directory which it would leave, or that would get another key and not notice, and for a
+    /// directory with such images; `EINVAL` for an exchange of an image with a directory; `EEXIST`
     /// where the host has the new name for something that is not shown; `InUse` for what an open image
-    /// is based on; and those of the host.
+    /// is based on, and for a directory with that in it; and those of the host.
     pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
         self.names_may_change()?;
-        let _names = self.names.write();
         let flags = RenameFlags::from_bits_retain(flags);
         let what = format!("renaming {} to {}", shown(from.1), shown(to.1));
         if !(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE).contains(flags) {
             return Err(errno(&what, libc::EINVAL));
         }
+        let moves = from.0.ino() != to.0.ino();
+        if moves {
+            self.directory_stands_alone(from, &what)?;
+        }
+        if moves && flags.contains(RenameFlags::EXCHANGE) {
+            self.directory_stands_alone(to, &what)?;
+        }
+        let _names = self.names.write();
         let source = self.found(from.0, from.1)?.ok_or_else(|| errno(&what, libc::ENOENT))?;
         let target = self.found(to.0, to.1)?;
         let new_name = self.name_after_rename(&source, to.1, &what)?;
         if let Some(target) = &target {
             may_take_place(&source, target, &new_name, flags, &what)?;
         }
-        let moves = from.0.ino() != to.0.ino();
-        for found in std::iter::once(&source).chain(&target).filter(|f| !f.metadata.is_dir()) {
+        for found in std::iter::once(&source).chain(&target) {
             self.is_no_ones_base(found, "renaming or replacing")?;
         }
         if moves {
-            stands_alone(&source, &what)?;
+            stands_alone(&source, None, &what)?;
         }
         if moves && flags.contains(RenameFlags::EXCHANGE) {
-            target.as_ref().map_or(Ok(()), |target| stands_alone(target, &what))?;
+            target.as_ref().map_or(Ok(()), |target| stands_alone(target, None, &what))?;
+        }
+        let new_path = to.0.path().join(&new_name);
+        self.keeps_keys(&source, &source.path, &new_path, &what)?;
+        if let Some(target) = target.as_ref().filter(|_| flags.contains(RenameFlags::EXCHANGE)) {
+            self.keeps_keys(target, &target.path, &source.path, &what)?;
         }
         let (old_parent, _) = self.place_among_names(from.0)?;
         let (new_parent, _) = self.place_among_names(to.0)?;
@@ -186,7 +200,6 @@ impl Catalog {
             false => rename_to_free_name(old, new),
         }
         .map_err(|e| Error::io(what, e.into()))?;
-        let new_path = to.0.path().join(new_name);
         let found: Vec<_> = std::iter::once(&source).chain(&target).collect();
         self.names_moved(&self.nodes_at(&found), &source.path, &new_path, flags);
         if !flags.contains(RenameFlags::EXCHANGE) {
@@ -208,7 +221,8 @@ impl Catalog {
     ///
     /// # Errors
     /// `EPERM` for a directory, for a name that no raw file has, and for an image that names other files
-    /// relative to another directory; `EEXIST`, and those of the host.
+    /// relative to another directory, or would have two keys and not notice; `EEXIST`, and those of the
+    /// host.
     pub fn link(&self, node: &Node, parent: &Node, name: &OsStr) -> Result<()> {
         self.names_may_change()?;
         let _names = self.names.write();
@@ -220,8 +234,9 @@ impl Catalog {
         }
         let image = self.name_after_rename(&found, name, &what)?;
         if found.path.parent() != Some(&parent.path()) {
-            stands_alone(&found, &what)?;
+            stands_alone(&found, None, &what)?;
         }
+        self.keeps_keys(&found, &found.path, &parent.path().join(&image), &what)?;
         if self.found(parent, name)?.is_some() {
             return Err(errno(&what, libc::EEXIST));
         }
@@ -229,6 +244,44 @@ impl Catalog {
         let old = host::path_of(&found.place);
         rustix::fs::linkat(CWD, &old, &directory, &image, AtFlags::SYMLINK_FOLLOW)
             .map_err(|e| Error::io(what, e.into()))
+    }
+
+    /// Fails where `found`, or an image beneath it, would get another key when `from` becomes `to`, and
+    /// not notice: what was written then would be lost for the right one.
+    fn keeps_keys(&self, found: &Found, from: &Path, to: &Path, what: &str) -> Result<()> {
+        if !self.chains.have_keys() {
+            return Ok(());
+        }
+        if !found.metadata.is_dir() {
+            let encryption = || summary_of(found).and_then(|summary| summary.encryption);
+            return match self.chains.keeps_key([from, to], encryption)? {
+                true => Ok(()),
+                false => Err(refused(
+                    format!(
+                        "{what}: as {} the image {} would get another key, which its encryption \
+                         (AES) would not notice: give that name the same key first, or none",
+                        to.display(),
+                        from.display()
+                    ),
+                    libc::EPERM,
+                )),
+            };
+        }
+        let names = host::list(&found.place)
+            .map_err(|e| Error::io(format!("listing {}", from.display()), e))?;
+        for (name, is_directory) in names {
+            if is_directory || names::raw_name(&name).is_some() {
+                let path = from.join(&name);
+                let (place, metadata) = match self.place(&path) {
+                    // It is gone by now.
+                    Err(e) if e.errno() == libc::ENOENT => continue,
+                    found => found?,
+                };
+                let below = Found { path: path.clone(), place, metadata };
+                self.keeps_keys(&below, &path, &to.join(&name), what)?;
+            }
+        }
+        Ok(())
     }
 
     /// What `name` stands for; `None` where it stands for nothing.
@@ -240,12 +293,41 @@ impl Catalog {
         }
     }
 
+    /// Whether every image in a directory finds what it needs when that moves elsewhere. It takes a look
+    /// at all of their headers, so other names may change meanwhile.
+    fn directory_stands_alone(&self, (parent, name): (&Node, &OsStr), what: &str) -> Result<()> {
+        let found = self.found(parent, name)?.filter(|found| found.metadata.is_dir());
+        let Some(Found { path: directory, place, .. }) = found else { return Ok(()) };
+        let root = Root::at(place);
+        let failed = |e| Error::io(format!("looking through {}", directory.display()), e);
+        let is_image = |path: &PathBuf| path.file_name().and_then(names::raw_name).is_some();
+        for within in host::files_beneath(&root).map_err(failed)?.into_iter().filter(is_image) {
+            // What is gone by now needs nothing.
+            let Ok(place) = root.place(&within) else { continue };
+            let metadata = place.metadata().map_err(failed)?;
+            if !metadata.is_file() {
+                continue;
+            }
+            let image = Found { path: directory.join(&within), place, metadata };
+            let depth = within.components().count() - 1;
+            stands_alone(&image, Some(depth), &format!("{what}: {}", image.path.display()))?;
+        }
+        Ok(())
+    }
+
     fn is_no_ones_base(&self, found: &Found, what: &str) -> Result<()> {
-        let Some(user) = self.chains.user_of(HostId::of(&found.metadata)) else { return Ok(()) };
+        let id = HostId::of(&found.metadata);
+        let used = match found.metadata.is_dir() {
+            true => {
+                self.chains.used_beneath(id).map(|(file, user)| (file.display().to_string(), user))
+            }
+            false => self.chains.user_of(id).map(|user| ("it".to_owned(), user)),
+        };
+        let Some((file, user)) = used else { return Ok(()) };
         let error = Error::new(
             ErrorKind::InUse,
             format!(
-                "{what} {}: it is a backing or data file of {}, which is open; close that first",
+                "{what} {}: {file} is a backing or data file of {}, which is open; close that first",
                 found.path.display(),
                 user.display()
             ),
@@ -278,6 +360,47 @@ impl Catalog {
         each(&|node| node.move_names(from, to));
         each(&|node| node.move_names(aside, from));
     }
+}
+
+/// Makes a directory that belongs to `owner`, where that is said.
+///
+/// It is given away by a descriptor, and only if that surely is what was made: who may change names
+/// there could put another directory in its place, to be given that.
+///
+/// # Errors
+/// `ESTALE` where something else has the name by now; those of the host.
+fn make_owned_directory(
+    parent: File,
+    name: &OsStr,
+    mode: u32,
+    [uid, gid]: [Option<u32>; 2],
+) -> io::Result<()> {
+    let path = host::path_of(&parent).join(name);
+    if uid.is_none() && gid.is_none() {
+        return fs::DirBuilder::new().mode(mode).create(path);
+    }
+    // By the host's clock, whoever keeps it.
+    let before = NewFile::new(&host::path_of(&parent), 0o600)?.file().metadata()?;
+    fs::DirBuilder::new().mode(mode).create(path)?;
+    let made = Root::at(parent).place(Path::new(name))?;
+    if !is_made_since(&made, &before)? {
+        return Err(io::Error::from_raw_os_error(libc::ESTALE));
+    }
+    std::os::unix::fs::chown(host::path_of(&made), uid, gid)
+}
+
+/// Whether `made` is an empty directory of ours that is no older than `before`, a file of ours. Where
+/// the host keeps no times of birth, an older one that is empty is taken for one too.
+fn is_made_since(made: &File, before: &Metadata) -> io::Result<bool> {
+    let metadata = made.metadata()?;
+    let is_older = match (metadata.created(), before.created()) {
+        (Ok(born), Ok(before)) => born < before,
+        _ => false,
+    };
+    if !metadata.is_dir() || metadata.uid() != before.uid() || is_older {
+        return Ok(false);
+    }
+    Ok(fs::read_dir(host::path_of(made))?.next().is_none())
 }
 
 /// Renames where nothing is known to have the new name: what is not shown, or has just appeared,
@@ -322,12 +445,15 @@ fn may_take_place(
     }
 }
 
-/// An image that names others relative to its directory does not find them from another one.
-fn stands_alone(found: &Found, what: &str) -> Result<()> {
+/// An image that names others relative to its directory does not find them from another one. Where it
+/// moves with a directory in which it lies `depth` directories deep, only those outside of that count.
+fn stands_alone(found: &Found, depth: Option<usize>, what: &str) -> Result<()> {
     let Some(summary) = summary_of(found) else { return Ok(()) };
     let backing = summary.backing.map(|backing| ("backing", "rebase -u -b", backing.name));
     let data = summary.data_file.map(|name| ("data", "amend -o data_file=", name));
-    let relative = backing.into_iter().chain(data).find(|(_, _, name)| !name.starts_with(b"/"));
+    let stays_behind =
+        |name: &[u8]| !name.starts_with(b"/") && depth.is_none_or(|depth| leads_out(name, depth));
+    let relative = backing.into_iter().chain(data).find(|(_, _, name)| stays_behind(name));
     match relative {
         None => Ok(()),
         Some((kind, remedy, name)) => Err(refused(
@@ -339,6 +465,16 @@ fn stands_alone(found: &Found, what: &str) -> Result<()> {
             libc::EPERM,
         )),
     }
+}
+
+/// Whether a relative name that is followed `depth` directories deep in a directory leads out of it.
+fn leads_out(name: &[u8], depth: usize) -> bool {
+    let deeper = |depth: usize, part| match part {
+        Component::ParentDir => depth.checked_sub(1),
+        Component::CurDir => Some(depth),
+        _ => depth.checked_add(1),
+    };
+    Path::new(OsStr::from_bytes(name)).components().try_fold(depth, deeper).is_none()
 }
 
 /// Says that what the removed image kept its data in is still there.
@@ -371,4 +507,44 @@ fn refused(text: String, code: i32) -> Error {
 
 fn shown(name: &OsStr) -> std::path::Display<'_> {
     Path::new(name).display()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_made_just_now_is_taken_for_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = |name: &str| parent.path().join(name);
+        let place = |name: &str| Root::open(parent.path()).unwrap().place(name.as_ref()).unwrap();
+        fs::create_dir(path("old")).unwrap();
+        // Times of birth may be as coarse as a tick of the host's clock.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let before = File::create_new(path("before")).unwrap().metadata().unwrap();
+        assert!(before.created().is_ok(), "the host of this test keeps no times of birth");
+        for name in ["new", "full", "theirs"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        fs::write(path("full/file"), "").unwrap();
+        let owner = fs::metadata(path("full/file")).unwrap().uid();
+        assert_eq!(owner, 0, "tests that give files away need root");
+        std::os::unix::fs::chown(path("theirs"), Some(65534), None).unwrap();
+        for (name, is_new) in
+            [("new", true), ("old", false), ("full", false), ("theirs", false), ("before", false)]
+        {
+            assert_eq!(is_made_since(&place(name), &before).unwrap(), is_new, "{name}");
+        }
+    }
+
+    #[test]
+    fn names_lead_out_of_a_directory_or_stay_in_it() {
+        for (name, depth) in [("../x", 0), ("a/../../x", 0), ("../../a/b", 1), ("../a/../../x", 1)]
+        {
+            assert!(leads_out(name.as_bytes(), depth), "{name} from {depth}");
+        }
+        for (name, depth) in [("x", 0), ("./a/../x", 0), ("../x", 1), ("../../x/../y", 2)] {
+            assert!(!leads_out(name.as_bytes(), depth), "{name} from {depth}");
+        }
+    }
 }

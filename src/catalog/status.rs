@@ -18,7 +18,10 @@ pub struct MountStatus {
     pub mountpoint: String,
     /// Nothing is written.
     pub read_only: bool,
-    /// What the process has given up; nothing where it was not asked to.
+    /// The kernel knows that devices may wait for this process, and does not let it wait for their
+    /// pages when memory is short.
+    pub io_flusher: bool,
+    /// What the process has given up; nothing where it was told to keep everything.
     pub confined: Option<&'static confine::Report>,
     /// The directory of the overlays that are written instead of the images; nothing where the
     /// images are written.
@@ -93,6 +96,7 @@ impl Catalog {
             source: self.source.display().to_string(),
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
+            io_flusher: self.options.io_flusher,
             confined: confine::report(),
             overlay: overlay.map(|overlay| overlay.directory.display().to_string()),
             ephemeral: overlay.is_some_and(|overlay| overlay.ephemeral),

@@ -5,8 +5,13 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Command;
 
+use std::thread;
+
+use crossbeam_channel::{Sender, unbounded};
+
 use super::*;
 use crate::error::ErrorKind;
+use crate::storage::IfTaken;
 use crate::storage::image_lock::{self, Access};
 
 const MIB: u64 = 1 << 20;
@@ -31,13 +36,59 @@ impl Tree {
         self.dir.path().join(name)
     }
 
+    /// The images of another tree, with overlays in `overlays`.
+    fn layered(dir: tempfile::TempDir, overlays: &Path, ephemeral: bool) -> Self {
+        let overlay = Some(OverlayOptions { directory: overlays.to_owned(), ephemeral });
+        let options = Options { overlay, ..Options::default() };
+        // A child that another test is just starting may have the lock of the one before, too.
+        let patience = Instant::now() + Duration::from_secs(30);
+        loop {
+            match Catalog::new(dir.path(), options.clone()) {
+                Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < patience => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                made => return Tree { dir, catalog: made.unwrap() },
+            }
+        }
+    }
+
     fn image(&self, name: &str, size: &str) {
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2"])
-            .arg(self.path(name))
-            .arg(size)
-            .status();
-        assert!(made.unwrap().success());
+        self.qemu_img("create", &[name, size]);
+    }
+
+    /// An image based on the image `base`, as it is to name that.
+    fn overlay(&self, name: &str, base: &str) {
+        self.qemu_img("create", &["-F", "qcow2", "-b", base, name]);
+    }
+
+    fn qemu_img(&self, command: &str, arguments: &[&str]) {
+        let mut qemu_img = Command::new("qemu-img");
+        qemu_img.args([command, "-q", "-f", "qcow2"]).args(arguments);
+        assert!(qemu_img.current_dir(self.dir.path()).status().unwrap().success());
+    }
+
+    fn directory(&self, name: &str) -> Arc<Node> {
+        fs::create_dir(self.path(name)).unwrap();
+        self.node(name)
+    }
+
+    fn root(&self) -> Arc<Node> {
+        self.catalog.node(ROOT).unwrap()
+    }
+
+    /// Writes through the raw file `name`.
+    fn write(&self, name: &str, data: &[u8]) -> Result<()> {
+        let node = self.node(name);
+        self.catalog.with_opened(&node, true, |image| image.write(0, data))
+    }
+
+    /// The first bytes of the raw file `name`, up to where zeros follow.
+    fn read(&self, name: &str) -> Vec<u8> {
+        let mut data = vec![0; 8];
+        let read = |image: &Image| image.read(0, &mut data);
+        self.catalog.with_opened(&self.node(name), false, read).unwrap();
+        while data.pop_if(|byte| *byte == 0).is_some() {}
+        data
     }
 
     fn lookup(&self, parent: u64, name: &str) -> Result<Attributes> {
@@ -49,8 +100,7 @@ impl Tree {
     }
 
     fn names(&self) -> Vec<String> {
-        let root = self.catalog.node(ROOT).unwrap();
-        let entries = self.catalog.list(&root).unwrap();
+        let entries = self.catalog.list(&self.root()).unwrap();
         entries.into_iter().map(|entry| entry.name.into_string().unwrap()).collect()
     }
 
@@ -168,7 +218,7 @@ fn an_image_is_locked_from_the_first_open_to_the_last_close() {
     assert!(!tree.is_free("a.qcow2", Access::Read));
     tree.catalog.release(&node);
     assert!(tree.is_free("a.qcow2", Access::Write));
-    assert_eq!(tree.catalog.close_all(), 0);
+    assert_eq!(tree.catalog.close_all(Duration::ZERO), 0);
 }
 
 #[test]
@@ -258,7 +308,7 @@ fn a_removed_image_goes_on_while_it_is_open() {
     node.with_image(|image| image.write(0, b"data")).unwrap();
     assert_eq!(tree.catalog.attributes(&node).unwrap().size, MIB);
     tree.catalog.release(&node);
-    assert_eq!(tree.catalog.close_all(), 0);
+    assert_eq!(tree.catalog.close_all(Duration::ZERO), 0);
 }
 
 #[test]
@@ -345,4 +395,264 @@ fn attributes_are_set_on_the_image_file() {
         // The second time with the image open.
         tree.catalog.open(&node, READ).unwrap();
     }
+}
+
+#[test]
+fn an_image_with_two_names_has_one_overlay() {
+    for ephemeral in [false, true] {
+        let overlays = tempfile::tempdir().unwrap();
+        let tree = Tree::new();
+        tree.image("a.qcow2", "1M");
+        fs::create_dir(tree.path("d")).unwrap();
+        let tree = Tree::layered(tree.dir, overlays.path(), ephemeral);
+        tree.write("a.raw", b"one ").unwrap();
+        // The other name comes when there is an overlay already, and another one when there are two.
+        for (link, data) in [("b", b"two "), ("c", b"more")] {
+            let names = [tree.path("a.qcow2"), tree.path(&format!("{link}.qcow2"))];
+            fs::hard_link(&names[0], &names[1]).unwrap();
+            tree.write(&format!("{link}.raw"), data).unwrap();
+            assert_eq!(tree.read("a.raw"), data);
+        }
+        assert_eq!(tree.read("b.raw"), b"more");
+        if !ephemeral {
+            assert_eq!(fs::read_dir(overlays.path()).unwrap().count(), 1);
+        }
+    }
+}
+
+#[test]
+fn another_mount_finds_the_overlay_of_an_image_under_its_other_name() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::new();
+    fs::create_dir(tree.path("d")).unwrap();
+    tree.image("d/a.qcow2", "1M");
+    fs::hard_link(tree.path("d/a.qcow2"), tree.path("b.qcow2")).unwrap();
+    let tree = Tree::layered(tree.dir, overlays.path(), false);
+    let first = tree.lookup(tree.lookup(ROOT, "d").unwrap().ino, "a.raw").unwrap().ino;
+    let node = tree.catalog.node(first).unwrap();
+    tree.catalog.with_opened(&node, true, |image| image.write(0, b"here")).unwrap();
+    let Tree { dir, catalog } = tree;
+    drop(catalog);
+    let tree = Tree::layered(dir, overlays.path(), false);
+    assert_eq!(tree.read("b.raw"), b"here");
+    tree.write("b.raw", b"more").unwrap();
+    assert!(!overlays.path().join("b.qcow2").exists());
+    let Tree { dir, catalog } = tree;
+    drop(catalog);
+    // Two overlays, which an older version may have made, are two disks.
+    fs::copy(overlays.path().join("d/a.qcow2"), overlays.path().join("b.qcow2")).unwrap();
+    let tree = Tree::layered(dir, overlays.path(), false);
+    let node = tree.node("b.raw");
+    for how in [READ, WRITE] {
+        let refused = tree.catalog.open(&node, how).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported);
+        assert!(refused.to_string().contains("move one of these away"), "{refused}");
+    }
+}
+
+#[test]
+fn what_is_no_overlay_of_ours_is_not_touched() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let foreign = overlays.path().join("a.qcow2");
+    tree.qemu_img("create", &[foreign.to_str().unwrap(), "1M"]);
+    let before = fs::metadata(&foreign).unwrap();
+    let tree = Tree::layered(tree.dir, overlays.path(), false);
+    let node = tree.node("a.raw");
+    let name = OsStr::new("user.x");
+    let change = AttributeChange { mode: Some(0o400), ..Default::default() };
+    for refused in [
+        tree.write("a.raw", b"data"),
+        tree.catalog.change_attributes(&node, change),
+        tree.catalog.set_extended_attribute(&node, name, b"y", 0),
+        tree.catalog.remove_extended_attribute(&node, name),
+    ] {
+        let refused = refused.unwrap_err();
+        assert!(refused.to_string().contains("is not based on"), "{refused}");
+    }
+    assert_eq!(Stamp::of(&fs::metadata(&foreign).unwrap()), Stamp::of(&before));
+}
+
+#[test]
+fn an_overlay_has_the_extended_attributes_of_its_image() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let name = OsStr::new("user.origin");
+    let attribute = |tree: &Tree| tree.catalog.extended_attribute(&tree.node("a.raw"), name);
+    let node = tree.node("a.raw");
+    tree.catalog.set_extended_attribute(&node, name, b"there", 0).unwrap();
+    let tree = Tree::layered(tree.dir, overlays.path(), false);
+    assert_eq!(attribute(&tree).unwrap(), b"there");
+    tree.write("a.raw", b"data").unwrap();
+    assert!(overlays.path().join("a.qcow2").exists());
+    assert_eq!(attribute(&tree).unwrap(), b"there");
+    assert_eq!(tree.catalog.extended_attributes(&tree.node("a.raw")).unwrap(), b"user.origin\0");
+}
+
+#[test]
+fn a_directory_with_what_an_open_image_is_based_on_keeps_its_name() {
+    let tree = Tree::new();
+    let (bases, other) = (tree.directory("bases"), tree.directory("other"));
+    fs::create_dir(tree.path("bases/old")).unwrap();
+    tree.image("bases/old/base.qcow2", "1M");
+    tree.overlay("top.qcow2", "bases/old/base.qcow2");
+    let (root, top) = (tree.root(), tree.node("top.raw"));
+    tree.catalog.open(&top, READ).unwrap();
+    const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
+    let name = |name: &'static str| OsStr::new(name);
+    for (from, to, flags) in [
+        ((&*root, name("bases")), (&*root, name("moved")), 0),
+        ((&*root, name("bases")), (&*other, name("moved")), 0),
+        ((&*bases, name("old")), (&*bases, name("new")), 0),
+        ((&*root, name("bases")), (&*root, name("other")), EXCHANGE),
+        ((&*root, name("other")), (&*root, name("bases")), EXCHANGE),
+    ] {
+        let refused = tree.catalog.rename(from, to, flags).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse, "{:?} to {:?}", from.1, to.1);
+        assert!(refused.to_string().contains("base.qcow2 is a backing or data file of top.qcow2"));
+    }
+    tree.catalog.rename((&root, name("other")), (&root, name("else")), 0).unwrap();
+    tree.catalog.release(&top);
+    tree.catalog.rename((&root, name("bases")), (&root, name("moved")), 0).unwrap();
+}
+
+#[test]
+fn a_directory_moves_only_with_all_that_its_images_need() {
+    let tree = Tree::new();
+    for directory in ["leaves", "stays", "stays/deep", "to"] {
+        fs::create_dir(tree.path(directory)).unwrap();
+    }
+    tree.image("base.qcow2", "1M");
+    tree.image("stays/base.qcow2", "1M");
+    tree.qemu_img("create", &["-u", "-F", "qcow2", "-b", "../base.qcow2", "leaves/a.qcow2", "1M"]);
+    let inside = ["-u", "-F", "qcow2", "-b", "../base.qcow2", "stays/deep/a.qcow2", "1M"];
+    tree.qemu_img("create", &inside);
+    let absolute = tree.path("base.qcow2");
+    let absolute = ["-u", "-F", "qcow2", "-b", absolute.to_str().unwrap(), "stays/b.qcow2", "1M"];
+    tree.qemu_img("create", &absolute);
+    let (root, to) = (tree.root(), tree.node("to"));
+    let rename = |from: (&Node, &str), to: (&Node, &str), flags| {
+        tree.catalog.rename((from.0, from.1.as_ref()), (to.0, to.1.as_ref()), flags)
+    };
+    let refused = rename((&root, "leaves"), (&to, "leaves"), 0).unwrap_err();
+    assert_eq!(refused.errno(), libc::EPERM);
+    assert!(refused.to_string().contains("leaves/a.qcow2: its backing file ../base"), "{refused}");
+    rename((&root, "leaves"), (&root, "left"), 0).unwrap();
+    rename((&root, "stays"), (&to, "stays"), 0).unwrap();
+    for (from, to) in [((&*root, "left"), (&*to, "stays")), ((&*to, "stays"), (&*root, "left"))] {
+        let refused = rename(from, to, libc::RENAME_EXCHANGE).unwrap_err();
+        assert_eq!(refused.errno(), libc::EPERM);
+    }
+}
+
+#[test]
+fn a_base_that_is_written_here_is_said_to_be() {
+    let tree = Tree::new();
+    tree.image("base.qcow2", "1M");
+    tree.overlay("top.qcow2", "base.qcow2");
+    let (base, top) = (tree.node("base.raw"), tree.node("top.raw"));
+    for from_reading in [false, true] {
+        if from_reading {
+            tree.catalog.open(&base, READ).unwrap();
+        }
+        tree.catalog.open(&base, WRITE).unwrap();
+        let refused = tree.catalog.open(&top, READ).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse);
+        let text = refused.to_string();
+        assert!(text.contains("base.qcow2 is open for writing; close that"), "{text}");
+        tree.catalog.release(&base);
+        if from_reading {
+            tree.catalog.release(&base);
+        }
+    }
+    tree.catalog.open(&top, READ).unwrap();
+    tree.catalog.release(&top);
+}
+
+/// A tree with an image that is open for writing, in which a request is under way while `meanwhile`
+/// goes on; that gets what lets the request go on to its end, a write.
+fn during_a_request(meanwhile: impl FnOnce(&Tree, &Sender<()>)) -> (Tree, Arc<Node>) {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let node = tree.node("a.raw");
+    tree.catalog.open(&node, WRITE).unwrap();
+    let ((began, begun), (goes_on, wait)) = (unbounded(), unbounded());
+    thread::scope(|scope| {
+        let request = scope.spawn(|| {
+            node.with_image(|image| {
+                image.write(0, b"done")?;
+                began.send(()).unwrap();
+                wait.recv().unwrap();
+                image.write(4, b"late")
+            })
+        });
+        begun.recv().unwrap();
+        meanwhile(&tree, &goes_on);
+        let _too_late_or_not = request.join().unwrap();
+    });
+    (tree, node)
+}
+
+#[test]
+fn images_that_are_closed_by_force_take_what_is_under_way() {
+    let (tree, node) = during_a_request(|tree, goes_on| {
+        let (ended, end) = unbounded();
+        thread::scope(|scope| {
+            // The end of the session and a signal: neither may end the process under the other.
+            for _ in 0..2 {
+                let close_all = || tree.catalog.close_all(Duration::from_secs(60));
+                let ended = ended.clone();
+                scope.spawn(move || ended.send(close_all()).unwrap());
+            }
+            // Long enough for a close that does not wait; for one that does it makes no difference.
+            assert!(end.recv_timeout(Duration::from_millis(500)).is_err(), "closed under a write");
+            goes_on.send(()).unwrap();
+            assert_eq!([end.recv().unwrap(), end.recv().unwrap()], [0, 0]);
+        });
+    });
+    assert_eq!(node.with_image(|image| image.write(0, b"lost")).unwrap_err().errno(), libc::EIO);
+    tree.catalog.release(&node);
+    assert!(tree.is_free("a.qcow2", Access::Write));
+    assert_eq!(tree.read("a.raw"), b"donelate");
+}
+
+#[test]
+fn who_never_ends_keeps_no_image_from_being_left() {
+    let (tree, node) = during_a_request(|tree, goes_on| {
+        assert_eq!(tree.catalog.close_all(Duration::from_millis(50)), 1);
+        goes_on.send(()).unwrap();
+    });
+    tree.catalog.release(&node);
+    assert_eq!(tree.read("a.raw")[..4], *b"done");
+}
+
+#[test]
+fn an_image_appears_filled_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    let options = image::CreateOptions { virtual_size: MIB, ..Default::default() };
+    let count = || fs::read_dir(dir.path()).unwrap().count();
+    let make = |if_taken, fill: &dyn Fn(&NewImage<'_>) -> Result<bool>| {
+        create_filled_image(&path, &options, if_taken, fill)
+    };
+    let write = |new: &NewImage<'_>| new.with_opened(|image| image.write(0, b"data"));
+    let failed = make(IfTaken::Fail, &|new| write(new).and(Err(read_only())));
+    assert!(failed.is_err() && count() == 0);
+    assert!(!make(IfTaken::Fail, &|new| write(new).map(|()| false)).unwrap() && count() == 0);
+    // Somebody else takes the name meanwhile.
+    let taken = make(IfTaken::Fail, &|new| {
+        fs::write(&path, "other").unwrap();
+        write(new).map(|()| true)
+    });
+    assert_eq!(taken.unwrap_err().errno(), libc::EEXIST);
+    assert_eq!(fs::read(&path).unwrap(), b"other");
+    let replaces = |new: &NewImage<'_>| {
+        assert_eq!(fs::read(&path).unwrap(), b"other");
+        write(new).map(|()| true)
+    };
+    assert!(make(IfTaken::Replace, &replaces).unwrap() && count() == 1);
+    let tree = Tree { catalog: Catalog::new(dir.path(), Options::default()).unwrap(), dir };
+    assert_eq!(tree.read("a.raw"), b"data");
 }

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::keys;
 use super::progress::Checking;
 use crate::check::{self, Repair, Report};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,15 +20,16 @@ const NOT_CHECKABLE: i32 = 63;
 ///
 /// A check writes nothing and may be stopped at any moment; so may a repair, after which the image is
 /// no worse than before. An image that somebody writes cannot be checked: an open mount or a virtual
-/// machine says so.
+/// machine says so. An encrypted one is checked without its key.
 ///
-/// Exit code: 0 sound, 2 corrupt, 3 leaked clusters only, 1 the check could not be done, 63 not a
-/// qcow2 image. Of several images the worst: 1, 63, 2, 3, 0.
+/// Exit code: 0 sound, 2 corrupt, 3 leaked clusters only, 1 the check could not be done or the key is
+/// wrong, 63 not a qcow2 image. Of several images the worst: 1, 63, 2, 3, 0.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   qcow2fs check disk.qcow2
   qcow2fs check --json images/a.qcow2 images/b.qcow2
-  qcow2fs check --repair leaks disk.qcow2")]
+  qcow2fs check --repair leaks disk.qcow2
+  qcow2fs check --try-key disk.qcow2             # asks for the key of an encrypted image")]
 pub struct Args {
     /// Give leaked clusters back, or repair everything that loses no data
     #[arg(long, short, value_enum)]
@@ -35,6 +37,8 @@ pub struct Args {
     /// Print a JSON object for each image
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    trial: keys::Trial,
     /// The images
     #[arg(required = true)]
     pub images: Vec<PathBuf>,
@@ -47,7 +51,8 @@ pub fn run(args: &Args) -> i32 {
         let code = match check_image(path, args) {
             Ok(report) => {
                 print(path, &report, args);
-                report.exit_code()
+                let code = try_key(path, args);
+                std::cmp::max_by_key(report.exit_code(), code, |&code| severity(code))
             }
             Err(e) => {
                 eprintln!("qcow2fs check: {}: {e}", path.display());
@@ -57,6 +62,19 @@ pub fn run(args: &Args) -> i32 {
         worst = std::cmp::max_by_key(worst, code, |&code| severity(code));
     }
     worst
+}
+
+/// Tries the key of an image, where that is asked for, and says what came of it.
+fn try_key(path: &Path, args: &Args) -> i32 {
+    match args.trial.run(path) {
+        Ok(Some(verdict)) if !args.json => println!("Encrypted, and {verdict}."),
+        Ok(_) => {}
+        Err(line) => {
+            eprintln!("qcow2fs check: {}: {line}", path.display());
+            return FAILED;
+        }
+    }
+    0
 }
 
 fn severity(code: i32) -> u8 {

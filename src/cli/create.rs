@@ -10,9 +10,9 @@ use clap::ValueEnum;
 
 use super::progress::Progress;
 use super::{signals, size};
-use crate::catalog::{Alone, Keys, create_image};
+use crate::catalog::{NewImage, create_filled_image};
 use crate::error::{Error, ErrorKind};
-use crate::image::{BackingFile, CompactAfter, CompressionType, CreateOptions, Image, Options};
+use crate::image::{BackingFile, CompressionType, CreateOptions, Image, NewDataFile};
 use crate::storage::{HostFile, IfTaken};
 
 /// Bytes in a sector, of which a disk has a whole number.
@@ -25,12 +25,16 @@ const PIECE: usize = 1 << 20;
 /// Make an empty image
 ///
 /// It appears complete and durable, or not at all. A size is rounded up to whole sectors of 512
-/// bytes; an overlay without one is as large as its backing file. The name of a backing file is
-/// recorded as it is given: relative to the directory of the new image, or absolute.
+/// bytes; an overlay without one is as large as its backing file. The names of a backing and of a data
+/// file are recorded as they are given: relative to the directory of the new image, or absolute.
+///
+/// A data file is a new, sparse file that holds the data, while the image says which of it is in use.
+/// With --data-file-raw it reads as the disk by itself at any time, and all of it is mapped from the
+/// start.
 ///
 /// Preallocation: metadata maps all of the disk to clusters without space on the host; falloc
-/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left,
-/// unless somebody else has opened it by then.
+/// reserves that space, too; full also writes zeros there. Interrupted or failed, no image is left, and
+/// one that was to be replaced stays.
 ///
 /// Exit code: 0 done; 1 failed; 2 arguments that make no sense; 128 plus the number of the signal that
 /// ended it.
@@ -39,7 +43,8 @@ const PIECE: usize = 1 << 20;
   qcow2fs create disk.qcow2 10G
   qcow2fs create -b base.qcow2 -F qcow2 overlay.qcow2
   qcow2fs create --cluster-size 128K --extended-l2 --compression-type zstd disk.qcow2 1TiB
-  qcow2fs create --preallocation falloc disk.qcow2 10G")]
+  qcow2fs create --preallocation falloc disk.qcow2 1.5G
+  qcow2fs create --data-file disk.data --data-file-raw disk.qcow2 10G")]
 pub(super) struct Args {
     /// What is read where the image has nothing of its own
     #[arg(long, short, value_name = "FILE", requires = "backing_format")]
@@ -47,6 +52,12 @@ pub(super) struct Args {
     /// The format of the backing file
     #[arg(long, short = 'F', value_name = "FORMAT", requires = "backing")]
     backing_format: Option<BackingFormat>,
+    /// Keep the data in this new file, not in the image
+    #[arg(long, value_name = "FILE")]
+    data_file: Option<PathBuf>,
+    /// The data file is to read as the disk by itself
+    #[arg(long, requires = "data_file", conflicts_with = "backing")]
+    data_file_raw: bool,
     /// Bytes in a cluster: a power of 2 from 512 to 2M
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64K")]
     cluster_size: u64,
@@ -116,14 +127,21 @@ fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<i32, String> {
     }
     let options = options(args)?;
     let if_taken = if args.force { IfTaken::Replace } else { IfTaken::Fail };
-    create_image(&args.image, &options, if_taken).map_err(|e| match e.errno() {
-        libc::EEXIST => "it is there already: --force replaces it".to_owned(),
+    let mode = match args.preallocation {
+        // As QEMU has it: otherwise the first write to each L2 table would wait for its mapping.
+        Preallocation::Off if args.data_file_raw => Preallocation::Metadata,
+        mode => mode,
+    };
+    let prepare = |new: &NewImage<'_>| match mode {
+        Preallocation::Off => Ok(true),
+        _ => new.with_opened(|image| fill(args, mode, image, signal)),
+    };
+    let made = create_filled_image(&args.image, &options, if_taken, prepare);
+    let made = made.map_err(|e| match (e.kind(), e.errno()) {
+        (ErrorKind::Io, libc::EEXIST) => "it is there already: --force replaces it".to_owned(),
         _ => e.to_string(),
     })?;
-    if args.preallocation == Preallocation::Off {
-        return Ok(signal.load(Ordering::Acquire));
-    }
-    fill(args, signal)
+    Ok(if made { 0 } else { signal.load(Ordering::Acquire) })
 }
 
 fn options(args: &Args) -> Result<CreateOptions, String> {
@@ -150,6 +168,10 @@ fn options(args: &Args) -> Result<CreateOptions, String> {
             name: OsStr::as_bytes(name.as_os_str()).to_vec(),
             format: Some(format.name().to_owned()),
         }),
+        data_file: args.data_file.as_ref().map(|name| NewDataFile {
+            name: OsStr::as_bytes(name.as_os_str()).to_vec(),
+            raw: args.data_file_raw,
+        }),
         ..CreateOptions::default()
     })
 }
@@ -163,8 +185,13 @@ impl BackingFormat {
     }
 }
 
+/// Where a file is that an image names.
+fn beside(image: &Path, name: &Path) -> PathBuf {
+    image.parent().unwrap_or(Path::new("")).join(name)
+}
+
 fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u64, String> {
-    let path = image.parent().unwrap_or(Path::new("")).join(name);
+    let path = beside(image, name);
     let of_it = |e: Error| format!("backing file {}: {e}", path.display());
     let file = super::check::open(&path, false).map_err(of_it)?;
     let size = match format {
@@ -178,48 +205,32 @@ fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u
     size.map_err(of_it)
 }
 
-/// Allocates all of the disk, until a signal comes, which it returns; else 0. Half of what was asked
-/// for is of no use to anybody: it is removed, while our lock tells that nobody else has it.
-fn fill(args: &Args, signal: &AtomicI32) -> Result<i32, String> {
-    let options = Options {
-        writable: true,
-        keep_erased: 0,
-        return_leaks: false,
-        compact_after: CompactAfter::Off,
-        ..Options::default()
-    };
-    let line = |e: Error| match e.kind() {
-        ErrorKind::InUse => format!("somebody else has opened it meanwhile: {e}"),
-        _ => e.to_string(),
-    };
-    let opened = Alone::open(&args.image, &[], Keys::default(), &options).map_err(line)?;
-    let image = opened.image();
+/// Allocates all of the disk, until a signal comes; whether it came to the end.
+fn fill(
+    args: &Args,
+    mode: Preallocation,
+    image: &Image,
+    signal: &AtomicI32,
+) -> crate::Result<bool> {
     let mut progress = Progress::new(args.image.display().to_string(), false);
-    let zeros = vec![0; if args.preallocation == Preallocation::Full { PIECE } else { 0 }];
+    let zeros = vec![0; if mode == Preallocation::Full { PIECE } else { 0 }];
     let end = image.virtual_size();
     let mut at = 0;
-    let mut done = Ok(());
-    while at < end && done.is_ok() && signal.load(Ordering::Acquire) == 0 {
+    while at < end && signal.load(Ordering::Acquire) == 0 {
         let next = end.min(at + STEP);
-        done = match args.preallocation {
-            Preallocation::Off => Ok(()),
-            Preallocation::Metadata => image.preallocate_metadata(at..next),
-            Preallocation::Falloc => image.preallocate(at..next),
+        match mode {
+            Preallocation::Off => {}
+            Preallocation::Metadata => image.preallocate_metadata(at..next)?,
+            Preallocation::Falloc => image.preallocate(at..next)?,
             Preallocation::Full => {
-                image.preallocate(at..next).and_then(|()| write_zeros(image, at..next, &zeros))
+                image.preallocate(at..next)?;
+                write_zeros(image, at..next, &zeros)?;
             }
-        };
+        }
         at = next;
         progress.written("allocated", at, end);
     }
-    let stopped_by = signal.load(Ordering::Acquire);
-    let done = done.and_then(|()| image.close()).map_err(line);
-    let removed = match done.is_err() || stopped_by != 0 {
-        true => opened.remove(&args.image).map_err(|e| format!("removing it again: {e}")),
-        false => Ok(()),
-    };
-    let closed = opened.close().map_err(line);
-    removed.and(done).and(closed).map(|()| stopped_by)
+    Ok(at == end)
 }
 
 fn write_zeros(image: &Image, range: std::ops::Range<u64>, zeros: &[u8]) -> crate::Result<()> {

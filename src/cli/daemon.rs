@@ -90,12 +90,14 @@ const SET_IO_FLUSHER: libc::c_int = 57;
 const UNUSED: libc::c_ulong = 0;
 
 /// Lets this process do without what it serves, make files with exactly the modes that are asked for,
-/// and open as many images as it may.
-pub(super) fn set_up() {
+/// and open as many images as it may. Threads that are started later get all of it. Whether the first
+/// was granted.
+pub(super) fn set_up() -> bool {
     rustix::process::umask(rustix::fs::Mode::empty());
     // SAFETY: prctl with these takes no pointers. Without the privilege it fails, which is all
     // right: it matters only for loop devices under memory pressure.
-    unsafe { libc::prctl(SET_IO_FLUSHER, 1 as libc::c_ulong, UNUSED, UNUSED, UNUSED) };
+    let is_io_flusher =
+        unsafe { libc::prctl(SET_IO_FLUSHER, 1 as libc::c_ulong, UNUSED, UNUSED, UNUSED) } == 0;
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` lives through both calls; the first fills it, the second reads it.
     unsafe {
@@ -104,4 +106,5 @@ pub(super) fn set_up() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
     }
+    is_io_flusher
 }

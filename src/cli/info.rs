@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::mounted::Mounted;
-use super::{snapshot, terminal};
+use super::{keys, snapshot, terminal};
 use crate::error::{Error, Result};
 use crate::format::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, BitmapsExtension, COMPATIBLE_LAZY_REFCOUNTS,
@@ -23,15 +23,18 @@ use crate::storage::{HostFile, Storage};
 /// the image. The names in the JSON are those of `qemu-img info`; `in-use`, `used-by` and `mounted-at`
 /// are added.
 ///
-/// Exit code: 0 done; 1 an image could not be read; 2 arguments that make no sense.
+/// Exit code: 0 done; 1 an image could not be read, or a key is wrong; 2 arguments that make no sense.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   qcow2fs info disk.qcow2
-  qcow2fs info --json images/a.qcow2 images/b.qcow2")]
+  qcow2fs info --json images/a.qcow2 images/b.qcow2
+  qcow2fs info --key-file disk=FILE disk.qcow2")]
 pub(super) struct Args {
     /// Print a JSON object for each image
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    trial: keys::Trial,
     /// The images
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
@@ -41,8 +44,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> i32 {
     let mut code = 0;
     for (number, path) in args.images.iter().enumerate() {
-        match Facts::read(path) {
+        match Facts::read(path, &args.trial) {
             Ok(facts) => {
+                if let Err(line) = &facts.key {
+                    eprintln!("qcow2fs info: {}: {line}", path.display());
+                    code = 1;
+                }
                 let text = if args.json { format!("{:#}\n", facts.json()) } else { facts.page() };
                 let gap = if number > 0 && !args.json { "\n" } else { "" };
                 // A closed pipe is nobody's business here.
@@ -69,10 +76,12 @@ struct Facts {
     mounted: Option<PathBuf>,
     /// Why it is not served.
     refusal: Option<String>,
+    /// What came of trying its key, where that was done.
+    key: Result<Option<&'static str>, String>,
 }
 
 impl Facts {
-    fn read(path: &Path) -> Result<Facts> {
+    fn read(path: &Path, trial: &keys::Trial) -> Result<Facts> {
         let file = super::check::open(path, false)?;
         let used = image_lock::used_by(&file)?;
         let storage = HostFile::new(file);
@@ -87,6 +96,7 @@ impl Facts {
             used,
             mounted: mounted.map(|mount| mount.raw_file()),
             refusal: Image::summarize(&storage)?.refusal,
+            key: trial.run(path),
         })
     }
 
@@ -166,6 +176,7 @@ impl Facts {
             }
         };
         add("encrypted", self.encryption().map(|_| true.into()));
+        add("key", self.key.as_ref().ok().copied().flatten().map(Value::from));
         let backing = header.backing_file.as_deref().map(Facts::text);
         add("backing-filename", backing.map(Value::from));
         add("backing-filename-format", self.extension(EXTENSION_BACKING_FORMAT).map(Value::from));
@@ -204,6 +215,9 @@ impl Facts {
         }
         if let Some(kind) = self.encryption() {
             line("encryption", kind.into());
+        }
+        if let Ok(Some(verdict)) = self.key {
+            line("key", verdict.into());
         }
         if !self.snapshots.is_empty() {
             let names: Vec<_> = self.snapshots.iter().map(|s| s.name.as_str()).collect();

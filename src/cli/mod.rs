@@ -35,7 +35,7 @@ mod watch;
 
 /// Mounts a directory of qcow2 images as a directory of flat raw files.
 ///
-/// Sizes are written as 4096, 64K, 16M, 10G or 1TiB: powers of 1024. Colours are used on a terminal
+/// Sizes are written as 4096, 64K, 1.5G or 1TiB: powers of 1024. Colours are used on a terminal
 /// only, and not where NO_COLOR is set. Exit code, unless a command's help says more: 0 done, 1 failed,
 /// 2 arguments that make no sense.
 #[derive(Parser)]

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 use sd_notify::NotifyState;
@@ -25,7 +26,8 @@ use crate::storage::image_lock;
 ///
 /// images/a/b.qcow2 is shown as a/b.raw: a flat raw disk to read, write, loop-mount and fstrim. The
 /// mount is served by a process in the background, which logs to syslog unless --log-file says
-/// otherwise. `qcow2fs umount` ends it.
+/// otherwise. `qcow2fs umount` ends it, and so does SIGTERM; where the mount is busy, a second SIGTERM
+/// closes the images under their users' hands, with all in them that was written.
 ///
 /// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
 /// sense.
@@ -63,16 +65,16 @@ pub(super) struct Args {
     /// Trust this directory too: backing and data files named by an image may lie in it (repeatable)
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
-    /// Once mounted, give up capabilities, files elsewhere, the network and system calls that serving
-    /// does not need. New, so off by default; meant to become the default
-    #[arg(long)]
-    confine: bool,
-    /// With --confine: keep one of capabilities, no-new-privs (and seccomp and landlock with it),
-    /// landlock, seccomp (repeatable)
+    /// Once mounted, the process gives up capabilities, files elsewhere, the network and system calls
+    /// that serving does not need. Keep one of capabilities, no-new-privs (and seccomp and landlock
+    /// with it), landlock, seccomp, or all of them (repeatable)
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
-    unconfined: Vec<Layer>,
+    unconfined: Vec<&'static [Layer]>,
     #[command(flatten)]
     keys: keys::Args,
+    /// Take keys that another command was told from the standard input
+    #[arg(long, hide = true)]
+    typed_keys: bool,
     #[command(flatten)]
     create: CreateArgs,
     /// Write to qcow2 overlays in this directory, and leave the images as they are
@@ -93,7 +95,7 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, confine, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
+    /// ephemeral, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
     /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
@@ -103,6 +105,9 @@ pub(super) struct Args {
 /// copies a compressed image waits for the inflating and it for him: measured with
 /// `scripts/bench --jobs compressed-copy`.
 const READ_AHEAD: u64 = 1 << 20;
+
+/// How long the last requests of a mount that is gone are waited for, which are flushes of much.
+const LAST_REQUESTS: Duration = Duration::from_secs(600);
 
 /// What images are like that are made through the mount.
 #[derive(clap::Args)]
@@ -154,8 +159,10 @@ struct Plan {
     log_file: Option<PathBuf>,
     level: log::LevelFilter,
     catalog: catalog::Options,
+    /// Keys are to be had from the standard input.
+    typed_keys: bool,
     options: MountOptions,
-    /// Where this process gives up what it does not need: which layers stay out of that.
+    /// This process gives up what it does not need, but for these layers; `None` is all of them.
     confine: Option<Vec<Layer>>,
 }
 
@@ -220,8 +227,8 @@ impl Plan {
         image.recycle_rate = args.recycle_rate.or(options.recycle_rate);
         let allow = args.allow.into_iter().chain(options.allow.drain(..).map(PathBuf::from));
         let allow = allow.map(|path| allowed(&path)).collect::<Result<Vec<_>, _>>()?;
-        let unconfined = args.unconfined.into_iter().chain(options.unconfined.drain(..));
-        let confine = confinement(args.confine || options.confine, unconfined.collect())?;
+        let unconfined = args.unconfined.concat().into_iter().chain(options.unconfined.drain(..));
+        let confine = confinement(unconfined.collect());
         let mut keys = args.keys;
         keys.key_file.append(&mut options.key_files);
         keys.keys = keys.keys.or(options.keys.take());
@@ -249,7 +256,10 @@ impl Plan {
                 overlay,
                 image,
                 create,
+                // Asked for when it is served.
+                io_flusher: false,
             },
+            typed_keys: args.typed_keys,
             options,
             confine,
         })
@@ -275,10 +285,15 @@ impl Plan {
 
     fn start(&self, in_background: bool) -> Result<Started, String> {
         self.start_log(in_background)?;
-        daemon::set_up();
+        let io_flusher = daemon::set_up();
         let signals = signals::block();
+        if self.typed_keys {
+            // Not before the fork: memory that is locked stays so only in the process that locks it.
+            keys::read_typed(&self.catalog.keys.typed)?;
+        }
         // The images are opened beneath the directory as it is now, whatever is mounted later.
-        let catalog = Catalog::new(&self.directory, self.catalog.clone());
+        let options = catalog::Options { io_flusher, ..self.catalog.clone() };
+        let catalog = Catalog::new(&self.directory, options);
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
         let files = self.files(Arc::clone(&catalog))?;
         let session = Session::new(files, &self.mountpoint, &self.config())
@@ -318,12 +333,15 @@ impl Plan {
         let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
         places.push(place(&self.directory));
         places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
+        let read = |path: &Path| Place { path: path.to_owned(), write: false };
         let keys = &self.catalog.keys;
-        let key_files = keys.files.iter().map(|(_, file)| file);
-        let key_places = key_files.chain(&keys.directory).chain(&keys.credentials);
-        places.extend(key_places.map(|path| Place { path: path.clone(), write: false }));
+        places.extend(keys.directory.iter().chain(&keys.credentials).map(|path| read(path)));
+        places.extend(keys.files.iter().map(|(_, file)| read(place_of_key(file))));
+        // The time of day in syslog(3) and in the log.
+        places.push(read(Path::new("/etc/localtime")));
         // Where the standard descriptors lead once the terminal is let go of.
         places.push(Place { path: "/dev/null".into(), write: true });
+        places.retain(|place| place.path.exists());
         confine::confine(without, &places);
     }
 
@@ -343,7 +361,7 @@ impl Plan {
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
-        let failed = catalog.close_all();
+        let failed = catalog.close_all(LAST_REQUESTS);
         if failed > 0 {
             log::error!("{failed} times an image could not be closed in order; check it");
         }
@@ -488,13 +506,15 @@ fn overlay_options(
     }
 }
 
-/// The layers to leave out, where any is asked for.
-fn confinement(is_asked: bool, without: Vec<Layer>) -> Result<Option<Vec<Layer>>, String> {
-    match is_asked {
-        true => Ok(Some(without)),
-        false if without.is_empty() => Ok(None),
-        false => Err("--unconfined needs --confine: without it, nothing is given up".into()),
-    }
+/// What has to stay within reach for a key file, which need not be there yet.
+fn place_of_key(file: &Path) -> &Path {
+    if file.exists() { file } else { file.parent().unwrap_or(file) }
+}
+
+/// The layers to leave out; `None` where that is all of them.
+fn confinement(without: Vec<Layer>) -> Option<Vec<Layer>> {
+    let is_any_left = Layer::ALL.iter().any(|layer| !without.contains(layer));
+    is_any_left.then_some(without)
 }
 
 fn starting_a_thread(error: io::Error) -> String {

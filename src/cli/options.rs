@@ -20,7 +20,6 @@ pub(super) struct MountOptions {
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
-    pub(super) confine: bool,
     pub(super) unconfined: Vec<Layer>,
     pub(super) key_files: Vec<(PathBuf, PathBuf)>,
     pub(super) keys: Option<PathBuf>,
@@ -96,8 +95,7 @@ impl MountOptions {
             }
             ("recycle_rate", Some(value)) => self.recycle_rate = Some(size::parse_rate(value)?),
             ("allow", Some(value)) => self.allow.push(value.to_owned()),
-            ("confine", None) => self.confine = true,
-            ("unconfined", Some(value)) => self.unconfined.push(Layer::parse(value)?),
+            ("unconfined", Some(value)) => self.unconfined.extend(Layer::parse(value)?),
             ("key_file", Some(value)) => self.key_files.push(keys::named(value)?),
             ("keys", Some(value)) => self.keys = Some(value.into()),
             ("create_cluster_size", Some(value)) => {
@@ -175,7 +173,7 @@ mod tests {
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
-                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,confine,\
+                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,\
                    unconfined=landlock",
         );
         let wanted = MountOptions {
@@ -188,7 +186,6 @@ mod tests {
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],
-            confine: true,
             unconfined: vec![Layer::Landlock],
             key_files: vec![("a".into(), "/f".into())],
             keys: Some("/k".into()),
@@ -225,8 +222,8 @@ mod tests {
             "keep_erased=much",
             "compact_after=soon",
             "recycle_rate=0",
-            "unconfined=all",
-            "confine=all",
+            "unconfined=some",
+            "unconfined",
             "create_compression=lzma",
             "create_refcount_bits=some",
         ] {

@@ -1,12 +1,17 @@
 //! SIGTERM, SIGINT and SIGHUP: the first one unmounts; when the mount is busy, the next one closes
-//! every image and ends the process.
+//! every image and ends the process. Requests that are under way are done first, and later ones fail,
+//! so that all is in the images that anybody was told is written.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
 
 use super::unmounting::{self, Served};
 use crate::catalog::Catalog;
+
+/// How long requests that are under way are waited for.
+pub(super) const CLOSING: Duration = Duration::from_secs(10);
 
 /// The signals, kept from every thread that is started after [`block`].
 pub(super) struct Signals(libc::sigset_t);
@@ -91,6 +96,6 @@ fn end(mount: &Served, catalog: &Catalog) -> ! {
     if let Err(e) = mount.unmount(true) {
         log::error!("cannot detach {}: {e}", mount.mountpoint().display());
     }
-    let failed = catalog.close_all();
+    let failed = catalog.close_all(CLOSING);
     std::process::exit(i32::from(failed > 0))
 }

@@ -4,25 +4,42 @@ use std::time::Duration;
 
 use crate::image::CompactAfter;
 
-/// Bytes of a size like `4096`, `64K`, `16M`, `1GiB`: powers of 1024, whatever the unit's ending.
+/// Bytes of a size like `4096`, `64K`, `1.5G`, `1TiB`: powers of 1024, whatever the unit's ending.
+/// Parts of a unit are whole bytes, rounded down.
 ///
 /// # Errors
 /// A line that says what a size looks like.
 pub(super) fn parse(text: &str) -> Result<u64, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
+    let no_size = || format!("'{text}' is no size: a size is a number with K, M, G, T or P");
+    let is_number = |c: char| c.is_ascii_digit() || c == '.';
+    let (number, unit) = text.split_at(text.find(|c| !is_number(c)).unwrap_or(text.len()));
     let shift = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 0,
         "k" | "kb" | "kib" => 10,
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "t" | "tb" | "tib" => 40,
-        _ => return Err(format!("'{text}' is no size: a size is a number with K, M, G or T")),
+        "p" | "pb" | "pib" => 50,
+        _ => return Err(no_size()),
     };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("'{text}' is no size: a size is a number with K, M, G or T"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too much"))
+    let (whole, part) = match number.split_once('.') {
+        // There is no part of a byte.
+        Some((whole, part)) if shift > 0 => (whole, Some(part)),
+        Some(_) => return Err(no_size()),
+        None => (number, None),
+    };
+    let whole: u64 = whole.parse().map_err(|_| no_size())?;
+    let part = part.map_or(Some(0), |digits| part_of(digits, shift)).ok_or_else(no_size)?;
+    let bytes = whole.checked_mul(1 << shift).and_then(|bytes| bytes.checked_add(part));
+    bytes.ok_or_else(|| format!("'{text}' is too much"))
+}
+
+/// The bytes in what `digits` after the point are of a unit of `1 << shift`; `None` where they are no
+/// number, or more digits than make a difference.
+fn part_of(digits: &str, shift: u32) -> Option<u64> {
+    let scale = 10u128.checked_pow(digits.len().try_into().ok()?)?;
+    let part = u128::from(digits.parse::<u64>().ok()?);
+    u64::try_from((part << shift) / scale).ok()
 }
 
 /// From when on compaction is worth while: a size, a whole number of per cent like `5%`, or `off`.
@@ -133,9 +150,22 @@ mod tests {
         assert_eq!(parse("16MiB"), Ok(16 << 20));
         assert_eq!(parse("1g"), Ok(1 << 30));
         assert_eq!(parse("2TB"), Ok(2 << 40));
-        for wrong in ["", "M", "-1", "1.5G", "16 M", "16X", "99999999999T", "0x10"] {
+        assert_eq!(parse("1P"), Ok(1 << 50));
+        for wrong in ["", "M", "-1", "16 M", "16X", "99999999999T", "0x10", "16383.99P9"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn sizes_may_have_parts_of_a_unit() {
+        assert_eq!(parse("1.5G"), Ok(3 << 29));
+        assert_eq!(parse("0.1K"), Ok(102));
+        assert_eq!(parse("2.00MiB"), Ok(2 << 20));
+        assert_eq!(parse("16383.999P"), Ok((16383 << 50) + 1_124_774_006_935_781));
+        for wrong in ["1.5", "1.5B", "1.G", ".5G", ".", "1.2.3G", "1.5.G", "16384.0P", "1.+5G"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        assert!(parse("1.00000000000000000000000000000000000000000001G").is_err());
     }
 
     #[test]

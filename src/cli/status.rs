@@ -102,6 +102,9 @@ pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
 /// The whole page; `rates` has a line or nothing for each image.
 fn page(status: &Value, rates: &[String], colours: bool) -> String {
     let mut page = headline(status) + "\n" + &confinement(&status["confined"]);
+    if status["io_flusher"] == false {
+        page += "without CAP_SYS_RESOURCE, so loop devices on it may hang when memory is short\n";
+    }
     let no_rates = std::iter::repeat_with(|| "");
     let rates = rates.iter().map(String::as_str).chain(no_rates);
     for (image, rate) in images(status).zip(rates) {
@@ -119,7 +122,7 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
     page
 }
 
-/// Whether the process is confined, and by what not, in a line; nothing where it was not asked to be.
+/// Whether the process is confined, and by what not, in a line.
 fn confinement(confined: &Value) -> String {
     let layers = confined.as_object().into_iter().flatten();
     let lacking = layers.filter(|(_, state)| **state != "on");
@@ -127,7 +130,7 @@ fn confinement(confined: &Value) -> String {
         .map(|(layer, state)| format!("{layer} ({})", state.as_str().unwrap_or("?")))
         .collect();
     match (confined.is_object(), lacking.is_empty()) {
-        (false, _) => String::new(),
+        (false, _) => "not confined\n".into(),
         (true, true) => "confined\n".into(),
         (true, false) => format!("not confined by {}\n", lacking.join(", ")),
     }
@@ -294,6 +297,7 @@ mod tests {
     fn the_page_names_each_open_image_and_what_went_wrong() {
         let status = serde_json::json!({
             "pid": 7, "source": "/i", "mountpoint": "/m", "read_only": false,
+            "confined": {"landlock": "on", "seccomp": "switched off"},
             "images": [{"name": "a/b.raw", "writable": true, "virtual_size": 1073741824,
                         "file_length": 1048576, "allocated": 524288,
                         "condition": "ok", "health": "ok"},
@@ -305,6 +309,7 @@ mod tests {
             "errors": [{"name": "c.raw", "error": "c.qcow2: is in use"}],
         });
         let wanted = "/i on /m, process 7\n\
+            not confined by seccomp (switched off)\n\
             a/b.raw: written, disk 1.0 GiB, file 1.0 MiB, on the host 512.0 KiB, ok\n\
             d.raw: written, disk 512 B, file 512 B, on the host 512 B, \
             read-only: syncing the image: I/O error\n\

@@ -1,8 +1,9 @@
 //! Landlock: files beneath a few places, no network, no signals to other processes.
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, RestrictionStatus, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope,
 };
 
 use super::Place;
@@ -27,7 +28,11 @@ pub(super) fn restrict(places: &[Place]) -> Result<(), String> {
 fn enforce(places: &[Place]) -> Result<RestrictionStatus, String> {
     let failed = |e: RulesetError| e.to_string();
     let mut rules = Ruleset::default()
-        .handle_access(AccessFs::from_all(NEWEST))
+        // The first kernels with Landlock never let files move from one directory to another.
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::Refer)
+        .map(|rules| rules.set_compatibility(CompatLevel::BestEffort))
+        .and_then(|rules| rules.handle_access(AccessFs::from_all(NEWEST)))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
         .and_then(|rules| rules.scope(scopes()))
         .and_then(Ruleset::create)

@@ -1,5 +1,5 @@
-//! What this process gives up once it serves a mount with `--confine`: whoever takes it over, by a defect that an
-//! image finds, gets no further than what serving images needs.
+//! What this process gives up once it serves a mount: whoever takes it over, by a defect that an image
+//! finds, gets no further than what serving images needs.
 //!
 //! | layer | what is left |
 //! |---|---|
@@ -9,8 +9,10 @@
 //! | seccomp | the system calls that serving makes; no program is started, no memory is executable |
 //!
 //! Each is used where the kernel has it, and each can be left out. A system call that is not on the
-//! list fails with `EPERM` rather than to kill the process: that has other people's unwritten data,
-//! and a kernel or a C library that is newer than the list must not cost anybody that.
+//! list fails rather than to kill the process: that has other people's unwritten data, and a kernel or
+//! a C library that is newer than the list must not cost anybody that. It fails with `EPERM`, and the
+//! kernel's log names it; one that is newer than the list fails with `ENOSYS`, as on an older kernel,
+//! so that a newer C library does what it does there.
 //!
 //! All of it holds for the calling thread and those that it starts, so it is done before there are
 //! others. What still needs privileges (to unmount, to find out who uses a file) is asked of a process
@@ -42,8 +44,8 @@ pub enum Layer {
 
 impl Layer {
     /// All of them.
-    pub const ALL: [Layer; 4] =
-        [Layer::Capabilities, Layer::NoNewPrivs, Layer::Landlock, Layer::Seccomp];
+    pub const ALL: &'static [Layer] =
+        &[Layer::Capabilities, Layer::NoNewPrivs, Layer::Landlock, Layer::Seccomp];
 
     /// As it is written.
     pub fn name(self) -> &'static str {
@@ -55,14 +57,19 @@ impl Layer {
         }
     }
 
-    /// The layer of that name, a hyphen or an underscore between words.
+    /// The layer of that name, a hyphen or an underscore between words, or `all` of them.
     ///
     /// # Errors
     /// A line that names those that there are.
-    pub fn parse(name: &str) -> Result<Layer, String> {
+    pub fn parse(name: &str) -> Result<&'static [Layer], String> {
         let name = name.replace('-', "_");
-        Layer::ALL.into_iter().find(|layer| layer.name() == name).ok_or_else(|| {
-            format!("'{name}' is none of {}", Layer::ALL.map(Layer::name).join(", "))
+        if name == "all" {
+            return Ok(Layer::ALL);
+        }
+        let found = Layer::ALL.iter().find(|layer| layer.name() == name);
+        found.map(std::slice::from_ref).ok_or_else(|| {
+            let names: Vec<_> = Layer::ALL.iter().map(|layer| layer.name()).collect();
+            format!("'{name}' is none of {}, all", names.join(", "))
         })
     }
 }
@@ -140,7 +147,7 @@ impl Report {
     }
 }
 
-/// What this process has given up; `None` where nobody asked for it.
+/// What this process has given up; `None` where it was told to keep everything.
 pub fn report() -> Option<&'static Report> {
     REPORT.get()
 }

@@ -1,11 +1,12 @@
 //! Seccomp: the system calls that serving a mount makes.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    SeccompRule, TargetArch, sock_filter,
 };
 
 /// What is allowed with any arguments, on every machine.
@@ -97,6 +98,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_getparam,
     libc::SYS_sched_getscheduler,
+    libc::SYS_setpriority,
     libc::SYS_getcpu,
     libc::SYS_nanosleep,
     libc::SYS_clock_nanosleep,
@@ -166,19 +168,60 @@ const OLDER: &[c_long] = &[libc::SYS_renameat];
 /// Of what a terminal is asked for, how wide it is and whether it is one.
 const TERMINAL: [u64; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
 
-/// From now on all other system calls of this thread, and of those that it starts, fail with `EPERM`.
+/// The last system call that was there when the list was made, `fchmodat2` of Linux 6.6: from 424 on
+/// they have the same numbers on all machines.
+const NEWEST: u32 = 452;
+
+/// From now on all other system calls of this thread, and of those that it starts, fail with `EPERM`,
+/// or with `ENOSYS` where they are newer than the list. The kernel's log names them.
 ///
 /// # Errors
 /// A line that says what failed.
 pub(super) fn restrict() -> Result<(), String> {
     let program = program().map_err(|e| e.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|e| e.to_string())
+    match apply_logged(&program) {
+        // Linux before 4.14 does not know the flag.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            seccompiler::apply_filter(&program).map_err(|e| e.to_string())
+        }
+        done => done.map_err(|e| e.to_string()),
+    }
+}
+
+/// Has the kernel log what it refuses.
+fn apply_logged(program: &BpfProgram) -> io::Result<()> {
+    let length = program.len().try_into().map_err(io::Error::other)?;
+    // The two types are one structure of the kernel, which reads it alone.
+    let filter = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut().cast() };
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_LOG);
+    // SAFETY: the program and the structure that leads to it live through the call, which copies them;
+    // each instruction is as the kernel defines it (`struct sock_filter`).
+    match unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const filter) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn program() -> Result<BpfProgram, seccompiler::BackendError> {
     let machine = TargetArch::try_from(std::env::consts::ARCH)?;
     let forbidden = SeccompAction::Errno(libc::EPERM as u32);
-    SeccompFilter::new(rules()?, forbidden, SeccompAction::Allow, machine)?.try_into()
+    let filter = SeccompFilter::new(rules()?, forbidden, SeccompAction::Allow, machine)?;
+    let listed: BpfProgram = filter.try_into()?;
+    Ok(newer_are_unknown().into_iter().chain(listed).collect())
+}
+
+/// What comes first in the filter: calls newer than [`NEWEST`] are as if the kernel did not know them.
+/// Jumps are relative, so what follows is not touched.
+fn newer_are_unknown() -> [sock_filter; 3] {
+    /// `offsetof(struct seccomp_data, nr)`.
+    const NUMBER: u32 = 0;
+    let step = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
+    let unknown = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+    [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, NUMBER),
+        step(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K, 0, 1, NEWEST),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, unknown),
+    ]
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;

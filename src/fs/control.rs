@@ -5,6 +5,8 @@
 //! - `compact NAME` has the image behind the raw file `NAME` made as short as it gets; it stays open
 //!   as long as `control` is. It goes on in the background, and `status` tells how far it is.
 //! - `stop NAME` takes that back.
+//!
+//! `status` and `metrics` name images: whoever may list the image directory may read them.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +15,7 @@ use std::time::SystemTime;
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyDirectory};
 
-use crate::catalog::ROOT;
+use crate::catalog::{Catalog, ROOT};
 
 /// The directory's name.
 pub(super) const NAME: &str = ".qcow2fs";
@@ -56,27 +58,59 @@ pub(super) fn orders(text: &[u8]) -> Option<Vec<Order<'_>>> {
         .collect()
 }
 
-/// What is found under `name`, where that is one of ours.
-pub(super) fn lookup(parent: INodeNo, name: &OsStr) -> Option<FileAttr> {
+/// Which one is found under `name`, where that is one of ours.
+pub(super) fn find(parent: INodeNo, name: &OsStr) -> Option<INodeNo> {
     match (parent, name) {
-        (INodeNo(ROOT), name) if name == NAME => attributes(DIRECTORY),
-        (DIRECTORY, name) if name == STATUS_NAME => attributes(STATUS),
-        (DIRECTORY, name) if name == METRICS_NAME => attributes(METRICS),
-        (DIRECTORY, name) if name == CONTROL_NAME => attributes(CONTROL),
+        (INodeNo(ROOT), name) if name == NAME => Some(DIRECTORY),
+        (DIRECTORY, name) if name == STATUS_NAME => Some(STATUS),
+        (DIRECTORY, name) if name == METRICS_NAME => Some(METRICS),
+        (DIRECTORY, name) if name == CONTROL_NAME => Some(CONTROL),
         _ => None,
     }
 }
 
+/// Whether it is one of ours.
+pub(super) fn is_ours(ino: INodeNo) -> bool {
+    matches!(ino, DIRECTORY | STATUS | METRICS | CONTROL)
+}
+
+/// Who owns a file, and what its mode is.
+struct Access {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+}
+
+impl Access {
+    /// That of the image directory, as it is shown; where that cannot be told, whoever serves the
+    /// mount and nobody else.
+    fn of_directory(catalog: &Catalog) -> Access {
+        let shown = catalog.node(ROOT).and_then(|root| catalog.attributes(&root));
+        match shown {
+            Ok(shown) => Access { uid: shown.uid, gid: shown.gid, mode: shown.mode },
+            Err(_) => Access { mode: 0o500, ..Access::to_give_orders() },
+        }
+    }
+
+    fn to_give_orders() -> Access {
+        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+        Access { uid: uid.as_raw(), gid: gid.as_raw(), mode: 0o200 }
+    }
+}
+
 /// The attributes of one of ours.
-pub(super) fn attributes(ino: INodeNo) -> Option<FileAttr> {
-    let (directory, perm) = match ino {
+pub(super) fn attributes(catalog: &Catalog, ino: INodeNo) -> Option<FileAttr> {
+    let (directory, mask) = match ino {
         DIRECTORY => (true, 0o555),
         STATUS | METRICS => (false, 0o444),
         CONTROL => (false, 0o200),
         _ => return None,
     };
-    // SAFETY: these take nothing and cannot fail.
-    let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let Access { uid, gid, mode } = match ino {
+        CONTROL => Access::to_give_orders(),
+        _ => Access::of_directory(catalog),
+    };
+    let perm = (mode & mask) as u16;
     let now = SystemTime::now();
     Some(FileAttr {
         ino,

@@ -3,7 +3,9 @@
 //! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
 //! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
-//! flush. Nothing of qcow2 is known here.
+//! flush; one flush at a time is done by the worker that took it. What opens an image that may be
+//! encrypted goes to a pool of its own: to find the key out from a passphrase takes a second or two,
+//! with a header that was made for it half a minute. Nothing of qcow2 is known here.
 //!
 //! How the page cache is used: handles go through it, and what it holds is kept from one open to
 //! the next as long as nobody else has touched the image file. The first handle of a file decides
@@ -26,6 +28,7 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+mod ahead;
 mod control;
 mod pool;
 mod reply;
@@ -36,12 +39,16 @@ mod verbs;
 
 use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
 use crate::error::Result;
+use ahead::Ahead;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Verbs};
 
 /// Threads for what may block.
 const SLOW_THREADS: usize = 8;
+/// Threads for opening what may be encrypted: so many such images are opened at once before one of
+/// them waits for another.
+const UNLOCKING_THREADS: usize = 16;
 /// Requests that the kernel may have on the way in the background (readahead, asynchronous I/O).
 const MAX_BACKGROUND: u16 = 64;
 /// Bytes in the largest write.
@@ -56,7 +63,10 @@ const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
 /// The file system that the kernel talks to.
 pub struct Filesys {
     verbs: Arc<Verbs>,
+    ahead: Ahead,
     pool: Pool,
+    /// Started with the first such image.
+    unlocking: Pool,
 }
 
 impl Filesys {
@@ -66,18 +76,28 @@ impl Filesys {
     /// Those of the host when it cannot start a thread.
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Ok(Filesys { verbs, pool: Pool::new(SLOW_THREADS)? })
+        let unlocking = Pool::without_threads(UNLOCKING_THREADS);
+        Ok(Filesys { verbs, ahead: Ahead::new(), pool: Pool::new(SLOW_THREADS)?, unlocking })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
     /// gives its privileges up while it has no threads.
     pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        Filesys { verbs, pool: Pool::without_threads(SLOW_THREADS) }
+        let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
+        Filesys { verbs, ahead: Ahead::new(), pool, unlocking }
+    }
+
+    /// The pool for what opens the image that `ino` stands for.
+    fn pool_for_opening(&self, ino: INodeNo) -> &Pool {
+        match self.verbs.node_behind(ino) {
+            Some(node) if node.may_need_unlocking() => &self.unlocking,
+            _ => &self.pool,
+        }
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
-        if control::attributes(ino).is_some() || snap::is_ours(ino) {
+        if control::is_ours(ino) || snap::is_ours(ino) {
             // Nothing of ours can be changed.
             return Err(Errno::EPERM);
         }
@@ -128,7 +148,8 @@ fn answer(done: Result<()>, node: Option<&Node>, reply: ReplyEmpty) {
 }
 
 fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-    if let Some(attr) = control::lookup(parent, name) {
+    let ours = control::find(parent, name);
+    if let Some(attr) = ours.and_then(|ino| control::attributes(&verbs.catalog, ino)) {
         return reply.entry(&ENTRY_TTL, &attr, GENERATION);
     }
     if parent == control::DIRECTORY {
@@ -189,6 +210,13 @@ fn answer_created(made: Result<Created>, reply: ReplyCreate) {
     }
 }
 
+/// Whether a file opened with these flags bypasses the page cache. One that is only written would be
+/// written twice as fast so (`scripts/bench --jobs dd`), but who maps the disk meanwhile could write
+/// an old page back over what was written past it.
+fn bypasses(flags: i32) -> bool {
+    flags & libc::O_DIRECT != 0
+}
+
 /// What the kernel is told of an open image.
 fn open_flags(mode: HandleMode) -> FopenFlags {
     let mut flags = FopenFlags::empty();
@@ -245,6 +273,7 @@ impl Filesystem for Filesys {
                 Err(e) => reply.error(fail(None, &e)),
             });
         }
+        self.ahead.looked_at(&self.verbs.catalog, parent.0, name);
         answer_entry(&self.verbs, parent, name, reply);
     }
 
@@ -262,7 +291,7 @@ impl Filesystem for Filesys {
         _handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        if let Some(attr) = control::attributes(ino) {
+        if let Some(attr) = control::attributes(&self.verbs.catalog, ino) {
             return reply.attr(&ENTRY_TTL, &attr);
         }
         if snap::is_ours(ino) {
@@ -309,7 +338,7 @@ impl Filesystem for Filesys {
         // A shell's `>` cuts the file first.
         if ino == control::CONTROL
             && size == Some(0)
-            && let Some(attr) = control::attributes(ino)
+            && let Some(attr) = control::attributes(&self.verbs.catalog, ino)
         {
             return reply.attr(&ENTRY_TTL, &attr);
         }
@@ -324,7 +353,9 @@ impl Filesystem for Filesys {
         let (accessed, modified) = (atime.map(set), mtime.map(set));
         let change = AttributeChange { mode, uid, gid, accessed, modified };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || match verbs.set_attributes(&node, size, change) {
+        // Only a new size needs the image itself.
+        let pool = if size.is_some() { self.pool_for_opening(ino) } else { &self.pool };
+        pool.run(move || match verbs.set_attributes(&node, size, change) {
             Ok(()) => answer_attributes(&verbs, &node, reply),
             Err(e) => reply.error(fail(Some(&node), &e)),
         });
@@ -332,7 +363,7 @@ impl Filesystem for Filesys {
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || {
+        self.pool_for_opening(ino).run(move || {
             if ino == control::CONTROL {
                 let handle = verbs.add_handle(Handle::Control { held: Default::default() });
                 return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
@@ -354,8 +385,7 @@ impl Filesystem for Filesys {
                     Err(e) => reply.error(fail(None, &e)),
                 };
             }
-            let direct = flags.0 & libc::O_DIRECT != 0;
-            match verbs.open(ino.0, Opening { write, direct }) {
+            match verbs.open(ino.0, Opening { write, direct: bypasses(flags.0) }) {
                 Ok((handle, mode)) => {
                     reply.opened(FileHandle(handle), open_flags(mode));
                 }
@@ -462,7 +492,12 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.slowly(self.image_node(handle), reply, Verbs::sync);
+        let node = match self.image_node(handle) {
+            Ok(node) => node,
+            Err(e) => return reply.error(e),
+        };
+        let verbs = Arc::clone(&self.verbs);
+        self.pool.run_here(move || answer(verbs.sync(&node), Some(&node), reply));
     }
 
     fn fallocate(
@@ -542,6 +577,9 @@ impl Filesystem for Filesys {
             Ok(entries) => entries,
             Err(e) => return reply.error(fail(None, &e)),
         };
+        if offset == 0 {
+            self.ahead.listed(ino.0, &entries);
+        }
         let at_root = ino.0 == crate::catalog::ROOT;
         let hidden = |name: &OsStr| name == snap::NAME || at_root && name == control::NAME;
         let dots =
@@ -594,7 +632,8 @@ impl Filesystem for Filesys {
         let name = name.to_owned();
         if snap::is_ours(parent) {
             let verbs = Arc::clone(&self.verbs);
-            return self.pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
+            let pool = self.pool_for_opening(parent);
+            return pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
         }
         self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, false)
@@ -667,7 +706,7 @@ impl Filesystem for Filesys {
                 answer_created(verbs.create(&parent, &name, mode, creator, flags), reply);
             });
         }
-        self.pool.run(move || match verbs.snap_create(parent, &name) {
+        self.pool_for_opening(parent).run(move || match verbs.snap_create(parent, &name) {
             Ok((attr, handle)) => {
                 let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
                 reply.created(&ENTRY_TTL, &attr, GENERATION, handle, flags);
@@ -743,7 +782,7 @@ impl Filesystem for Filesys {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        if control::attributes(ino).is_some() || snap::is_ours(ino) {
+        if control::is_ours(ino) || snap::is_ours(ino) {
             return reply.ok();
         }
         self.slowly(self.node(ino), reply, |verbs, node| verbs.catalog.sync_directory(node));

@@ -195,6 +195,17 @@ impl Verbs {
         Ok(attr)
     }
 
+    /// The node that `ino` stands for, or whose snapshots it is about; `None` for what is of no image.
+    pub(super) fn node_behind(&self, ino: INodeNo) -> Option<Arc<Node>> {
+        if !is_ours(ino) {
+            return self.catalog.node(ino.0).ok();
+        }
+        match self.snaps.place(ino).ok()? {
+            Place::Image(node) | Place::Snapshot(node, _) => Some(node),
+            Place::Directory(_) => None,
+        }
+    }
+
     /// Opens a snapshot for reading.
     pub(super) fn snap_open(&self, ino: INodeNo, write: bool) -> Result<u64> {
         let Place::Snapshot(node, info) = self.snaps.place(ino)? else {

@@ -150,3 +150,31 @@ fn close_tells_of_an_image_that_takes_no_more_writes() {
     disk.node.with_image(|image| image.close()).unwrap();
     assert_eq!(disk.verbs.closing(&handle).unwrap_err().errno(), libc::EIO);
 }
+
+#[test]
+fn what_others_were_faster_to_make_is_left_to_the_kernel_to_check() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let disk = Disk::new();
+    let path = disk._dir.path().join("disk.qcow2");
+    let owner = std::fs::metadata(&path).unwrap().uid();
+    let root = disk.verbs.catalog.node(crate::catalog::ROOT).unwrap();
+    let create = |uid: u32, flags: i32| {
+        let creator = Creator { uid, gid: uid };
+        let made = disk.verbs.create(&root, "disk.raw".as_ref(), 0o644, creator, flags);
+        made.map(|made| disk.verbs.release(made.handle)).map_err(|e| e.errno())
+    };
+    let set = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+    set(0o666);
+    for flags in [libc::O_RDONLY, libc::O_RDWR, libc::O_RDWR | libc::O_TRUNC] {
+        assert_eq!(create(owner + 1, flags), Err(libc::ESTALE), "{flags:#o}");
+        assert_eq!(create(owner + 1, flags | libc::O_EXCL), Err(libc::EEXIST), "{flags:#o}");
+    }
+    assert_eq!(disk.size(), MIB, "cut by somebody who may not");
+    assert_eq!(create(owner, libc::O_RDWR), Ok(()));
+    assert_eq!(create(owner, libc::O_RDWR | libc::O_EXCL), Err(libc::EEXIST));
+    set(0o444);
+    assert_eq!(create(owner, libc::O_RDONLY), Ok(()));
+    for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_TRUNC] {
+        assert_eq!(create(owner, flags), Err(libc::ESTALE), "{flags:#o}");
+    }
+}

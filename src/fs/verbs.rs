@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::bypasses;
 use super::control::{self, Order};
 use super::snap::Snaps;
 use crate::catalog::{
@@ -128,10 +129,11 @@ impl Verbs {
         let make = || self.catalog.make_image(parent, name, asked | owner, creator);
         let (node, is_new) = match flags & libc::O_EXCL != 0 {
             true => (make()?, true),
-            false => self.make_or_find(parent, name, make)?,
+            false => self
+                .make_or_find(parent, name, make, |found| owner_may_open(found, creator, flags))?,
         };
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let how = Opening { write, direct: flags & libc::O_DIRECT != 0 };
+        let how = Opening { write, direct: bypasses(flags) };
         let opened = self.open(node.ino(), how).and_then(|(handle, mode)| {
             let change = AttributeChange { mode: Some(asked), ..Default::default() };
             let finished = match is_new {
@@ -149,12 +151,18 @@ impl Verbs {
         opened.inspect_err(|_| self.catalog.forget(node.ino(), 1))
     }
 
-    /// What `make` makes, or what somebody else was faster to make; and whether it is the first.
+    /// What `make` makes, or what somebody else was faster to make; and whether it is the first. The
+    /// other's is found only if `may_open` says so.
+    ///
+    /// # Errors
+    /// `ESTALE` where it does not: the kernel, which has found nothing of that name, looks again then,
+    /// and checks the permissions of what it finds. Those of `make`.
     fn make_or_find(
         &self,
         parent: &Node,
         name: &OsStr,
         make: impl Fn() -> Result<Arc<Node>>,
+        may_open: impl Fn(&Attributes) -> bool,
     ) -> Result<(Arc<Node>, bool)> {
         for _ in 1..CREATE_ATTEMPTS {
             match make() {
@@ -164,6 +172,10 @@ impl Verbs {
             match self.catalog.lookup(parent.ino(), name) {
                 // It is gone again, or never was an image.
                 Err(e) if e.errno() == libc::ENOENT => {}
+                Ok(found) if !may_open(&found) => {
+                    self.catalog.forget(found.ino, 1);
+                    return Err(errno("opening what somebody else has just made", libc::ESTALE));
+                }
                 found => return Ok((self.catalog.node(found?.ino)?, false)),
             }
         }
@@ -373,6 +385,20 @@ impl Verbs {
         }
         Ok(Arc::clone(&entries))
     }
+}
+
+/// Whether who has the user id of `creator` may open the image as `flags` say since it is theirs. Of
+/// others only the kernel knows: groups and privileges do not come with a request.
+fn owner_may_open(found: &Attributes, creator: Creator, flags: i32) -> bool {
+    const READ: u32 = 0o400;
+    const WRITE: u32 = 0o200;
+    let access = match flags & libc::O_ACCMODE {
+        libc::O_RDONLY => READ,
+        libc::O_WRONLY => WRITE,
+        _ => READ | WRITE,
+    };
+    let access = if flags & libc::O_TRUNC != 0 { access | WRITE } else { access };
+    !found.directory && found.uid == creator.uid && found.mode & access == access
 }
 
 /// Sees to it that `buffer` has room for a read of `size` bytes at `offset`, as far as there are so

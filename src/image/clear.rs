@@ -112,6 +112,7 @@ impl Image {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
         let start = guest.0 << self.geometry.cluster_bits();
         if let Run::Data { first, copied: true } = run {
+            self.check_copied(writer, first.0..first.0 + 1)?;
             return self.zero_data(self.location(first, start), self.cluster_size());
         }
         self.ensure_table(writer, guest)?;
@@ -156,10 +157,13 @@ impl Image {
                 // Nothing to give back: the place in the data file remains the cluster's own.
                 _ if self.data.is_external => {}
                 Some(kept) if cleared.host_cluster() == Some(kept) => {}
-                Some((cluster, true)) => match dropped.last_mut() {
-                    Some(run) if run.end == cluster.0 => run.end += 1,
-                    _ => dropped.push(cluster.0..cluster.0 + 1),
-                },
+                Some((cluster, true)) => {
+                    self.check_copied(writer, cluster.0..cluster.0 + 1)?;
+                    match dropped.last_mut() {
+                        Some(run) if run.end == cluster.0 => run.end += 1,
+                        _ => dropped.push(cluster.0..cluster.0 + 1),
+                    }
+                }
                 Some((cluster, false)) => uncertain.push(cluster),
                 None => {}
             }
@@ -215,6 +219,7 @@ impl Image {
         if self.data.is_raw {
             return self.zero_data(self.location(cluster, range.start), range.end - range.start);
         }
+        self.check_copied(writer, cluster.0..cluster.0 + 1)?;
         let start = guest.0 << self.geometry.cluster_bits();
         let whole = start..start + self.cluster_size();
         match self.zero_part(&whole, &range, self.geometry.host_offset(cluster).0)? {

@@ -4,7 +4,7 @@
 //!
 //! - a cluster of the pool reads as zeros on the host and as anything through the cipher. Whoever
 //!   takes one fills all of it, with encrypted zeros where there is no data, and the entry that leads
-//!   there reaches the disk only after that;
+//!   there reaches the disk only after that ([`Rule::EncryptedBeforeEntry`]);
 //! - a part of a cluster cannot be punched: encrypted zeros are written to it. Whether a cluster has
 //!   become all zeros, and can be unmapped, is seen by decrypting it;
 //! - a hole in a data file says nothing, and none is made;
@@ -23,6 +23,7 @@ use super::write::is_all_zero;
 use crate::crypt::{DataCipher, Location, SECTOR, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster};
+use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::LinkOrder;
 
@@ -89,7 +90,8 @@ impl Image {
     /// When an entry that leads to a new cluster may reach the disk, where it could be so by `order`
     /// if zeros were zeros.
     pub(super) fn order_of_new(&self, order: LinkOrder) -> LinkOrder {
-        if self.data.cipher.is_some() { LinkOrder::AfterSync } else { order }
+        let waits = self.data.cipher.is_some() && Rule::EncryptedBeforeEntry.is_kept();
+        if waits { LinkOrder::AfterSync } else { order }
     }
 
     pub(super) fn read_encrypted(

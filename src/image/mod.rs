@@ -20,6 +20,7 @@ mod leaks;
 #[cfg(all(test, feature = "model"))]
 mod models;
 mod open;
+mod ownership;
 mod read;
 mod resize;
 mod snapshots;
@@ -148,8 +149,9 @@ pub struct Status {
 }
 
 /// An open image. All methods may be called from several threads at once. What changes the mapping
-/// of a cluster has it alone; a read that meets a write in place may see a part of it, as in any
-/// file.
+/// of a cluster has it alone, so a read sees it before or after. Writes in place do not: a read that
+/// meets one, or another write of the same sectors, may find a part of each, down to single bytes, as
+/// in any file. Who needs more of that takes turns.
 pub struct Image {
     storage: Arc<dyn Storage>,
     data: data_file::DataFile,
@@ -173,6 +175,8 @@ pub struct Image {
 struct Writer {
     refcounts: Arc<Refcounts>,
     recycler: Recycler,
+    /// COPIED flags that may be believed.
+    trusted: ownership::Trusted,
     /// Lock order: before guest clusters.
     flush: flush_lock::FlushLock,
     /// Lock order: before the flush lock.

@@ -12,6 +12,7 @@ use super::encryption::{Encryption, fitting};
 use super::flush_lock::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
+use super::ownership::Trusted;
 use super::snapshots::{Snapshots, Table};
 use super::{Backing, Image, Options, Writer};
 use crate::alloc::Refcounts;
@@ -217,6 +218,7 @@ impl Image {
                     options.settle_after,
                 )),
                 compaction_status: Mutex::default(),
+                trusted: Trusted::default(),
                 compressed_dropped: AtomicU64::new(0),
                 features: Mutex::new(Features {
                     incompatible: header.incompatible_features,

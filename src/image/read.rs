@@ -16,6 +16,12 @@ use crate::tables::Run;
 const MOST_INFLATERS: usize = 8;
 /// Starting a thread takes about as long as inflating a tenth of a 64 KiB cluster.
 const CLUSTERS_WORTH_A_THREAD: usize = 2;
+/// So many runs without data are looked at, one after the other, before the next one counts as data: 2
+/// TiB of mapped zeros in clusters of 64 KiB. An image may have millions of L1 entries for one table.
+const MOST_EMPTY_RUNS: u32 = 1 << 16;
+/// So many runs of data are looked at before all that follows counts as data: 256 GiB, if no two
+/// clusters of 64 KiB follow each other.
+const MOST_DATA_RUNS: u32 = 1 << 22;
 
 /// A whole compressed cluster that is to be read.
 struct CompressedCluster<'a> {
@@ -63,7 +69,7 @@ impl Image {
     }
 
     /// The first offset at or after `offset` that is data, here or in the backing file; `None`
-    /// where only holes follow.
+    /// where only holes follow. What follows very many of them counts as data.
     ///
     /// # Errors
     /// As [`Image::read`].
@@ -72,25 +78,26 @@ impl Image {
     }
 
     /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
-    /// size where data goes on to the end.
+    /// size where data goes on to the end, or is in very many places.
     ///
     /// # Errors
     /// As [`Image::read`].
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
         let mut at = offset;
-        while let Some(extent) = self.next_extent(at)? {
-            if extent.start > at {
-                break;
+        for _ in 0..MOST_DATA_RUNS {
+            match self.next_extent(at)? {
+                Some(extent) if extent.start == at => at = extent.end,
+                _ => return Ok(at.min(self.virtual_size())),
             }
-            at = extent.end;
         }
-        Ok(at.min(self.virtual_size()))
+        Ok(self.virtual_size())
     }
 
     /// The first range of data that ends after `offset`, as far as one look tells.
     fn next_extent(&self, offset: u64) -> Result<Option<Range<u64>>> {
         let size = self.virtual_size();
         let mut at = offset;
+        let mut empty = 0;
         while at < size {
             // Entries are decoded whole under the tables' lock and nothing is read through them,
             // so no guest clusters need to be held.
@@ -111,6 +118,10 @@ impl Image {
                     }
                 }
                 Run::Unallocated | Run::Zero => {}
+            }
+            empty += 1;
+            if empty == MOST_EMPTY_RUNS {
+                return Ok(Some(at..end));
             }
             at = end;
         }

@@ -7,6 +7,7 @@ use super::{Image, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, HostCluster, MAX_L1_BYTES, Patch};
 use crate::rules::Rule;
+use crate::tables::{Mapping, Run};
 
 impl Image {
     /// Changes the virtual size to `size` bytes; growing adds zeros and is durable after the next
@@ -52,7 +53,14 @@ impl Image {
     /// Cuts `cut` off. The flush lock is held.
     fn shrink(&self, writer: &Writer, cut: Range<u64>) -> Result<()> {
         let _guard = self.locks.exclusive(self.geometry.guest_clusters(&cut));
-        self.clear_held(writer, cut.clone())?;
+        match self.geometry.version() < 3 && self.is_backed(cut.start) {
+            true => self.clear_mapped(writer, &cut)?,
+            false => self.clear_held(writer, cut.clone())?,
+        }
+        if self.data.is_external && self.data.cipher.is_some() {
+            // What is cut off and still mapped after a crash reads as zeros, which decrypt to anything.
+            self.flush_held(writer)?;
+        }
         // Before the header, so that the disk keeps its size where this fails.
         self.cut_data_file(cut.start)?;
         if Rule::CutBeforeSize.is_kept() {
@@ -61,6 +69,22 @@ impl Image {
         self.patch_header(writer, &Header::patch_size(cut.start), Rule::SizeSynced)?;
         self.size.store(cut.start, Ordering::Release);
         self.note_cut(writer, cut.start);
+        Ok(())
+    }
+
+    /// Clears what is mapped of `cut` and leaves what shows the backing file: nobody sees that past the
+    /// end of the disk, and who makes the disk larger hides it. To hide it now would take a cluster for
+    /// each one, since version 2 has no other zeros.
+    fn clear_mapped(&self, writer: &Writer, cut: &Range<u64>) -> Result<()> {
+        writer.clear_past_end.store(false, Ordering::Release);
+        let mut at = cut.start;
+        while at < cut.end {
+            let (mapping, end) = self.mapping_at(at, cut.end)?;
+            if mapping != Mapping::Uniform(Run::Backing) {
+                self.clear_held(writer, at..end)?;
+            }
+            at = end;
+        }
         Ok(())
     }
 
@@ -96,7 +120,8 @@ impl Image {
         let mapped_end = mapped.saturating_mul(self.cluster_size());
         // In version 2 hiding a backing file takes clusters: no more of it than needed.
         let hides_little = self.geometry.version() < 3 && self.is_backed(added.end);
-        let end = if hides_little { self.cluster_end(added.end) } else { mapped_end };
+        let whole = added.end.next_multiple_of(self.cluster_size());
+        let end = if hides_little { whole } else { mapped_end };
         self.clear_held(writer, added.start..end)?;
         if Rule::ClearBeforeGrowth.is_kept() {
             self.flush_held(writer)?;

@@ -116,6 +116,7 @@ impl Image {
         }
         let Some(cluster) = mixed.cluster else { return Ok(None) };
         if mixed.copied {
+            self.check_copied(writer, cluster.0..cluster.0 + 1)?;
             return Ok(Some(cluster));
         }
         match writer.refcounts.get(cluster)? {
@@ -256,6 +257,7 @@ impl Image {
         match self.run_at(range.start, range.end)?.0 {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => {
+                self.check_copied(writer, first.0..first.0 + 1)?;
                 let size = self.geometry.subcluster_size();
                 let start = range.start - range.start % size;
                 let whole = start..start + size;
@@ -281,6 +283,7 @@ impl Image {
             if let Run::Data { first, copied: true } = run
                 && self.data.cipher.is_none()
             {
+                self.check_copied(writer, first.0..first.0 + 1)?;
                 let host = self.host_offset(first, at);
                 self.erase_data(host..host + (end - at))?;
             }

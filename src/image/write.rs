@@ -33,7 +33,7 @@ impl Image {
             let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
             // The disk may have been cut while nothing was held.
             let within_disk = offset..end.min(self.virtual_size()).max(offset);
-            self.note(self.write_in_place(&within_disk, data))?
+            self.note(self.write_in_place(writer, &within_disk, data))?
         } else {
             offset
         };
@@ -63,11 +63,12 @@ impl Image {
 
     /// Writes the start of `range` as far as its clusters may be written in place; returns where
     /// that ends. The clusters are held.
-    fn write_in_place(&self, range: &Range<u64>, data: &[u8]) -> Result<u64> {
+    fn write_in_place(&self, writer: &Writer, range: &Range<u64>, data: &[u8]) -> Result<u64> {
         let mut at = range.start;
         while at < range.end {
             let (run, end) = self.run_at(at, range.end)?;
             let Run::Data { first, copied: true } = run else { break };
+            self.check_copied(writer, self.clusters_of_run(first, at, end))?;
             let piece = &data[(at - range.start) as usize..(end - range.start) as usize];
             self.write_data(piece, self.location(first, at))?;
             at = end;
@@ -90,6 +91,7 @@ impl Image {
         let data = &data[..(end - at) as usize];
         match run {
             Run::Data { first, copied: true } => {
+                self.check_copied(writer, self.clusters_of_run(first, at, end))?;
                 self.write_data(data, self.location(first, at))?;
                 Ok(end)
             }
@@ -174,7 +176,7 @@ impl Image {
         loop {
             let state = self.tables.table_state(cluster)?;
             let installed = match state {
-                TableState::Own => return Ok(()),
+                TableState::Own(table) => return self.check_own_table(writer, table),
                 TableState::Absent => self.new_table(writer, cluster, state)?,
                 TableState::Shared(table) => self.unshare_table(writer, cluster, table)?,
             };
@@ -455,6 +457,12 @@ impl Image {
     /// The first guest cluster after those that share an L2 table with `cluster`.
     pub(super) fn table_end(&self, cluster: GuestCluster) -> u64 {
         (self.geometry.l1_index(cluster) + 1) * self.geometry.l2_entries()
+    }
+
+    /// The host clusters of the guest offsets from `at`, which is in `first`, to `end`.
+    pub(super) fn clusters_of_run(&self, first: HostCluster, at: u64, end: u64) -> Range<u64> {
+        let guest = self.geometry.guest_clusters(&(at..end));
+        first.0..first.0 + (guest.end - guest.start)
     }
 
     /// The end of the cluster that guest offset `at` lies in.

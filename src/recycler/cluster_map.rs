@@ -155,8 +155,8 @@ impl ClusterMap {
         self.shared_released.pop()
     }
 
-    /// Dropping that reference failed: it is due again.
-    pub fn shared_not_freed(&mut self, cluster: u64) {
+    /// One of several references to a cluster is gone from the tables on disk, and is still counted.
+    pub fn release_shared(&mut self, cluster: u64) {
         self.shared_released.push(cluster);
     }
 

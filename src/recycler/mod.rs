@@ -423,45 +423,63 @@ impl Recycler {
         }
         let shared = self.map.lock().take_shared();
         if let Some(cluster) = shared {
-            let not_in_the_map = |_| ();
             return self
-                .free(cluster..cluster + 1, &mut cluster.clone(), not_in_the_map)
-                .inspect_err(|_| self.map.lock().shared_not_freed(cluster))
+                .drop_one_of_several(cluster)
+                .inspect_err(|_| self.map.lock().release_shared(cluster))
                 .map(|()| true);
         }
         let max = (PUNCH_BYTES >> self.geometry.cluster_bits()).max(1);
         let Some(clusters) = self.map.lock().take_released(max) else { return Ok(false) };
         let mut done = clusters.start;
-        let result = self.free(clusters.clone(), &mut done, |freed| self.map.lock().freed(freed));
+        let result = self.free(clusters.clone(), &mut done);
         self.map.lock().not_freed(done..clusters.end);
         result.map(|()| true)
     }
 
-    /// Drops a reference from each of `clusters`; those that had only that one are punched first.
-    /// Those before `done` are through, whatever the result; `forget` is told of them before they
-    /// are free, since from then on they may be handed out, linked and dropped again at any time.
-    fn free(
-        &self,
-        clusters: Range<u64>,
-        done: &mut u64,
-        forget: impl Fn(Range<u64>),
-    ) -> Result<()> {
+    /// Punches and frees `clusters`, which are out of the map's released ones; those before `done` are
+    /// through, whatever the result. The map is told before they are free, since from then on they may
+    /// be handed out, linked and dropped again at any time.
+    fn free(&self, clusters: Range<u64>, done: &mut u64) -> Result<()> {
         self.tail_may_be_free.store(true, Ordering::Relaxed);
         while *done < clusters.end {
             let mut end = *done;
             while end < clusters.end && self.refcounts.get(HostCluster(end))? == 1 {
                 end += 1;
             }
-            if end > *done {
-                self.punch(*done..end)?;
-                self.work.freed.fetch_add(self.bytes(&(*done..end)), Ordering::Relaxed);
-                self.work.loosened.fetch_add(end - *done, Ordering::Relaxed);
+            let run = *done..end;
+            if run.is_empty() {
+                // It has lost its link, but not yet all that is counted for it.
+                let mut map = self.map.lock();
+                map.freed(*done..*done + 1);
+                map.release_shared(*done);
+                *done += 1;
+                continue;
             }
-            let punched = *done..end.max(*done + 1);
-            *done = punched.end;
-            forget(punched.clone());
-            self.refcounts.release(punched)?;
+            self.punch_freed(run.clone())?;
+            *done = end;
+            self.map.lock().freed(run.clone());
+            self.refcounts.release(run)?;
         }
+        Ok(())
+    }
+
+    /// Drops one reference to a cluster that had others when this one was dropped from the tables. They
+    /// may be gone by now, and other threads drop them at the same time: whoever has the last one
+    /// punches.
+    fn drop_one_of_several(&self, cluster: u64) -> Result<()> {
+        self.tail_may_be_free.store(true, Ordering::Relaxed);
+        if self.refcounts.release_shared(HostCluster(cluster))? {
+            return Ok(());
+        }
+        self.punch_freed(cluster..cluster + 1)?;
+        self.refcounts.release(cluster..cluster + 1)
+    }
+
+    /// Punches clusters that are about to be free.
+    fn punch_freed(&self, clusters: Range<u64>) -> Result<()> {
+        self.punch(clusters.clone())?;
+        self.work.freed.fetch_add(self.bytes(&clusters), Ordering::Relaxed);
+        self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
         Ok(())
     }
 
@@ -504,6 +522,12 @@ impl Recycler {
 
     fn last_allocation(&self) -> Instant {
         self.opened + Duration::from_millis(self.last_allocation_ms.load(Ordering::Relaxed))
+    }
+
+    /// Whether a client has allocated at `then` or later.
+    pub fn has_allocated_since(&self, then: Instant) -> bool {
+        // It is known to the millisecond.
+        self.last_allocation() + Duration::from_millis(1) > then
     }
 
     /// When the pool is given up, if nobody allocates until then.
@@ -632,3 +656,6 @@ impl Recycler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -85,8 +85,9 @@ impl SliceCache {
     }
 
     /// Puts a slice here as it stands on disk. A slice that is here already stays: it is newer.
-    pub fn insert(&mut self, key: u64, bytes: Box<[u8]>) {
-        self.add(key, bytes, 0);
+    /// Returns the bytes of one that is here no more, for the next load to read into.
+    pub fn insert(&mut self, key: u64, bytes: Box<[u8]>) -> Option<Box<[u8]>> {
+        self.add(key, bytes, 0)
     }
 
     /// Puts a new metadata cluster here, all zeros and to be written whole. Nothing of it may be
@@ -132,31 +133,35 @@ impl SliceCache {
             .collect()
     }
 
-    fn add(&mut self, key: u64, bytes: Box<[u8]>, dirty: u8) {
+    /// Returns bytes that are no longer needed, where there are some.
+    fn add(&mut self, key: u64, bytes: Box<[u8]>, dirty: u8) -> Option<Box<[u8]>> {
         debug_assert_eq!(bytes.len() as u64, self.slice_size);
         if self.slices.contains_key(&key) {
-            return;
+            return Some(bytes);
         }
-        self.evict();
+        let evicted = self.evict();
         self.slices.insert(key, Slice { bytes, dirty, writing: 0, used: AtomicBool::new(true) });
         self.clock.push_back(key);
+        evicted
     }
 
-    /// Makes room for one more slice where clean ones can go.
-    fn evict(&mut self) {
+    /// Makes room for one more slice where clean ones can go. Returns the bytes of one that went.
+    fn evict(&mut self) -> Option<Box<[u8]>> {
+        let mut evicted = None;
         for _ in 0..MAX_EVICTION_STEPS {
             if self.slices.len() < self.capacity {
-                return;
+                break;
             }
-            let Some(key) = self.clock.pop_front() else { return };
+            let Some(key) = self.clock.pop_front() else { break };
             let Some(slice) = self.slices.get(&key) else { continue };
             let pinned = slice.dirty | slice.writing != 0;
             if pinned || slice.used.swap(false, Ordering::Relaxed) {
                 self.clock.push_back(key);
             } else {
-                self.slices.remove(&key);
+                evicted = self.slices.remove(&key).map(|slice| slice.bytes);
             }
         }
+        evicted
     }
 
     /// Drops everything of the metadata cluster at `offset`, dirty or not: it is no metadata any

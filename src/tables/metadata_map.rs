@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{RwLock, RwLockWriteGuard};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::HostCluster;
@@ -51,26 +51,18 @@ impl MetadataMap {
     /// `TooBig`: its tables are so many, and so far from each other, that no sound image has the
     /// like.
     pub fn check_room(&self) -> Result<()> {
-        if self.words.read().len() < MAX_WORDS {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::TooBig,
-            format!(
-                "the tables of the image are in more than {MAX_WORDS} places: copy it to one \
-                 with larger clusters, with `qemu-img convert`"
-            ),
-        ))
+        check_room(&self.words.read())
+    }
+
+    /// The map for who enters all tables of an image that is being opened. Nobody else looks into it
+    /// meanwhile.
+    pub fn fill(&self) -> Filling<'_> {
+        Filling { map: self, words: self.words.write() }
     }
 
     /// Marks a cluster; whether it was not marked before.
     pub fn insert(&self, cluster: HostCluster) -> bool {
-        let (at, bit) = locate(cluster);
-        let mut words = self.words.write();
-        let word = words.entry(at).or_default();
-        let is_new = *word & bit == 0;
-        *word |= bit;
-        is_new
+        insert(&mut self.words.write(), cluster)
     }
 
     /// The cluster is no metadata any more.
@@ -114,6 +106,50 @@ impl MetadataMap {
             word & bit != 0
         })
     }
+}
+
+/// See [`MetadataMap::fill`].
+pub struct Filling<'a> {
+    map: &'a MetadataMap,
+    words: RwLockWriteGuard<'a, HashMap<u64, u64>>,
+}
+
+impl Filling<'_> {
+    /// Marks a cluster, wherever it is, if it lies in the file; what is wrong with it.
+    ///
+    /// # Errors
+    /// As [`MetadataMap::check_room`].
+    pub fn enter(&mut self, cluster: HostCluster) -> Result<Option<&'static str>> {
+        check_room(&self.words)?;
+        Ok(if !self.map.is_in_file(&(cluster.0..cluster.0 + 1)) {
+            Some("points past the end of the file")
+        } else if !insert(&mut self.words, cluster) {
+            Some("points to other metadata")
+        } else {
+            None
+        })
+    }
+}
+
+fn check_room(words: &HashMap<u64, u64>) -> Result<()> {
+    if words.len() < MAX_WORDS {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::TooBig,
+        format!(
+            "the tables of the image are in more than {MAX_WORDS} places: copy it to one with \
+             larger clusters, with `qemu-img convert`"
+        ),
+    ))
+}
+
+fn insert(words: &mut HashMap<u64, u64>, cluster: HostCluster) -> bool {
+    let (at, bit) = locate(cluster);
+    let word = words.entry(at).or_default();
+    let is_new = *word & bit == 0;
+    *word |= bit;
+    is_new
 }
 
 /// The word that a cluster is in, and its bit.

@@ -124,6 +124,32 @@ fn one_l2_table_for_all_l1_entries() {
         .goes_off();
 }
 
+/// Whoever copies such a disk asks where its data is.
+#[test]
+fn looking_for_data_behind_millions_of_empty_tables() {
+    let l2 = FAR + 64 * MIB;
+    for (name, entry) in [("zeros", 1), ("data, cluster by cluster", (8 * MIB) | COPIED)] {
+        let bomb = Bomb::new("one L2 table for all", PLAIN)
+            .l1(L1_ENTRIES, FAR)
+            .words(FAR, u64::from(L1_ENTRIES), |_| l2)
+            .words(l2, 8192, |_| entry)
+            .put(24, &(u64::from(L1_ENTRIES) << 29).to_be_bytes())
+            .length(2 * FAR);
+        let storage = Arc::new(HostFile::new(bomb.file.try_clone().unwrap()));
+        let image = Image::open(storage, &Options::default()).unwrap();
+        let _watchdog = Watchdog::new(name.to_owned(), 120);
+        let started = Instant::now();
+        let data = image.next_data(0).unwrap();
+        let hole = image.next_hole(0).unwrap();
+        println!("{name}: data at {data:x?}, hole at {hole:#x}, in {:.1?}", started.elapsed());
+        match entry {
+            1 => assert!(data.is_some_and(|at| at > 0) && hole == 0, "{data:x?}, {hole:#x}"),
+            _ => assert_eq!((data, hole), (Some(0), image.virtual_size())),
+        }
+        assert!(started.elapsed() < PATIENCE, "{name}: {:?}", started.elapsed());
+    }
+}
+
 #[test]
 fn l2_tables_all_over_a_huge_hole() {
     Bomb::new("4 million L2 tables all over", PLAIN)

@@ -10,4 +10,7 @@ mod bombs;
 mod meter;
 mod mutation;
 mod names;
+mod ownership;
+mod replay;
 mod shapes;
+mod unsafe_code;

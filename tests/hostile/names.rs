@@ -110,5 +110,5 @@ fn names_that_are_swapped_under_our_hands_lead_nowhere_else() {
     });
     println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
     assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
-    assert_eq!(catalog.close_all(), 0);
+    assert_eq!(catalog.close_all(Duration::from_secs(60)), 0);
 }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::daemon::{Daemon, Moment};
-use crate::devices::LoopDevice;
+use crate::devices::{EXT4, Kind, LoopDevice, XFS};
 use crate::lab::{Lab, assert_sound, eventually, is_mounted, pattern};
 use crate::support::qemu;
 use crate::support::rng::Rng;
@@ -24,16 +24,7 @@ const FILES: usize = 32;
 const WRITERS: usize = 2;
 const LARGEST_FILE: u64 = 256 << 10;
 
-/// How to make one kind of file system and how to judge it; `DEVICE` is replaced.
-struct Kind {
-    make: &'static str,
-    judge: &'static str,
-}
-
-const KINDS: [Kind; 2] = [
-    Kind { make: "mkfs.ext4 -q DEVICE", judge: "e2fsck -fn DEVICE" },
-    Kind { make: "mkfs.xfs -q DEVICE", judge: "xfs_repair -n DEVICE" },
-];
+const KINDS: [&Kind; 2] = [&EXT4, &XFS];
 
 /// fio's own record of what was acknowledged: every write is durable when it is over, and the state
 /// says which were.
@@ -46,7 +37,7 @@ pub fn work(seed: u64, tally: &Tally) {
     let mut kind = (seed >> 32) as usize;
     while tally.goes_on() {
         kind += 1;
-        let mut disk = Disk::new(&KINDS[kind % KINDS.len()], &mut rng);
+        let mut disk = Disk::new(KINDS[kind % KINDS.len()], &mut rng);
         for _ in 0..KILLS_PER_IMAGE {
             if tally.goes_on() {
                 disk.live_and_die(&mut rng, tally);
@@ -82,7 +73,7 @@ impl Disk {
         let direct = if rng.one_in(2) { "on" } else { "off" };
         let device = LoopDevice::attach(&daemon.path("disk.raw"), &format!("--direct-io={direct}"));
         if self.kills == 0 {
-            on(&device, self.kind.make);
+            self.kind.make(device.path());
         } else {
             tally.mounted_again(daemon.age());
             self.judge(&device);
@@ -151,9 +142,10 @@ impl Disk {
         let point = self.point();
         for writer in &mut self.writers {
             let place = writer.place(&point);
-            writer
-                .judge(&place)
-                .unwrap_or_else(|e| panic!("{} after {} kills: {e}", self.kind.make, self.kills));
+            writer.judge(&place).unwrap_or_else(|e| {
+                let said = what_the_kernel_said(device);
+                panic!("after {} kills: {e}\n{said}", self.kills)
+            });
         }
         if self.fio_state().exists() {
             let arguments = self.fio_arguments();
@@ -162,7 +154,7 @@ impl Disk {
             sh!("{FIO} {arguments} {verify}");
         }
         self.umount();
-        on(device, self.kind.judge);
+        self.kind.judge(device.path());
     }
 
     /// Fills the file system on its first day, then deletes a part of what is in it.
@@ -212,6 +204,10 @@ impl Disk {
 
     /// Mounted once more and closed in order, nothing has leaked.
     fn end(mut self) {
+        if self.kills == 0 {
+            // There is no file system yet.
+            return;
+        }
         let daemon = Daemon::start(&self.lab);
         let device = LoopDevice::attach(&daemon.path("disk.raw"), "");
         self.judge(&device);
@@ -231,8 +227,11 @@ impl Drop for Disk {
     }
 }
 
-fn on(device: &LoopDevice, script: &str) {
-    sh!("{}", script.replace("DEVICE", device.path().to_str().unwrap()));
+/// The last messages about a device: an error before the kill tells that the file system was told of
+/// it, and which promise it did not keep.
+fn what_the_kernel_said(device: &LoopDevice) -> String {
+    let name = device.path().file_name().unwrap().to_str().unwrap();
+    attempt!("dmesg | grep {name} | tail -40").text()
 }
 
 /// What a file holds.

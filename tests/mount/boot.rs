@@ -15,13 +15,13 @@ const SOON: Duration = Duration::from_secs(20);
 const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/packaging/systemd");
 
 /// The program where mount(8) looks for helpers, under a type that nobody else has.
-struct Helper {
+pub struct Helper {
     link: PathBuf,
-    kind: String,
+    pub kind: String,
 }
 
 impl Helper {
-    fn new(lab: &Lab) -> Helper {
+    pub fn new(lab: &Lab) -> Helper {
         let unique = lab.path("").file_name().unwrap().to_str().unwrap().replace('.', "-");
         let kind = format!("qcow2fs-{unique}");
         let link = Path::new("/sbin").join(format!("mount.{kind}"));

@@ -1,10 +1,16 @@
 //! `qcow2fs create`, judged by QEMU.
 
-use std::fs;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::lab::{Lab, allocated, assert_same, assert_sound, guest_bytes, pattern};
+use crate::lab::{
+    Lab, PROGRAM, allocated, assert_same, assert_sound, eventually, guest_bytes, pattern, signal,
+};
 
 fn info(image: &std::path::Path) -> Value {
     serde_json::from_str(&sh!("qemu-img info --output=json {}", image.display())).unwrap()
@@ -81,31 +87,98 @@ fn preallocation_takes_what_it_says() {
         assert!(disk.len() == 100 << 20 && disk.iter().all(|byte| *byte == 0), "{mode}");
         assert_sound(&image);
     }
-    let image = lab.image("stopped.qcow2");
-    let stopped = attempt!(
-        "$qcow2fs create --preallocation full {0} 300G & \
-         for i in $(seq 600); do [ -e {0} ] && break; sleep 0.05; done; \
-         kill -INT $!; wait $!",
-        image.display()
-    );
-    assert_eq!(stopped.code, Some(130), "{stopped:?}");
-    assert!(!image.exists(), "half an image is left");
+}
+
+/// A process that makes `image` with `arguments`, as soon as it is filling it.
+fn filling(image: &Path, arguments: &str) -> Child {
+    let mut child = Command::new(PROGRAM)
+        .args(["create", "--preallocation", "full"])
+        .args(arguments.split_whitespace())
+        .arg(image)
+        .arg("300G")
+        .spawn()
+        .unwrap();
+    let descriptors = format!("/proc/{}/fd", child.id());
+    let device = image.parent().unwrap().metadata().unwrap().dev();
+    let is_growing =
+        |file: Metadata| file.is_file() && file.dev() == device && file.len() > 9 << 20;
+    let begun = || {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        let open = fs::read_dir(&descriptors).unwrap().flatten();
+        open.filter_map(|link| fs::metadata(link.path()).ok()).any(is_growing)
+    };
+    eventually(Duration::from_secs(60), begun, || "nothing is filled".into());
+    child
 }
 
 #[test]
-fn a_file_that_took_the_place_of_half_an_image_stays() {
+fn an_image_that_is_not_filled_to_its_end_never_has_a_name() {
     let lab = Lab::new();
-    let (image, other) = (lab.image("stopped.qcow2"), lab.image("other.qcow2"));
-    fs::write(&other, "other").unwrap();
-    // Once the file grows, the image is open and being filled.
+    let image = lab.image("stopped.qcow2");
+    let other = lab.create("other.qcow2", "1M", "");
+    let before = fs::read(&other).unwrap();
+    for kind in [libc::SIGINT, libc::SIGTERM, libc::SIGKILL] {
+        for (image, arguments) in [(&image, ""), (&other, "--force")] {
+            let mut child = filling(image, arguments);
+            assert!(!lab.image("stopped.qcow2").exists(), "half an image has a name");
+            signal(child.id() as i32, kind);
+            let ended = child.wait().unwrap();
+            let by_itself = (kind != libc::SIGKILL).then_some(128 + kind);
+            assert_eq!(ended.code(), by_itself, "{ended:?}");
+            assert_eq!(fs::read_dir(lab.images()).unwrap().count(), 1, "something is left");
+            assert_same(&fs::read(&other).unwrap(), &before, "what was to be replaced");
+        }
+    }
+}
+
+#[test]
+fn data_files_are_what_qemu_would_make() {
+    let lab = Lab::new();
+    lab.subdirectory("images/data");
+    let (image, data) = (lab.image("disk.qcow2"), lab.image("data/disk.data"));
+    let create = |options: &str| {
+        sh!("$qcow2fs create --data-file data/disk.data {options} {} 1.5M", image.display());
+    };
+    for (options, is_raw, is_mapped) in [
+        ("", false, false),
+        ("--data-file-raw", true, true),
+        ("--preallocation falloc", false, true),
+        ("--data-file-raw --preallocation full", true, true),
+    ] {
+        create(options);
+        let found = info(&image);
+        assert_eq!(found["virtual-size"], 3 << 19, "{options}");
+        let found = &found["format-specific"]["data"];
+        assert_eq!(found["data-file"], "data/disk.data", "{options}");
+        assert_eq!(found["data-file-raw"], is_raw, "{options}");
+        // QEMU takes the name for one in its own working directory.
+        let map = sh!("cd {}; qemu-img map --output=json disk.qcow2", lab.images().display());
+        let map: Value = serde_json::from_str(&map).unwrap();
+        let piece = &map.as_array().unwrap()[0];
+        assert_eq!((&piece["data"], &piece["length"]), (&is_mapped.into(), &(3 << 19).into()));
+        assert_eq!(fs::metadata(&data).unwrap().len(), 3 << 19, "{options}");
+        let has_space = options.contains("preallocation");
+        assert_eq!(allocated(&data) >= 3 << 19, has_space, "{options}: {}", allocated(&data));
+        sh!("$qcow2fs check {}", image.display());
+        fs::remove_file(&image).unwrap();
+        let taken = attempt!("$qcow2fs create --data-file data/disk.data {} 1M", image.display());
+        assert!(taken.code == Some(1) && taken.err.contains("data/disk.data"), "{taken:?}");
+        fs::remove_file(&data).unwrap();
+        assert!(!image.exists());
+    }
+}
+
+#[test]
+fn of_an_interrupted_create_neither_image_nor_data_file_is_left() {
+    let lab = Lab::new();
+    let (image, data) = (lab.image("disk.qcow2"), lab.path("elsewhere.data"));
     let stopped = attempt!(
-        "$qcow2fs create --preallocation full {0} 300G & \
-         for i in $(seq 600); do [ \"$(stat -c %s {0} 2>/dev/null || echo 0)\" -gt 9000000 ] && break; sleep 0.05; done; \
-         mv {1} {0}; kill -INT $!; wait $!",
-        image.display(),
-        other.display()
+        "$qcow2fs create --data-file {data} --preallocation full {image} 300G & \
+         for i in $(seq 600); do [ -s {data} ] && [ $(stat -c %b {data}) -gt 9000 ] && break; sleep 0.05; done; \
+         kill -INT $!; wait $!",
+        data = data.display(),
+        image = image.display()
     );
-    assert_eq!(stopped.code, Some(1), "{stopped:?}");
-    assert!(stopped.err.contains("another file is called"), "{stopped:?}");
-    assert_eq!(fs::read(&image).unwrap(), b"other");
+    assert_eq!(stopped.code, Some(130), "{stopped:?}");
+    assert!(!image.exists() && !data.exists(), "something is left");
 }

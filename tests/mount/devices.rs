@@ -11,16 +11,24 @@ use crate::lab::{allocated, attempt, eventually, is_mounted};
 /// How long the space of a discard may take to come back.
 const RECLAIM_LIMIT: Duration = Duration::from_secs(10);
 
+/// Whoever has just looked what is on a device lets go of it by then.
+const DETACH_LIMIT: Duration = Duration::from_secs(30);
+
 /// A loop device of our own.
 pub struct LoopDevice {
     path: PathBuf,
+    /// The number that the kernel gives to what a device holds: another one as soon as it is
+    /// detached, whoever has it then.
+    sequence: String,
 }
 
 impl LoopDevice {
     /// Sets one up on `file`; `arguments` as `losetup` takes them.
     pub fn attach(file: &Path, arguments: &str) -> LoopDevice {
         let name = sh!("losetup --find --show {arguments} {}", file.display());
-        LoopDevice { path: PathBuf::from(name.trim()) }
+        let mut device = LoopDevice { path: PathBuf::from(name.trim()), sequence: String::new() };
+        device.sequence = device.attribute("diskseq");
+        device
     }
 
     /// One whose I/O goes past the page cache of the mounted file, or not.
@@ -45,16 +53,40 @@ impl LoopDevice {
     /// Detaches and waits until it is done.
     pub fn detach(self) {
         sh!("losetup -d {}", self.path.display());
-        let gone = || self.attribute("loop/backing_file").is_empty();
-        eventually(Duration::from_secs(10), gone, || format!("{} busy", self.path.display()));
+        eventually(DETACH_LIMIT, || !self.is_ours(), || format!("{} busy", self.path.display()));
+    }
+
+    fn is_ours(&self) -> bool {
+        self.attribute("diskseq") == self.sequence
     }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && self.is_ours() {
             attempt(&format!("losetup -d {}", self.path.display()));
         }
+    }
+}
+
+/// A kind of file system: how to make one on a device, and how to judge it.
+pub struct Kind {
+    make: &'static str,
+    judge: &'static str,
+}
+
+pub const EXT4: Kind = Kind { make: "mkfs.ext4 -q", judge: "e2fsck -fn" };
+pub const XFS: Kind = Kind { make: "mkfs.xfs -q", judge: "xfs_repair -n" };
+pub const BTRFS: Kind = Kind { make: "mkfs.btrfs -q", judge: "btrfs check --readonly" };
+
+impl Kind {
+    pub fn make(&self, device: &Path) {
+        sh!("{} {}", self.make, device.display());
+    }
+
+    /// Panics where it is not sound.
+    pub fn judge(&self, device: &Path) {
+        sh!("{} {}", self.judge, device.display());
     }
 }
 

@@ -1,12 +1,16 @@
 //! The directory of images as it is seen through the mount, while it changes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::discards::{open, read_all};
-use crate::lab::{Lab, assert_same, assert_sound, eventually, length, pattern, wait_until_free};
+use crate::lab::{
+    Lab, assert_same, assert_sound, eventually, length, pattern, signal, wait_until_free,
+};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -156,4 +160,61 @@ fn hard_links_are_one_image() {
     drop((first, second));
     mount.umount();
     assert_sound(&image);
+}
+
+#[test]
+fn a_listing_of_a_thousand_images_opens_none_for_writing() {
+    const IMAGES: usize = 1000;
+    let lab = Lab::new();
+    let one = fs::read(lab.create("0.qcow2", "8M", "cluster_size=4k")).unwrap();
+    for number in 1..IMAGES {
+        fs::write(lab.image(&format!("{number}.qcow2")), &one).unwrap();
+    }
+    let stamp = |number: usize| {
+        let found = fs::metadata(lab.image(&format!("{number}.qcow2"))).unwrap();
+        (found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec(), found.len())
+    };
+    let before: Vec<_> = (0..IMAGES).map(stamp).collect();
+    let mount = lab.mount();
+    let trace = lab.path("trace");
+    let mut strace = Command::new("strace")
+        .args(["-f", "-y", "-e", "trace=openat,pread64", "-o"])
+        .args([trace.as_path(), Path::new("-p"), Path::new(&mount.pid().to_string())])
+        .spawn()
+        .expect("tests need strace");
+    let traced = || fs::read_to_string(&trace).unwrap_or_default();
+    // Images are opened by their descriptors.
+    let written = || {
+        let text = traced();
+        let opened = text.lines().filter(|line| line.contains("\"/proc/self/fd/"));
+        opened.filter(|line| line.contains("O_RDWR") || line.contains("O_WRONLY")).count()
+    };
+    let images_read = || {
+        let text = traced();
+        let files =
+            text.lines().filter_map(|line| line.split_once("pread64(")?.1.split('>').next());
+        let images = files.filter(|file| file.ends_with(".qcow2"));
+        images.filter_map(|file| file.rsplit('/').next()).collect::<BTreeSet<_>>().len()
+    };
+    let is_traced = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+        status.contains(&format!("TracerPid:\t{}\n", strace.id()))
+    };
+    eventually(Duration::from_secs(20), is_traced, || "strace does not attach".into());
+    // Who wants the names gets no more; who looks at the second file will look at the others.
+    assert_eq!(sh!("ls {}", mount.point().display()).lines().count(), IMAGES);
+    assert!(fs::metadata(mount.path("0.raw")).is_ok() && images_read() < 2);
+    assert!(fs::metadata(mount.path("1.raw")).is_ok());
+    let soon = Duration::from_secs(60);
+    eventually(soon, || images_read() == IMAGES, || format!("{} are read", images_read()));
+    let listing = sh!("ls -l {}", mount.point().display());
+    assert_eq!(listing.lines().filter(|line| line.contains(" 8388608 ")).count(), IMAGES);
+    assert_eq!(written(), 0);
+    // It would be seen.
+    drop(open(&mount.path("0.raw")));
+    eventually(Duration::from_secs(20), || written() > 0, || "strace sees nothing".into());
+    signal(strace.id() as i32, libc::SIGINT);
+    strace.wait().unwrap();
+    mount.umount();
+    assert!((1..IMAGES).all(|number| stamp(number) == before[number]), "an image has changed");
 }

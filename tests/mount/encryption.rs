@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use super::lab::*;
+use super::terminal::Terminal;
 
 /// The passphrase, long enough to be found nowhere by chance.
 const KEY: &str = "a passphrase that stands nowhere else 7f3d9c";
@@ -207,8 +208,15 @@ fn has_in_memory(pid: i32, needle: &[u8]) -> bool {
     })
 }
 
+/// Kilobytes of a process that are kept out of the swap.
+fn locked_memory(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmLck:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
 /// Best effort: what the processor and the kernel keep is not looked at. With the older method the
-/// passphrase is the master key, too.
+/// passphrase is the master key, too; with LUKS it is forgotten once the image is open.
 #[test]
 fn no_key_is_found_in_memory_after_the_image_is_closed() {
     for format in ["luks", "aes"] {
@@ -221,10 +229,12 @@ fn no_key_is_found_in_memory_after_the_image_is_closed() {
         file.write_all_at(&[1; 70_000], 1000).unwrap();
         file.sync_all().unwrap();
         let key = &KEY.as_bytes()[..16];
-        if format == "aes" {
-            // The first round key is the key: so the search can find something.
-            assert!(has_in_memory(mount.pid(), key), "while it is open");
-        }
+        // The first round key is the key: so the search can find something.
+        assert_eq!(has_in_memory(mount.pid(), key), format == "aes", "{format}, while it is open");
+        assert!(
+            locked_memory(mount.pid()) > 0,
+            "{format}: what it is ciphered with can be swapped"
+        );
         drop(file);
         let is_closed = || mount.status()["images"].as_array().is_none_or(|open| open.is_empty());
         eventually(std::time::Duration::from_secs(20), is_closed, || mount.status().to_string());
@@ -240,6 +250,7 @@ fn no_key_is_found_in_memory_after_the_image_is_closed() {
         };
         let limit = std::time::Duration::from_secs(60);
         eventually(limit, is_gone, || format!("{format}: the key is there after it was closed"));
+        assert_eq!(locked_memory(mount.pid()), 0, "{format}: memory for keys was not given back");
         mount.umount();
     }
 }
@@ -275,4 +286,211 @@ fn encrypted_images_get_no_overlays() {
         }
         mount.umount();
     }
+}
+
+/// Makes the only key slot of a LUKS image ask for so many rounds that to try a key takes as long as it
+/// may.
+fn slow_down(image: &Path) {
+    const ROUNDS_OF_FIRST_SLOT: usize = 212;
+    let mut bytes = fs::read(image).unwrap();
+    let luks = bytes.windows(6).position(|window| window == b"LUKS\xba\xbe").unwrap();
+    let most = (1u32 << 27) - (1 << 22);
+    bytes[luks + ROUNDS_OF_FIRST_SLOT..][..4].copy_from_slice(&most.to_be_bytes());
+    fs::write(image, bytes).unwrap();
+}
+
+/// It takes half a minute or so, and it is opened more often than there are threads for slow requests.
+#[test]
+fn a_key_that_is_being_tried_keeps_no_other_image_waiting() {
+    let lab = Lab::new();
+    let slow = create(&lab, "slow.qcow2", "luks", "4M");
+    slow_down(&slow);
+    create(&lab, "other.qcow2", "luks", "4M");
+    for name in ["plain.qcow2", "open.qcow2"] {
+        lab.create(name, "4M", "");
+    }
+    for name in ["slow", "other"] {
+        key_file(&lab.path(&format!("keys/{name}.key")), KEY);
+    }
+    let mount = lab.mount_with(&format!("--keys {}", lab.path("keys").display()));
+    let (pid, slow) = (mount.pid(), mount.path("slow.raw"));
+    let open = OpenOptions::new().write(true).open(mount.path("open.raw")).unwrap();
+    let openers: Vec<_> = (0..12)
+        .map(|_| {
+            let slow = slow.clone();
+            std::thread::spawn(move || File::open(slow).map(drop))
+        })
+        .collect();
+    let is_tried = || {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let names = threads.map(|thread| fs::read_to_string(thread.path().join("comm")));
+        names.flatten().any(|name| name == "key\n")
+    };
+    eventually(std::time::Duration::from_secs(60), is_tried, || mount.log());
+    assert_eq!(fs::metadata(&slow).unwrap().len(), 4 << 20);
+    assert_eq!(fs::read_dir(mount.path(".snap/slow.raw")).unwrap().count(), 0);
+    open.write_all_at(&[1; 4096], 0).unwrap();
+    open.sync_all().unwrap();
+    for name in ["plain.raw", "other.raw"] {
+        File::open(mount.path(name)).unwrap();
+    }
+    let waiting = openers.iter().filter(|opener| !opener.is_finished()).count();
+    assert_eq!(waiting, openers.len(), "all others waited for a key to be tried");
+    // Nobody waits for the end of that.
+    drop(open);
+    signal(pid, libc::SIGKILL);
+    for opener in openers {
+        assert!(opener.join().unwrap().is_err());
+    }
+}
+
+/// It would not notice, and what is written then would be lost for the right key.
+#[test]
+fn a_new_name_brings_no_other_key_to_an_image_that_would_not_notice() {
+    let lab = Lab::new();
+    let image = create(&lab, "disk.qcow2", "aes", "4M");
+    create(&lab, "luks.qcow2", "luks", "4M");
+    let keys = lab.path("keys");
+    for (name, key) in
+        [("disk", KEY), ("same", KEY), ("other", "quite another"), ("b/disk", "third")]
+    {
+        key_file(&keys.join(format!("{name}.key")), key);
+    }
+    let mount = lab.mount_with(&format!("--keys {}", keys.display()));
+    let [disk, other, same, none] =
+        ["disk.raw", "other.raw", "same.raw", "none.raw"].map(|name| mount.path(name));
+    let refused = |done: std::io::Result<()>| done.unwrap_err().raw_os_error();
+    let file = OpenOptions::new().read(true).write(true).open(&disk).unwrap();
+    file.write_all_at(b"here", 5000).unwrap();
+    assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM), "while it is open");
+    drop(file);
+    assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM));
+    assert_eq!(refused(fs::hard_link(&disk, &other)), Some(libc::EPERM));
+    assert!(mount.log().contains("would get another key"), "{}", mount.log());
+    // The same key, none, and encryption that notices.
+    fs::rename(&disk, &same).unwrap();
+    fs::rename(&same, &none).unwrap();
+    assert_eq!(refusal(&none), Some(libc::ENOKEY));
+    assert_eq!(refused(fs::rename(&none, &other)), Some(libc::EPERM), "from no key to another");
+    key_file(&keys.join("none.key"), KEY);
+    fs::rename(mount.path("luks.raw"), &other).unwrap();
+    let exchange = rustix::fs::RenameFlags::EXCHANGE;
+    let cwd = rustix::fs::CWD;
+    let exchanged = rustix::fs::renameat_with(cwd, &none, cwd, &other, exchange);
+    assert_eq!(exchanged, Err(rustix::io::Errno::PERM));
+    // Directories take all that is in them along.
+    fs::create_dir(mount.path("a")).unwrap();
+    key_file(&keys.join("a/disk.key"), KEY);
+    fs::rename(&none, mount.path("a/disk.raw")).unwrap();
+    assert_eq!(refused(fs::rename(mount.path("a"), mount.path("b"))), Some(libc::EPERM));
+    fs::rename(mount.path("a"), mount.path("c")).unwrap();
+    key_file(&keys.join("c/disk.key"), KEY);
+    let mut bytes = [0; 4];
+    File::open(mount.path("c/disk.raw")).unwrap().read_exact_at(&mut bytes, 5000).unwrap();
+    assert_eq!(&bytes, b"here");
+    mount.umount();
+    fs::rename(lab.image("c/disk.qcow2"), &image).unwrap();
+    assert_eq!(&judged(&image)[5000..5004], b"here");
+}
+
+/// What key files may look like, and be like.
+#[test]
+fn a_key_file_that_is_not_one_is_refused_with_the_reason() {
+    let lab = Lab::new();
+    let luks = create(&lab, "luks.qcow2", "luks", "4M");
+    let aes = create(&lab, "aes.qcow2", "aes", "4M");
+    let key = lab.path("key");
+    let complaint = |image: &Path| {
+        let name = image.file_stem().unwrap().to_str().unwrap();
+        let outcome =
+            attempt!("$qcow2fs info --key-file {name}={} {}", key.display(), image.display());
+        assert_eq!(outcome.err.lines().count(), 1, "{}", outcome.text());
+        outcome.err
+    };
+    for image in [&luks, &aes] {
+        assert!(complaint(image).contains("No such file"), "{}", complaint(image));
+        key_file(&key, "");
+        assert!(complaint(image).contains("the file is empty"), "{}", complaint(image));
+        fs::remove_file(&key).unwrap();
+        fs::create_dir(&key).unwrap();
+        assert!(complaint(image).contains("not a regular file"), "{}", complaint(image));
+        fs::remove_dir(&key).unwrap();
+    }
+    key_file(&key, "another");
+    assert!(complaint(&luks).contains("none of its key slots"), "{}", complaint(&luks));
+    key_file(&key, &format!("{KEY}\n"));
+    assert!(complaint(&aes).contains("ends with a new line"), "{}", complaint(&aes));
+    let right = sh!("$qcow2fs info --key-file luks={} {}", key.display(), luks.display());
+    assert!(right.contains("the key is right"), "{right}");
+    let right = sh!("$qcow2fs check --key-file luks={} {}", key.display(), luks.display());
+    assert!(right.contains("the key is right"), "{right}");
+}
+
+/// An image whose name no other test's has, since attachments are told apart in one place.
+fn unique(lab: &Lab) -> String {
+    lab.path("").file_name().unwrap().to_str().unwrap().replace('.', "-")
+}
+
+/// Asks only where a key is needed, or to be tried; shows nothing of what is typed.
+#[test]
+fn keys_are_asked_for_at_a_terminal() {
+    let lab = Lab::new();
+    let name = unique(&lab);
+    let image = create(&lab, &format!("{name}.qcow2"), "luks", "16M");
+    let path = image.to_str().unwrap();
+    let question = format!("Key for {name}.qcow2: ");
+    let asked = |arguments: &[&str], key: &str| {
+        let mut terminal = Terminal::run(arguments);
+        terminal.answer(&question, key);
+        let (status, shown) = terminal.end();
+        assert!(!shown.contains(key), "{arguments:?} shows the key: {shown}");
+        (status.code(), shown)
+    };
+    for command in ["check", "info", "map"] {
+        let (status, shown) = Terminal::run(&[command, path]).end();
+        assert!(status.success() && !shown.contains("Key for"), "{command}: {shown}");
+    }
+    for command in ["check", "info"] {
+        let (code, shown) = asked(&[command, "--try-key", path], KEY);
+        assert!(code == Some(0) && shown.contains("the key is right"), "{command}: {shown}");
+        let (code, shown) = asked(&[command, "--try-key", path], "wrong");
+        assert!(code == Some(1) && shown.contains("none of its key slots"), "{command}: {shown}");
+    }
+    assert_eq!(asked(&["compact", path], KEY).0, Some(0));
+    assert_eq!(asked(&["resize", path, "+1M"], KEY).0, Some(0));
+    let (code, shown) = asked(&["attach", path], "wrong");
+    assert!(code == Some(1) && shown.contains("none of its key slots"), "{shown}");
+    let (code, shown) = asked(&["attach", path], KEY);
+    let detached = attempt!("$qcow2fs detach {path}");
+    assert!(code == Some(0) && shown.contains("/dev/loop") && detached.ok(), "{shown}");
+    let refused = attempt!("$qcow2fs attach {path}");
+    let line = refused.err.trim();
+    assert!(refused.code == Some(1) && line.contains("there is no key"), "{}", refused.text());
+    assert_eq!(line.lines().count(), 1, "{line}");
+    assert!(attempt!("$qcow2fs detach {path}").code != Some(0), "an attachment was left");
+}
+
+/// The one that is typed is for the backing file.
+#[test]
+fn the_key_of_a_backing_file_is_asked_for_too() {
+    let lab = Lab::new();
+    let name = unique(&lab);
+    let base = create(&lab, "base.qcow2", "luks", "16M");
+    let top = lab.image(&format!("{name}.qcow2"));
+    sh!(
+        "qemu-io --object secret,id=key,data='{KEY}' -c 'write -P 7 0 1M' \
+         --image-opts driver=qcow2,encrypt.key-secret=key,file.filename={}
+         qemu-img create -q -u -f qcow2 -b base.qcow2 -F qcow2 {} 16M",
+        base.display(),
+        top.display()
+    );
+    let mut terminal = Terminal::run(&["attach", top.to_str().unwrap()]);
+    terminal.answer("Key for base.qcow2: ", KEY);
+    let (status, shown) = terminal.end();
+    let device =
+        shown.lines().find_map(|line| line.trim().strip_prefix("/dev/loop")).map(str::to_owned);
+    let first = device.map(|number| sh!("head -c 1M /dev/loop{number} | tr -d '\\007' | wc -c"));
+    attempt!("$qcow2fs detach {}", top.display());
+    assert!(status.success(), "{shown}");
+    assert_eq!(first.as_deref().map(str::trim), Some("0"), "{shown}");
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::devices::{FileSystem, LoopDevice, assert_reclaimed};
+use crate::devices::{BTRFS, EXT4, FileSystem, Kind, LoopDevice, XFS, assert_reclaimed};
 use crate::lab::{
     Lab, allocated, assert_same, assert_sound, eventually, length, pattern, wait_until_free,
 };
@@ -13,20 +13,6 @@ const CLUSTER: u64 = 64 << 10;
 const FILES: u64 = 48;
 const KEPT: u64 = 8;
 const FILE_BYTES: usize = 4 << 20;
-
-/// How to make one kind of file system, and how to judge it; `DEVICE` is replaced.
-struct Kind {
-    make: &'static str,
-    judge: &'static str,
-}
-
-const EXT4: Kind = Kind { make: "mkfs.ext4 -q DEVICE", judge: "e2fsck -fn DEVICE" };
-const XFS: Kind = Kind { make: "mkfs.xfs -q DEVICE", judge: "xfs_repair -n DEVICE" };
-const BTRFS: Kind = Kind { make: "mkfs.btrfs -q DEVICE", judge: "btrfs check --readonly DEVICE" };
-
-fn on_device(script: &str, device: &Path) -> String {
-    sh!("{}", script.replace("DEVICE", device.to_str().unwrap()))
-}
 
 fn file_name(point: &Path, index: u64) -> std::path::PathBuf {
     point.join(format!("file-{index:02}"))
@@ -53,7 +39,7 @@ fn keeps_data_and_returns_space(kind: &Kind, direct_io: bool) {
     let mount = lab.mount();
     let raw = mount.path("disk.raw");
     let device = LoopDevice::with_direct_io(&raw, direct_io);
-    on_device(kind.make, device.path());
+    kind.make(device.path());
     let filesystem = FileSystem::mount(device.path(), lab.subdirectory("fs"));
 
     write_files(filesystem.point());
@@ -68,7 +54,7 @@ fn keeps_data_and_returns_space(kind: &Kind, direct_io: bool) {
     sh!("echo 3 >/proc/sys/vm/drop_caches");
     verify_kept_files(filesystem.point());
     filesystem.umount();
-    on_device(kind.judge, device.path());
+    kind.judge(device.path());
     device.detach();
     mount.umount();
     let (closed, slack) = (length(&image), 2 << 20);
@@ -152,7 +138,7 @@ fn partitions_are_found_and_hold_a_file_system() {
     }
     let there = || partition.exists();
     eventually(std::time::Duration::from_secs(5), there, || "no partition".into());
-    on_device(EXT4.make, &partition);
+    EXT4.make(&partition);
     let filesystem = FileSystem::mount(&partition, lab.subdirectory("fs"));
     write_files(filesystem.point());
     for index in KEPT..FILES {
@@ -162,7 +148,7 @@ fn partitions_are_found_and_hold_a_file_system() {
     assert_reclaimed(&image, &raw, CLUSTER);
     verify_kept_files(filesystem.point());
     filesystem.umount();
-    on_device(EXT4.judge, &partition);
+    EXT4.judge(&partition);
     device.detach();
     mount.umount();
     assert_sound(&image);
@@ -175,7 +161,7 @@ fn a_mount_that_discards_at_once_stays_small() {
     let mount = lab.mount();
     let raw = mount.path("disk.raw");
     let device = LoopDevice::with_direct_io(&raw, true);
-    on_device(EXT4.make, device.path());
+    EXT4.make(device.path());
     let filesystem = FileSystem::mount(device.path(), lab.subdirectory("fs"));
     sh!("mount -o remount,discard {}", filesystem.point().display());
     for round in 0..4 {
@@ -188,7 +174,7 @@ fn a_mount_that_discards_at_once_stays_small() {
     }
     assert_reclaimed(&image, &raw, CLUSTER);
     filesystem.umount();
-    on_device(EXT4.judge, device.path());
+    EXT4.judge(device.path());
     device.detach();
     mount.umount();
     assert_sound(&image);

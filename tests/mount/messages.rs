@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 
+use clap::Command;
+
 use crate::lab::{Lab, Outcome};
 
 /// What no message may say: types, traits and functions of Rust, and how a defect looks.
@@ -123,7 +125,7 @@ fn arguments_that_make_no_sense_are_named() {
         ("info".to_owned(), "IMAGE"),
         ("info --frob x".to_owned(), "--frob"),
         (format!("resize {disk} 10X"), "10X"),
-        (format!("resize {disk} 1.5G"), "1.5G"),
+        (format!("resize {disk} 1.5"), "'1.5'"),
         (format!("resize {disk} 99999999T"), "99999999T"),
         (format!("resize {disk} 1M"), "--shrink"),
         (format!("resize {disk} 8000000T"), "disk.qcow2"),
@@ -153,6 +155,25 @@ fn arguments_that_make_no_sense_are_named() {
         (format!("snapshot apply {disk} no-such"), "no-such"),
         (format!("snapshot delete {disk} no-such"), "no-such"),
         (format!("compact --allow {missing} {disk}"), "missing"),
+        (format!("create --data-file {missing}/x.data {images}/x.qcow2 1G"), "missing/x.data"),
+        (format!("create --data-file disk.qcow2 {images}/x.qcow2 1G"), "disk.qcow2"),
+        (format!("create --data-file-raw {images}/x.qcow2 1G"), "--data-file"),
+        (format!("attach {missing}"), "missing"),
+        (format!("attach {images}"), "neither an image"),
+        (format!("attach {disk} {missing}/point"), "missing/point"),
+        (format!("attach --partition 0 {disk}"), "'0'"),
+        (format!("attach --partition 9 {disk}"), "9"),
+        (format!("detach {missing}"), "attach"),
+        ("detach".to_owned(), "IMAGE"),
+        ("snapshot frob".to_owned(), "'frob'"),
+        (format!("mount --ephemeral {images} {}", lab.point().display()), "--overlay"),
+        (format!("mount --overlay {missing} {images} {}", lab.point().display()), "missing"),
+        (format!("mount --keys {missing} {images} {}", lab.point().display()), "missing"),
+        (format!("mount --key-file abc {images} {}", lab.point().display()), "NAME=FILE"),
+        (format!("mount --unconfined frob {images} {}", lab.point().display()), "'frob'"),
+        (format!("mount --log-file {missing}/log {images} {}", lab.point().display()), "missing"),
+        (format!("mount --create-cluster-size 3K {images} {}", lab.point().display()), "3072"),
+        (format!("mount -o create_compression=lzo {images} {}", lab.point().display()), "'lzo'"),
     ] {
         let script = format!("$qcow2fs {arguments}");
         check(&script, &attempt!("{script}"), about);
@@ -178,5 +199,82 @@ fn an_image_in_use_is_said_to_be_with_who_uses_it() {
     let script = format!("$qcow2fs create --force {} 1G", image.display());
     assert!(check(&script, &attempt!("{script}"), "disk.qcow2").contains("in use"));
     drop(file);
+    mount.umount();
+}
+
+/// The commands that do something by themselves, with the words that call them: `snapshot list`.
+fn commands() -> Vec<(String, Command)> {
+    let with_name = |command: &Command, before: &str| {
+        (format!("{before}{}", command.get_name()), command.clone())
+    };
+    let program = qcow2fs::cli::command();
+    let mut all = Vec::new();
+    for command in program.get_subcommands() {
+        let (name, _) = with_name(command, "");
+        let beneath: Vec<_> = command.get_subcommands().collect();
+        match beneath.is_empty() {
+            true => all.push((name, command.clone())),
+            false => {
+                let before = format!("{name} ");
+                all.extend(beneath.into_iter().map(|command| with_name(command, &before)));
+            }
+        }
+    }
+    all
+}
+
+fn has_json(command: &Command) -> bool {
+    command.get_arguments().any(|argument| argument.get_long() == Some("json"))
+}
+
+#[test]
+fn every_command_has_help_and_names_an_option_that_it_does_not_know() {
+    let all = commands();
+    assert!(all.len() > 14, "{}", all.len());
+    for (name, _) in all {
+        let help = attempt!("$qcow2fs {name} --help");
+        assert!(help.ok() && help.err.is_empty(), "{name}: {help:?}");
+        assert!(help.out.contains(&format!("Usage: qcow2fs {name}")), "{name}: {}", help.out);
+        assert!(!help.out.contains('\x1b'), "{name}: colours where there is no terminal");
+        let on_terminal =
+            sh!("TERM=xterm NO_COLOR=1 script -qec '$qcow2fs {name} --help' /dev/null");
+        assert!(!on_terminal.contains("\x1b[3"), "{name}: {on_terminal:?}");
+        let script = format!("$qcow2fs {name} --frobnicate");
+        let outcome = attempt!("{script}");
+        check(&script, &outcome, "--frobnicate");
+        assert_eq!(outcome.code, Some(2), "{name}");
+    }
+}
+
+#[test]
+fn what_is_json_is_json_and_nothing_else() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let (image, point) = (image.display(), mount.point().display());
+    // An attachment is made and undone elsewhere: `attach.rs` reads its JSON.
+    let scripts = BTreeMap::from([
+        ("attach", String::new()),
+        ("check", format!("check --json {image}")),
+        ("compact", format!("compact --dry-run --json {image}")),
+        ("info", format!("info --json {image}")),
+        ("map", format!("map --json {image}")),
+        ("snapshot list", format!("snapshot list --json {image}")),
+        ("status", format!("status --json {point}")),
+    ]);
+    let with_json = commands().into_iter().filter(|(_, command)| has_json(command));
+    let names: Vec<_> = with_json.map(|(name, _)| name).collect();
+    let mut known: Vec<_> = scripts.keys().copied().collect();
+    known.sort_by_key(|name| names.iter().position(|other| other == name));
+    assert_eq!(names, known, "commands with --json");
+    for script in scripts.values().filter(|script| !script.is_empty()) {
+        // How far it is goes to the other output.
+        let on_terminal = format!("script -qec '$qcow2fs {script} 2>/dev/null' /dev/null");
+        for run in [format!("$qcow2fs {script}"), on_terminal] {
+            let text = sh!("export TERM=xterm; {run}");
+            let parsed: Result<serde_json::Value, _> = serde_json::from_str(&text);
+            assert!(parsed.is_ok(), "{run}: {text:?}");
+        }
+    }
     mount.umount();
 }

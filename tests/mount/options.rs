@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
 use crate::discards::{open, read_all};
@@ -58,6 +59,29 @@ fn other_users_read_only_where_allowed() {
     assert_eq!(metadata.permissions().mode() & 0o027, 0, "umask=027");
     sh!("{NOBODY} head -c 1 {}", raw.display());
     mount.umount();
+}
+
+/// `status` and `metrics` tell the names of images.
+#[test]
+fn who_may_not_list_the_images_may_not_read_their_status() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "4M", "");
+    for (owner, mode, may_read) in
+        [("0:0", "755", true), ("0:0", "700", false), ("65534:0", "500", true)]
+    {
+        sh!("chown {owner} {0}; chmod {mode} {0}", lab.images().display());
+        let mount = lab.mount_with("-o allow_other");
+        for name in ["status", "metrics"] {
+            let file = mount.path(".qcow2fs").join(name);
+            let read = attempt!("{NOBODY} cat {}", file.display());
+            assert_eq!(read.ok(), may_read, "{name}, {owner} {mode}: {}", read.text());
+            sh!("cat {}", file.display());
+        }
+        let ordered =
+            attempt!("{NOBODY} tee {} < /dev/null", mount.path(".qcow2fs/control").display());
+        assert!(!ordered.ok(), "{}", ordered.text());
+        mount.umount();
+    }
 }
 
 #[test]
@@ -303,6 +327,46 @@ fn a_second_sigterm_saves_everything_and_goes() {
     drop(file);
     assert_same(&guest_bytes(&image)[..2 << 20], &data, "after two SIGTERMs");
     assert_sound(&image);
+}
+
+/// Writes the `index`th 4 KiB of each 32 until that fails; how many there were.
+fn write_on(file: &File, index: u64, one: &[u8]) -> u64 {
+    (0..).take_while(|n| file.write_all_at(one, (n * 8 + index) * 4096).is_ok()).count() as u64
+}
+
+#[test]
+fn what_was_acknowledged_before_the_second_sigterm_is_in_the_image() {
+    const WRITERS: u64 = 4;
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "64G", "");
+    let mount = lab.mount();
+    let files: Vec<File> = (0..WRITERS).map(|_| open(&mount.path("disk.raw"))).collect();
+    let one = pattern(8, 4096);
+    let written: Vec<u64> = thread::scope(|scope| {
+        let one = &one;
+        let write = |(index, file)| scope.spawn(move || write_on(file, index, one));
+        let writers: Vec<_> = (0..).zip(&files).map(write).collect();
+        signal(mount.pid(), libc::SIGTERM);
+        let stays = || mount.log().contains("is busy, still serving it");
+        eventually(Duration::from_secs(30), stays, || mount.log());
+        signal(mount.pid(), libc::SIGTERM);
+        writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+    });
+    wait_for_end(mount.pid());
+    drop(files);
+    assert!(written.iter().all(|count| *count > 0), "{written:?}");
+    assert_sound(&image);
+    let again = lab.mount();
+    let file = open(&again.path("disk.raw"));
+    for (index, count) in (0..).zip(written) {
+        for n in 0..count {
+            let mut found = vec![0; one.len()];
+            file.read_exact_at(&mut found, (n * 8 + index) * 4096).unwrap();
+            assert_same(&found, &one, &format!("write {n} of {count} by writer {index}"));
+        }
+    }
+    drop(file);
+    again.umount();
 }
 
 #[test]

@@ -181,6 +181,7 @@ impl Client {
             image: self.file.inner.clone(),
             data: None,
             steps: self.steps.lock().clone(),
+            struck: 0,
         };
         let directory = scratch();
         let rng = Rng::new(1);

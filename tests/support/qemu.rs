@@ -99,14 +99,17 @@ impl Shape {
     }
 
     /// The same shape, encrypted in some way one time in `n`.
-    pub fn encrypted_one_in(mut self, n: u64, rng: &mut Rng) -> Self {
-        if rng.one_in(n) {
-            self.encryption = Encryption::random(rng);
-            // What QEMU then allocates reads as anything, for it as for us.
-            self.preallocation = "off";
-            if self.data_file == DataFile::Raw {
-                self.data_file = DataFile::Plain;
-            }
+    pub fn encrypted_one_in(self, n: u64, rng: &mut Rng) -> Self {
+        if rng.one_in(n) { self.encrypted(Encryption::random(rng)) } else { self }
+    }
+
+    /// The same shape, encrypted.
+    pub fn encrypted(mut self, encryption: Encryption) -> Self {
+        self.encryption = encryption;
+        // What QEMU then allocates reads as anything, for it as for us.
+        self.preallocation = "off";
+        if self.data_file == DataFile::Raw {
+            self.data_file = DataFile::Plain;
         }
         self
     }

@@ -6,7 +6,7 @@
 //! fails halfway. What somebody else has undone meanwhile is left alone.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,7 +17,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::loop_device::LoopDevice;
-use crate::cli::{busy, umount, unmounting};
+use crate::cli::{busy, keys, umount, unmounting};
+use crate::crypt::Secret;
 
 /// Where attachments are recorded. Gone after a restart, as they are.
 pub(super) const DIRECTORY: &str = "/run/qcow2fs/attached";
@@ -154,11 +155,16 @@ impl Attachment {
     }
 
     /// The next step: a mount that shows nothing but the image; `arguments` are further ones of
-    /// `qcow2fs mount`.
+    /// `qcow2fs mount`, and `typed` are keys for it.
     ///
     /// # Errors
     /// A line for a person.
-    pub(super) fn mount_image(&mut self, image: &Path, arguments: &[String]) -> Result<(), String> {
+    pub(super) fn mount_image(
+        &mut self,
+        image: &Path,
+        arguments: &[String],
+        typed: &[(PathBuf, Secret)],
+    ) -> Result<(), String> {
         let mountpoint = self.directory.join("raw");
         fs::DirBuilder::new()
             .mode(0o700)
@@ -167,7 +173,12 @@ impl Attachment {
         let program = std::env::current_exe().map_err(|e| format!("finding this program: {e}"))?;
         let mut mount = Command::new(program);
         mount.arg("mount").args(arguments).arg(image).arg(&mountpoint);
-        run(mount)?;
+        if typed.is_empty() {
+            run(mount)?;
+        } else {
+            mount.arg("--typed-keys");
+            run_with(mount, &keys::packed(typed))?;
+        }
         let raw = Path::new(image.file_name().unwrap_or_default()).with_extension("raw");
         self.record.raw = mountpoint.join(raw);
         self.record.own_mount = Some(mountpoint);
@@ -292,10 +303,21 @@ impl Mounted {
 }
 
 /// Runs a command that says in one line what is wrong.
-fn run(mut command: Command) -> Result<(), String> {
+fn run(command: Command) -> Result<(), String> {
+    run_with(command, b"")
+}
+
+/// The same, with something to read.
+fn run_with(mut command: Command, input: &[u8]) -> Result<(), String> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).output();
-    let output = output.map_err(|e| format!("running {name}: {e}"))?;
+    let failed = |e: io::Error| format!("running {name}: {e}");
+    command.stdin(if input.is_empty() { Stdio::null() } else { Stdio::piped() });
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;
+    if let Some(mut pipe) = child.stdin.take() {
+        // One that does not read it says why it has ended.
+        let _ = pipe.write_all(input);
+    }
+    let output = child.wait_with_output().map_err(failed)?;
     if output.status.success() {
         return Ok(());
     }

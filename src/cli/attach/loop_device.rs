@@ -63,15 +63,21 @@ impl LoopDevice {
     /// A line for a person.
     pub(super) fn set_up(file: &Path, read_only: bool) -> Result<LoopDevice, String> {
         let shown = file.display();
-        let backing =
-            File::options().read(true).write(!read_only).open(file).map_err(|e| {
-                match e.raw_os_error() {
-                    Some(libc::EROFS) => {
-                        format!("{shown} can only be read: attach it with --read-only")
-                    }
-                    _ => format!("opening {shown}: {e}; `qcow2fs status` or the log say more"),
+        let backing = File::options().read(true).write(!read_only).open(file).map_err(
+            |e| match e.raw_os_error() {
+                Some(libc::EROFS) => {
+                    format!("{shown} can only be read: attach it with --read-only")
                 }
-            })?;
+                Some(libc::ENOKEY) => format!(
+                    "{shown} is encrypted, or what it is based on, and there is no key: give it \
+                         with --key-file or --keys, or at a terminal"
+                ),
+                Some(libc::EKEYREJECTED) => {
+                    format!("the key of {shown} is wrong; the log says more")
+                }
+                _ => format!("opening {shown}: {e}; `qcow2fs status` or the log say more"),
+            },
+        )?;
         let control = File::options().read(true).write(true).open("/dev/loop-control");
         let control = control.map_err(|e| {
             format!("opening /dev/loop-control: {e}: load the kernel module `loop`")

@@ -14,6 +14,7 @@ pub(super) use attachment::{Attachment, Turn};
 use loop_device::{LoopDevice, listed};
 
 use super::{keys, shown, signals};
+use crate::catalog::Typed;
 
 const EXAMPLES: &str = "Examples:
   qcow2fs attach images/disk.qcow2 /mnt/disk                  # no mount needed before
@@ -121,12 +122,13 @@ impl Target {
 
 fn attach(args: &Args, target: &Target) -> Result<String, String> {
     let mountpoint = args.mountpoint.as_deref().map(existing).transpose()?;
+    let typed = typed_keys(args, target)?;
     let _turn = Turn::wait()?;
     refuse_second(target)?;
     let thread = |e| format!("starting a thread: {e}");
     let stop = signals::block().note().map_err(thread)?;
     let mut attachment = Attachment::begin(Some(target.image().to_owned()))?;
-    match set_up(&mut attachment, args, target, mountpoint, &stop) {
+    match set_up(&mut attachment, args, target, (mountpoint, typed), &stop) {
         Ok(place) => Ok(report(&attachment, &place, args.json)),
         Err(line) => Err(match attachment.take_down() {
             Ok(()) => line,
@@ -135,12 +137,20 @@ fn attach(args: &Args, target: &Target) -> Result<String, String> {
     }
 }
 
+/// What has to be asked for at the terminal, before anybody waits for this command: the mount of a
+/// single image is made in the background, where nobody can be asked.
+fn typed_keys(args: &Args, target: &Target) -> Result<Typed, String> {
+    let Target::Image(image) = target else { return Ok(Typed::default()) };
+    let allowed = args.allow.iter().map(|path| super::mount::allowed(path));
+    keys::typed_ahead(&args.keys, image, &allowed.collect::<Result<Vec<_>, _>>()?)
+}
+
 /// Does one step after the other; returns the device or partition that is meant.
 fn set_up(
     attachment: &mut Attachment,
     args: &Args,
     target: &Target,
-    mountpoint: Option<PathBuf>,
+    (mountpoint, typed): (Option<PathBuf>, Typed),
     stop: &AtomicI32,
 ) -> Result<PathBuf, String> {
     let go_on = || match stop.load(Ordering::Acquire) {
@@ -150,7 +160,8 @@ fn set_up(
     let raw = match target {
         Target::Raw { raw, .. } => raw.clone(),
         Target::Image(image) => {
-            attachment.mount_image(image, &plan::image_arguments(args)?)?;
+            let typed = typed.take_all();
+            attachment.mount_image(image, &plan::image_arguments(args)?, &typed)?;
             attachment.record.raw.clone()
         }
     };

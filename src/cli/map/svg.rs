@@ -21,6 +21,15 @@ const HEAD: usize = 66;
 const LINE: usize = 20;
 /// Entries of the legend in a line.
 const LEGEND_COLUMNS: usize = 5;
+/// What changes where people look at light letters on dark pages. Viewers that know nothing of this
+/// show the attributes.
+const DARK: &str = "<style>@media (prefers-color-scheme: dark) {\
+    .page { fill: #0d1117; stroke: #30363d } .text { fill: #e6edf3 } .less { fill: #9aa5b1 } \
+    .hole { fill: #222931 } .free { fill: #6e7781 } }</style>";
+
+/// Letters, and those that say less.
+const TEXT: &str = "class=\"text\" fill=\"#1c2733\"";
+const LESS: &str = "class=\"less\" fill=\"#4a5560\"";
 
 /// Draws the picture of the image `name`.
 pub(super) fn draw(name: &str, view: &View, picture: &Picture) -> String {
@@ -35,20 +44,31 @@ pub(super) fn draw(name: &str, view: &View, picture: &Picture) -> String {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
          viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, 'DejaVu Sans', sans-serif\" \
-         font-size=\"13\" role=\"img\">\n<title>{title}</title>\n<rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
+         font-size=\"13\" role=\"img\">\n<title>{title}</title>\n{DARK}\n"
     );
+    page(&mut svg, width, height);
     head(&mut svg, name, view, picture);
     blocks(&mut svg, picture);
     legend(&mut svg, &kinds, view, legend_top, width);
     for (number, line) in summary.iter().enumerate() {
-        text(&mut svg, (MARGIN, text_top + 12 + number * LINE), "fill=\"#4a5560\"", line);
+        text(&mut svg, (MARGIN, text_top + 12 + number * LINE), LESS, line);
     }
     svg + "</svg>\n"
 }
 
+/// What all lies on, with a fine line around it.
+fn page(svg: &mut String, width: usize, height: usize) {
+    let (width, height) = (width - 1, height - 1);
+    let _ = writeln!(
+        svg,
+        "<rect class=\"page\" x=\"0.5\" y=\"0.5\" width=\"{width}\" height=\"{height}\" rx=\"6\" \
+         fill=\"#ffffff\" stroke=\"#d0d7de\"/>"
+    );
+}
+
 fn head(svg: &mut String, name: &str, view: &View, picture: &Picture) {
-    let bold = "font-size=\"17\" font-weight=\"600\" fill=\"#1c2733\"";
-    text(svg, (MARGIN, 32), bold, name);
+    let bold = format!("font-size=\"17\" font-weight=\"600\" {TEXT}");
+    text(svg, (MARGIN, 32), &bold, name);
     let line = format!(
         "disk {} · file {} · on the host {} · one block is {}",
         size::show(view.survey.virtual_size),
@@ -56,7 +76,7 @@ fn head(svg: &mut String, name: &str, view: &View, picture: &Picture) {
         size::show(view.on_host()),
         size::show(picture.block())
     );
-    text(svg, (MARGIN, 52), "fill=\"#4a5560\"", &line);
+    text(svg, (MARGIN, 52), LESS, &line);
 }
 
 /// Each block is filled from the left with what is in it, as much of each as there is.
@@ -90,7 +110,7 @@ fn blocks(svg: &mut String, picture: &Picture) {
     for kind in Kind::ALL {
         let path = &paths[kind as usize];
         if !path.is_empty() {
-            let _ = writeln!(svg, "<path fill=\"{}\" d=\"{path}\"/>", colour(kind));
+            let _ = writeln!(svg, "<path {} d=\"{path}\"/>", colour(kind));
         }
     }
 }
@@ -102,11 +122,11 @@ fn legend(svg: &mut String, kinds: &[Kind], view: &View, top: usize, width: usiz
         let y = top + number / LEGEND_COLUMNS * (LINE + 2);
         let _ = writeln!(
             svg,
-            "<rect x=\"{x}\" y=\"{y}\" width=\"12\" height=\"12\" rx=\"2\" fill=\"{}\"/>",
+            "<rect x=\"{x}\" y=\"{y}\" width=\"12\" height=\"12\" rx=\"2\" {}/>",
             colour(*kind)
         );
         let line = format!("{} {}", kind.name(), size::show(view.bytes[*kind as usize]));
-        text(svg, (x + 18, y + 11), "fill=\"#1c2733\"", &line);
+        text(svg, (x + 18, y + 11), TEXT, &line);
     }
 }
 
@@ -135,17 +155,18 @@ fn escape(text: &str) -> String {
     escaped
 }
 
+/// Its attributes.
 fn colour(kind: Kind) -> &'static str {
     match kind {
-        Kind::Metadata => "#e3a52c",
-        Kind::Data => "#2f7fd1",
-        Kind::Shared => "#8a5fb8",
-        Kind::Compressed => "#1f9e8f",
-        Kind::Unwritten => "#a9cdf0",
-        Kind::Junk => "#d8504a",
-        Kind::Ready => "#d9bfae",
-        Kind::Free => "#a8b1ba",
-        Kind::Hole => "#edf0f3",
+        Kind::Metadata => "fill=\"#e3a52c\"",
+        Kind::Data => "fill=\"#2f7fd1\"",
+        Kind::Shared => "fill=\"#8a5fb8\"",
+        Kind::Compressed => "fill=\"#1f9e8f\"",
+        Kind::Unwritten => "fill=\"#a9cdf0\"",
+        Kind::Junk => "fill=\"#d8504a\"",
+        Kind::Ready => "fill=\"#d9bfae\"",
+        Kind::Free => "class=\"free\" fill=\"#a8b1ba\"",
+        Kind::Hole => "class=\"hole\" fill=\"#edf0f3\"",
     }
 }
 

@@ -511,9 +511,13 @@ impl Image {
         self.tell(writer, &compaction);
     }
 
-    /// Ends a pass that is under way: the image is being closed.
+    /// Ends a pass that is under way: it was told to, or the image is being closed.
     pub(super) fn stop_compacting(&self, writer: &Writer) {
-        self.end_moves(writer, &mut writer.compaction.lock());
+        let mut compaction = writer.compaction.lock();
+        if self.end_moves(writer, &mut compaction) {
+            // Nobody has flushed: whoever changes snapshots next has to.
+            compaction.note_moved();
+        }
     }
 
     /// Ends a pass that is under way; whether anything may have moved since this was last asked. A

@@ -29,11 +29,11 @@ impl Image {
             self.note(self.apply_held(writer, &snapshot))?
         };
         // Nothing on disk leads there any more.
-        let dropped = self
-            .drop_references(writer, &old_l1)
-            .map_err(|e| e.context("the snapshot is applied, clusters of the old disk are leaked"));
-        self.note(dropped)?;
-        self.flush()
+        let dropped =
+            self.drop_references(writer, &old_l1).and_then(|()| self.flush()).map_err(|e| {
+                e.context("the snapshot is applied, clusters of the old disk may be leaked")
+            });
+        self.note(dropped)
     }
 
     /// Bytes of the disk that a snapshot holds.

@@ -91,6 +91,7 @@ impl Image {
             self.raise_references(writer, &l1)?;
             self.undo_raise(writer, &l1, u64::MAX);
         }
+        writer.trusted.forget_all();
         self.tables.share_tables(l1.len());
         self.share_entries(writer, &l1, &snapshot)?;
         self.raise_references(writer, &l1)?;

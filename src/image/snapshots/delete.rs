@@ -30,9 +30,9 @@ impl Image {
                 let used = (0u64..).zip(&l1).filter(|(_, raw)| **raw != 0);
                 self.mark_own(writer, used.map(|(index, _)| index))
             })
+            .and_then(|()| self.flush())
             .map_err(|e| e.context("the snapshot is deleted, clusters of it may be leaked"));
-        self.note(dropped)?;
-        self.flush()
+        self.note(dropped)
     }
 
     /// Takes the entry out of sight, so that nobody opens it any more.

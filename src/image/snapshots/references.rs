@@ -107,7 +107,7 @@ impl Image {
         let mut changed = false;
         match self.tables.table_state(first)? {
             TableState::Absent => return Ok(()),
-            TableState::Own => {}
+            TableState::Own(_) => {}
             TableState::Shared(table) => {
                 if writer.refcounts.get(table)? != 1 {
                     return Ok(());

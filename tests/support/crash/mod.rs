@@ -11,6 +11,7 @@
 // Every test program that searches compiles this for itself and uses its own part of it.
 #![allow(dead_code)]
 
+mod faults;
 pub mod history;
 pub mod saved;
 pub mod search;
@@ -121,6 +122,7 @@ impl Campaign {
                 record(&made, files, &snapshots, self.plan, &mut rng).map_err(trouble)?
             }
         };
+        tally.struck += recorded.struck;
         let search = Search::new(
             &made,
             &recorded,

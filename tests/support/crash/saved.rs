@@ -82,5 +82,5 @@ pub fn load(path: &str) -> Recorded {
         let file = if file == 0 { &image } else { data.as_ref().unwrap() };
         file.append(entry.into()).unwrap();
     }
-    Recorded { image, data, steps: saved.steps.into_iter().collect() }
+    Recorded { image, data, steps: saved.steps.into_iter().collect(), struck: 0 }
 }

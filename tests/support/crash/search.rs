@@ -36,6 +36,8 @@ const STATES_OF_RECOVERY: u64 = 16;
 #[derive(Default, Debug)]
 pub struct Tally {
     pub histories: u64,
+    /// Operations of the host that failed in them.
+    pub struck: u64,
     pub points: u64,
     /// Points all of whose files were looked at, but for torn writes.
     pub exhausted: u64,
@@ -417,7 +419,7 @@ impl<'a> Search<'a> {
         snapshots: &Snapshots,
     ) -> Result<(), String> {
         self.tally.recovered[self.depth] += 1;
-        let plan = Plan { mix: self.mix, actions: (0, 8), threads: false };
+        let plan = Plan { mix: self.mix, actions: (0, 8), threads: false, faults: false };
         let mut rng = Rng::new(self.rng.next());
         let recorded = record(self.made, crashed.fork(), snapshots, plan, &mut rng)
             .map_err(|e| format!("working on it: {e}"))?;

@@ -1,0 +1,95 @@
+use std::thread;
+
+use super::*;
+use crate::format::Header;
+use crate::storage::testing::MemoryStorage;
+use crate::tables::MetadataMap;
+
+const CLUSTER: u64 = 4096;
+/// All clusters that the one refcount block counts.
+const CLUSTERS: u64 = CLUSTER / 2;
+/// The header, the refcount table and the block, and an L1 table.
+const METADATA: u64 = 4;
+
+/// A recycler of a file of data, all clusters of which have refcount `count`.
+fn recycler(count: u16) -> (Arc<MemoryStorage>, Recycler) {
+    let storage = MemoryStorage::new(vec![7; (CLUSTERS * CLUSTER) as usize]);
+    let mut header = vec![0; 512];
+    for (at, bytes) in [
+        (0, &b"QFI\xfb\0\0\0\x03"[..]),
+        (20, &12u32.to_be_bytes()),
+        (24, &(1u64 << 20).to_be_bytes()),
+        (36, &1u32.to_be_bytes()),
+        (40, &(3 * CLUSTER).to_be_bytes()),
+        (48, &CLUSTER.to_be_bytes()),
+        (56, &1u32.to_be_bytes()),
+        (96, &4u32.to_be_bytes()),
+        (100, &104u32.to_be_bytes()),
+    ] {
+        header[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    let header = Header::parse(&header).unwrap();
+    let mut table = vec![0; CLUSTER as usize];
+    table[..8].copy_from_slice(&(2 * CLUSTER).to_be_bytes());
+    storage.write_at(&table, CLUSTER).unwrap();
+    storage.write_at(&count.to_be_bytes().repeat(CLUSTERS as usize), 2 * CLUSTER).unwrap();
+    let storage = Arc::new(storage);
+    let metadata = Arc::new(MetadataMap::new(u64::MAX));
+    let refcounts = Refcounts::open(storage.clone(), &header, metadata).unwrap();
+    (storage.clone(), Recycler::new(header.geometry, storage, Arc::new(refcounts), 0))
+}
+
+fn free_from_two_threads(recycler: &Recycler) {
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| while recycler.free_some().unwrap() {});
+        }
+    });
+}
+
+fn assert_all_is_free_and_a_hole(storage: &MemoryStorage, recycler: &Recycler) {
+    assert_eq!(recycler.counts(), StateCounts::default());
+    for cluster in METADATA..CLUSTERS {
+        assert_eq!(recycler.refcounts.get(HostCluster(cluster)).unwrap(), 0, "{cluster}");
+    }
+    let data = storage.seek_data(METADATA * CLUSTER).unwrap();
+    assert_eq!(data, None, "freed and not punched");
+}
+
+#[test]
+fn the_last_of_two_threads_that_drop_a_reference_punches() {
+    let (storage, recycler) = recycler(2);
+    for cluster in METADATA..CLUSTERS {
+        (0..2).for_each(|_| recycler.drop_shared(HostCluster(cluster)));
+    }
+    recycler.seal();
+    recycler.settle(true);
+    free_from_two_threads(&recycler);
+    assert_all_is_free_and_a_hole(&storage, &recycler);
+}
+
+#[test]
+fn a_released_cluster_that_is_counted_more_often_is_punched_with_its_last_reference() {
+    let (storage, recycler) = recycler(3);
+    recycler.release(METADATA..CLUSTERS);
+    for cluster in METADATA..CLUSTERS {
+        (0..2).for_each(|_| recycler.drop_shared(HostCluster(cluster)));
+    }
+    recycler.seal();
+    recycler.settle(true);
+    free_from_two_threads(&recycler);
+    assert_all_is_free_and_a_hole(&storage, &recycler);
+    assert_eq!(recycler.work_done().freed, (CLUSTERS - METADATA) * CLUSTER);
+}
+
+#[test]
+fn what_is_still_referenced_keeps_its_data() {
+    let (storage, recycler) = recycler(2);
+    recycler.drop_shared(HostCluster(9));
+    recycler.seal();
+    recycler.settle(true);
+    free_from_two_threads(&recycler);
+    assert_eq!(recycler.refcounts.get(HostCluster(9)).unwrap(), 1);
+    assert_eq!(storage.seek_data(9 * CLUSTER).unwrap(), Some(9 * CLUSTER));
+    assert_eq!(recycler.work_done(), WorkDone::default());
+}

@@ -1,0 +1,166 @@
+//! COPIED flags that their refcounts contradict, made by hand: nothing is written or given back that
+//! somebody else may have, the request fails, and the image says so. No search runs beside it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use qcow2fs::ErrorKind;
+use qcow2fs::format::{COPIED, Header, INCOMPATIBLE_CORRUPT};
+use qcow2fs::image::{CreateOptions, Image, Options};
+use qcow2fs::storage::Storage;
+use qcow2fs::storage::testing::MemoryStorage;
+
+const CLUSTER: u64 = 16 << 10;
+const OFFSETS: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Nothing happens but what is asked for.
+fn alone() -> Options {
+    Options {
+        writable: true,
+        keep_erased: 0,
+        return_leaks: false,
+        threads: false,
+        ..Options::default()
+    }
+}
+
+/// An image whose first two clusters are written, half of each.
+struct Victim {
+    file: MemoryStorage,
+    extended_l2: bool,
+}
+
+impl Victim {
+    fn new(extended_l2: bool) -> Victim {
+        let file = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            virtual_size: 64 * CLUSTER,
+            cluster_size: CLUSTER,
+            extended_l2,
+            ..CreateOptions::default()
+        };
+        Image::create(&*file, &options).unwrap();
+        let image = Image::open(file.clone(), &alone()).unwrap();
+        for guest in 0..2 {
+            image.write(guest * CLUSTER, &[7; CLUSTER as usize / 2]).unwrap();
+        }
+        image.close().unwrap();
+        Victim { file: file.fork(), extended_l2 }
+    }
+
+    fn word(&self, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.file.read_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    }
+
+    fn header(&self) -> Header {
+        Header::parse(&self.file.contents()).unwrap()
+    }
+
+    /// Where the only L2 table is.
+    fn table(&self) -> u64 {
+        self.word(self.header().l1_table_offset.0) & OFFSETS
+    }
+
+    /// Where the data of a guest cluster is; its flag is set.
+    fn data(&self, guest: u64) -> u64 {
+        let entry = self.word(self.table() + guest * if self.extended_l2 { 16 } else { 8 });
+        assert_ne!(entry & COPIED, 0, "{entry:#x}");
+        entry & OFFSETS
+    }
+
+    /// The image with another refcount for what is at `host`: 16 bits, in the first block.
+    fn with_refcount(&self, host: u64, count: u16) -> Arc<MemoryStorage> {
+        let file = self.file.fork();
+        let block = self.word(self.header().refcount_table_offset.0);
+        file.write_at(&count.to_be_bytes(), block + host / CLUSTER * 2).unwrap();
+        Arc::new(file)
+    }
+}
+
+type Act = fn(&Image) -> qcow2fs::Result<()>;
+
+/// What goes by the flag of the first cluster.
+const ACTS: [(&str, Act); 6] = [
+    ("a write in place", |image| image.write(512, &[1; 512])),
+    ("a write of all", |image| image.write(0, &[1; CLUSTER as usize])),
+    ("a discard of a part", |image| image.discard(512..1024)),
+    ("a discard of a subcluster", |image| image.discard(0..1024)),
+    ("a discard of all", |image| image.discard(0..CLUSTER)),
+    ("zeroing", |image| image.write_zeroes(0..CLUSTER)),
+];
+
+/// Does `act` to the image, which must fail and change none of the bytes of `kept`.
+fn assert_refused(what: &str, file: &Arc<MemoryStorage>, act: Act, kept: Range<u64>) {
+    let image = Image::open(file.clone(), &alone()).unwrap();
+    let error = act(&image).expect_err(what);
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}");
+    assert_eq!(error.errno(), libc::EIO, "{what}");
+    assert!(!image.is_writable(), "{what}");
+    let status = image.status().unwrap();
+    assert!(status.health.contains("refcount"), "{what}: {}", status.health);
+    // What is read is still what it was.
+    let mut read = vec![0; CLUSTER as usize];
+    for guest in 0..2 {
+        image.read(guest * CLUSTER, &mut read).unwrap();
+        let (written, rest) = read.split_at(CLUSTER as usize / 2);
+        assert!(written.iter().all(|byte| *byte == 7), "{what}: guest cluster {guest}");
+        assert!(rest.iter().all(|byte| *byte == 0), "{what}: guest cluster {guest}");
+    }
+    let _says_so_again = image.close();
+    let mut after = vec![0; (kept.end - kept.start) as usize];
+    file.read_at(&mut after, kept.start).unwrap();
+    assert!(after[..CLUSTER as usize / 2].iter().all(|byte| *byte == 7), "{what}: the data");
+    let header = Header::parse(&file.contents()).unwrap();
+    assert_ne!(header.incompatible_features & INCOMPATIBLE_CORRUPT, 0, "{what}");
+}
+
+#[test]
+fn what_is_marked_as_referenced_once_and_counted_otherwise_is_not_changed() {
+    for extended_l2 in [false, true] {
+        let victim = Victim::new(extended_l2);
+        let data = victim.data(0);
+        for count in [0, 2, 3] {
+            for (what, act) in ACTS {
+                let what = format!("{what}, refcount {count}, subclusters {extended_l2}");
+                let file = victim.with_refcount(data, count);
+                assert_refused(&what, &file, act, data..data + CLUSTER);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_table_that_is_marked_as_referenced_once_and_counted_otherwise_is_not_changed() {
+    for extended_l2 in [false, true] {
+        let victim = Victim::new(extended_l2);
+        let (table, data) = (victim.table(), victim.data(0));
+        let acts: [(&str, Act); 2] = [
+            ("a new cluster", |image| image.write(9 * CLUSTER, &[1; 512])),
+            ("a discard of all", |image| image.discard(0..CLUSTER)),
+        ];
+        for count in [2, 3] {
+            for (what, act) in acts {
+                let what = format!("{what}, refcount {count}, subclusters {extended_l2}");
+                let file = victim.with_refcount(table, count);
+                assert_refused(&what, &file, act, data..data + CLUSTER);
+                let mut entries = vec![0; CLUSTER as usize];
+                file.read_at(&mut entries, table).unwrap();
+                let mut before = vec![0; CLUSTER as usize];
+                victim.file.read_at(&mut before, table).unwrap();
+                assert!(entries == before, "{what}: the table was changed");
+            }
+        }
+    }
+}
+
+/// A table that is counted nowhere looks free, and may be overwritten in a moment.
+#[test]
+fn a_table_that_looks_free_is_not_changed() {
+    let victim = Victim::new(false);
+    let (table, data) = (victim.table(), victim.data(0));
+    let file = victim.with_refcount(table, 0);
+    let act: Act = |image| image.write(9 * CLUSTER, &[1; 512]);
+    assert_refused("a new cluster", &file, act, data..data + CLUSTER);
+}
