@@ -524,12 +524,6 @@ impl Recycler {
         self.opened + Duration::from_millis(self.last_allocation_ms.load(Ordering::Relaxed))
     }
 
-    /// Whether a client has allocated at `then` or later.
-    pub fn has_allocated_since(&self, then: Instant) -> bool {
-        // It is known to the millisecond.
-        self.last_allocation() + Duration::from_millis(1) > then
-    }
-
     /// When the pool is given up, if nobody allocates until then.
     pub fn pool_idle_at(&self) -> Option<Instant> {
         let has_one = self.pool_wanted.load(Ordering::Relaxed) || self.map.lock().pool_from(0) > 0;
