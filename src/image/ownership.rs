@@ -43,7 +43,7 @@ impl Image {
     /// they are changed in place or given back.
     ///
     /// # Errors
-    /// `Corrupt` where a refcount is not 1, host errors.
+    /// `Corrupt` where a refcount is 0, host errors.
     pub(super) fn check_copied(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
         // Nothing is counted in a data file.
         if self.data.is_external || writer.trusted.has(&clusters) {
