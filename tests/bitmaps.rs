@@ -10,9 +10,9 @@ mod support;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qcow2fs::format::{BitmapsExtension, EXTENSION_BITMAPS};
 use qcow2fs::image::{Beside, Image, Options};
@@ -20,60 +20,10 @@ use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
     Entry, FailingStorage, Fate, Fault, MemoryStorage, Operation, RecordingStorage,
 };
-use support::bitmaps::{bitmaps, header};
+use support::bitmaps::{bitmaps, dirty_by_qemu, header};
 use support::qemu::{self, DataFile, Shape};
 use support::rng::Rng;
 use support::{busy, for_seeds, host_file, open_read_only, scratch, verify, verify_clean};
-
-/// A qemu-nbd that serves one bitmap to one client.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The bytes of the disk that bitmap `name` has as dirty, as QEMU's NBD server tells its clients.
-fn dirty_by_qemu(image: &Path, name: &str) -> Vec<Range<u64>> {
-    // QEMU lists a bitmap that records only where it may write.
-    let (copy, socket) = (image.with_extension("copy"), image.with_extension("socket"));
-    std::fs::copy(image, &copy).unwrap();
-    let child = Command::new("qemu-nbd")
-        .args(["-f", "qcow2", "-B", name, "-k"])
-        .args([&socket, &copy])
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
-    let server = Server(child);
-    let started = Instant::now();
-    while !socket.exists() {
-        assert!(started.elapsed() < Duration::from_secs(20), "qemu-nbd does not serve {name}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let path = socket.display();
-    let map = qemu::run(
-        Command::new("qemu-img").args(["map", "--output=json", "--image-opts"]).arg(format!(
-            "driver=nbd,server.type=unix,server.path={path},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-        )),
-    );
-    drop(server);
-    std::fs::remove_file(&copy).unwrap();
-    let _ = std::fs::remove_file(&socket);
-    let extents: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
-    let number = |extent: &serde_json::Value, field: &str| extent[field].as_u64().unwrap();
-    let dirty = extents.iter().filter(|extent| extent["data"] == false);
-    let mut ranges: Vec<Range<u64>> = Vec::new();
-    for extent in dirty {
-        let (start, length) = (number(extent, "start"), number(extent, "length"));
-        match ranges.last_mut() {
-            Some(last) if last.end == start => last.end += length,
-            _ => ranges.push(start..start + length),
-        }
-    }
-    ranges
-}
 
 /// The bytes of a disk of `size` bytes that these granules are.
 fn ranges(granules: &BTreeSet<u64>, granularity: u64, size: u64) -> Vec<Range<u64>> {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use qcow2fs::check;
 use qcow2fs::image::{CompactAfter, Image, Options};
+use support::bitmaps::dirty_by_qemu;
 use support::qemu;
 use support::rng::Rng;
 use support::{Watchdog, host_file, scratch};
@@ -365,7 +366,7 @@ fn bitmaps_at_the_end_of_the_file_move_with_their_content() {
         let commands = [format!("write -P {} {} 9000", 1 + at, at * MIB + 4096)];
         qemu::io(&disk.path, &commands);
     }
-    let recorded = dirty(&disk.path);
+    let recorded = dirty_by_qemu(&disk.path, "b");
     assert!(recorded.len() > 10, "{recorded:?}");
     qemu_bitmap(&["--disable"]);
     let image = disk.open(&Options { compact_after: CompactAfter::Off, ..eager() });
@@ -377,32 +378,7 @@ fn bitmaps_at_the_end_of_the_file_move_with_their_content() {
     image.close().unwrap();
     assert_short(&disk.path, 64 << 10);
     qemu::assert_same(&disk.path, &expected);
-    assert_eq!(dirty(&disk.path), recorded);
-}
-
-/// What the bitmap `b` of an image has recorded, as QEMU tells it over NBD.
-fn dirty(path: &Path) -> Vec<String> {
-    let socket = path.with_extension("socket");
-    let mut server = Command::new("qemu-nbd")
-        .args(["-r", "-f", "qcow2", "-B", "b", "-k"])
-        .arg(&socket)
-        .arg(path)
-        .spawn()
-        .unwrap();
-    wait_until("a socket", || socket.exists().then_some(()).ok_or_else(String::new));
-    let options = format!(
-        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:b",
-        socket.display()
-    );
-    let map = qemu::run(Command::new("qemu-img").args([
-        "map",
-        "--output=json",
-        "--image-opts",
-        &options,
-    ]));
-    let _ended = server.kill();
-    server.wait().unwrap();
-    map.lines().filter(|line| line.contains("\"data\": false")).map(String::from).collect()
+    assert_eq!(dirty_by_qemu(&disk.path, "b"), recorded);
 }
 
 #[test]

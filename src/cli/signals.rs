@@ -11,7 +11,7 @@ use super::unmounting::{self, Served};
 use crate::catalog::Catalog;
 
 /// How long requests that are under way are waited for.
-pub(super) const CLOSING: Duration = Duration::from_secs(10);
+const CLOSING: Duration = Duration::from_secs(10);
 
 /// The signals, kept from every thread that is started after [`block`].
 pub(super) struct Signals(libc::sigset_t);

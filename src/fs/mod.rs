@@ -210,9 +210,9 @@ fn answer_created(made: Result<Created>, reply: ReplyCreate) {
     }
 }
 
-/// Whether a file opened with these flags bypasses the page cache. One that is only written would be
-/// written twice as fast so (`scripts/bench --jobs dd`), but who maps the disk meanwhile could write
-/// an old page back over what was written past it.
+/// Whether a file opened with these flags bypasses the page cache. One that is only written might do
+/// without it, too; but who maps the disk meanwhile could write an old page back over what was written
+/// past it.
 fn bypasses(flags: i32) -> bool {
     flags & libc::O_DIRECT != 0
 }

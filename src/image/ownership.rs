@@ -1,11 +1,11 @@
 //! COPIED flags, looked at before they are believed.
 //!
-//! A flag says that nothing else refers to a cluster, so that it may be written in place. Where the
-//! refcount says otherwise, such a write would change what a snapshot has too, or a cluster that is
-//! free and may be somebody else's in a moment. So before the first change that goes by a flag the
-//! refcount is looked at, once for each cluster: afterwards the flag and the refcount are this
-//! program's own doing. Two references to a cluster that is counted once are not seen here, but by
-//! the search after the open ([`super::leaks`]).
+//! A flag says that a cluster is in use by one reference alone, so that it may be written in place.
+//! Where its refcount is 0, such a write would change a cluster that is free and may be somebody else's
+//! in a moment. So before the first change that goes by a flag the refcount is looked at, once for each
+//! cluster: afterwards the flag and the refcount are this program's own doing. Refcounts that are too
+//! high, and two references to a cluster that is counted once, are not seen here, but by the search
+//! after the open ([`super::leaks`]).
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use super::{Image, Writer};
 use crate::error::Result;
 use crate::format::HostCluster;
 
-/// Clusters whose flag and refcount were seen to agree.
+/// Clusters whose refcount was looked at.
 ///
 /// Lock order: a leaf.
 #[derive(Debug, Default)]
@@ -39,19 +39,14 @@ impl Trusted {
 }
 
 impl Image {
-    /// Sees to it that nothing but the entry that marks them as its own refers to `clusters`, before
-    /// they are changed in place or given back.
+    /// Sees to it that `clusters`, which an entry marks as its own, are in use, before they are changed
+    /// in place or given back.
     ///
     /// # Errors
     /// `Corrupt` where a refcount is 0, host errors.
     pub(super) fn check_copied(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
         // Nothing is counted in a data file.
-        if self.data.is_external || writer.trusted.has(&clusters) {
-            return Ok(());
-        }
-        clusters.clone().try_for_each(|cluster| self.check_own(writer, HostCluster(cluster)))?;
-        writer.trusted.add(clusters);
-        Ok(())
+        if self.data.is_external { Ok(()) } else { self.check_counted(writer, clusters) }
     }
 
     /// The same for an L2 table.
@@ -59,20 +54,19 @@ impl Image {
     /// # Errors
     /// Those of [`Image::check_copied`].
     pub(super) fn check_own_table(&self, writer: &Writer, table: HostCluster) -> Result<()> {
-        let cluster = table.0..table.0 + 1;
-        if !writer.trusted.has(&cluster) {
-            self.check_own(writer, table)?;
-            writer.trusted.add(cluster);
-        }
-        Ok(())
+        self.check_counted(writer, table.0..table.0 + 1)
     }
 
-    fn check_own(&self, writer: &Writer, cluster: HostCluster) -> Result<()> {
-        match writer.refcounts.get(cluster)? {
-            0 => Err(self.uncounted(cluster)),
-            // A higher count is left to the search for leaks: beside snapshots that come and go it was
-            // seen for a moment where nothing was wrong.
-            _ => Ok(()),
+    fn check_counted(&self, writer: &Writer, clusters: Range<u64>) -> Result<()> {
+        if writer.trusted.has(&clusters) {
+            return Ok(());
         }
+        for cluster in clusters.clone().map(HostCluster) {
+            if writer.refcounts.get(cluster)? == 0 {
+                return Err(self.uncounted(cluster));
+            }
+        }
+        writer.trusted.add(clusters);
+        Ok(())
     }
 }

@@ -213,16 +213,18 @@ impl Image {
         table: HostCluster,
     ) -> Result<bool> {
         let shared = TableState::Shared(table);
-        match writer.refcounts.get(table)? {
-            0 => return Err(self.uncounted(table)),
+        // Others hold clusters of the table, too. Who has unshared it meanwhile has let go of it: it
+        // may be free by now, or anything else.
+        let bytes = match self.read_shared_table(writer, table) {
+            Ok(Some(bytes)) => bytes,
             // It is ours, only the flag was missing.
-            1 => {
+            Ok(None) => {
                 let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
                 return self.tables.install_table(cluster, table, shared, order);
             }
-            _ => {}
-        }
-        let bytes = self.tables.read_table(table)?;
+            Err(_) if self.tables.table_state(cluster)? != shared => return Ok(false),
+            Err(e) => return Err(e),
+        };
         let rooted = writer.recycler.take(1)?;
         let copy = rooted.first();
         self.write_host(&bytes, self.geometry.host_offset(copy).0)?;
@@ -234,6 +236,15 @@ impl Image {
             self.drop_reference(writer, table)?;
         }
         Ok(installed)
+    }
+
+    /// An L2 table that is not marked as ours alone; `None` where nothing else refers to it.
+    fn read_shared_table(&self, writer: &Writer, table: HostCluster) -> Result<Option<Vec<u8>>> {
+        match writer.refcounts.get(table)? {
+            0 => Err(self.uncounted(table)),
+            1 => Ok(None),
+            _ => self.tables.read_table(table).map(Some),
+        }
     }
 
     /// Writes `data` at `at` into a cluster that may not be written in place: it is not marked as
@@ -484,4 +495,40 @@ pub(super) fn is_all_zero(bytes: &[u8]) -> bool {
     let (chunks, rest) = bytes.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
         && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::super::{CreateOptions, Options};
+    use super::*;
+    use crate::storage::testing::MemoryStorage;
+
+    #[test]
+    fn a_table_that_somebody_else_has_unshared_meanwhile_is_looked_up_again() {
+        let storage = Arc::new(MemoryStorage::new(Vec::new()));
+        let created = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        Image::create(&*storage, &created).unwrap();
+        let options = Options { writable: true, threads: false, ..Options::default() };
+        let image = Image::open(storage, &options).unwrap();
+        let writer = image.writer().unwrap();
+        image.write(0, b"old").unwrap();
+        image.take_snapshot(b"s").unwrap();
+        let cluster = GuestCluster(1);
+        let TableState::Shared(table) = image.tables.table_state(cluster).unwrap() else {
+            panic!("a snapshot shares no table");
+        };
+        // The other one is through, whatever that leads to.
+        image.write(0, b"new").unwrap();
+        image.delete_snapshot(b"s").unwrap();
+        let later = Instant::now() + Duration::from_secs(60);
+        while image.recycle(later).unwrap() {}
+        assert_eq!(writer.refcounts.get(table).unwrap(), 0);
+        assert!(!image.unshare_table(writer, cluster, table).unwrap());
+        image.close().unwrap();
+    }
 }

@@ -39,7 +39,15 @@ fn recycler(count: u16) -> (Arc<MemoryStorage>, Recycler) {
     (storage.clone(), Recycler::new(header.geometry, storage, Arc::new(refcounts), 0))
 }
 
-fn free_from_two_threads(recycler: &Recycler) {
+fn drop_two_references_to_each(recycler: &Recycler) {
+    for cluster in METADATA..CLUSTERS {
+        (0..2).for_each(|_| recycler.drop_shared(HostCluster(cluster)));
+    }
+}
+
+fn settle_and_free_from_two_threads(recycler: &Recycler) {
+    recycler.seal();
+    recycler.settle(true);
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| while recycler.free_some().unwrap() {});
@@ -59,12 +67,8 @@ fn assert_all_is_free_and_a_hole(storage: &MemoryStorage, recycler: &Recycler) {
 #[test]
 fn the_last_of_two_threads_that_drop_a_reference_punches() {
     let (storage, recycler) = recycler(2);
-    for cluster in METADATA..CLUSTERS {
-        (0..2).for_each(|_| recycler.drop_shared(HostCluster(cluster)));
-    }
-    recycler.seal();
-    recycler.settle(true);
-    free_from_two_threads(&recycler);
+    drop_two_references_to_each(&recycler);
+    settle_and_free_from_two_threads(&recycler);
     assert_all_is_free_and_a_hole(&storage, &recycler);
 }
 
@@ -72,12 +76,8 @@ fn the_last_of_two_threads_that_drop_a_reference_punches() {
 fn a_released_cluster_that_is_counted_more_often_is_punched_with_its_last_reference() {
     let (storage, recycler) = recycler(3);
     recycler.release(METADATA..CLUSTERS);
-    for cluster in METADATA..CLUSTERS {
-        (0..2).for_each(|_| recycler.drop_shared(HostCluster(cluster)));
-    }
-    recycler.seal();
-    recycler.settle(true);
-    free_from_two_threads(&recycler);
+    drop_two_references_to_each(&recycler);
+    settle_and_free_from_two_threads(&recycler);
     assert_all_is_free_and_a_hole(&storage, &recycler);
     assert_eq!(recycler.work_done().freed, (CLUSTERS - METADATA) * CLUSTER);
 }
@@ -86,9 +86,7 @@ fn a_released_cluster_that_is_counted_more_often_is_punched_with_its_last_refere
 fn what_is_still_referenced_keeps_its_data() {
     let (storage, recycler) = recycler(2);
     recycler.drop_shared(HostCluster(9));
-    recycler.seal();
-    recycler.settle(true);
-    free_from_two_threads(&recycler);
+    settle_and_free_from_two_threads(&recycler);
     assert_eq!(recycler.refcounts.get(HostCluster(9)).unwrap(), 1);
     assert_eq!(storage.seek_data(9 * CLUSTER).unwrap(), Some(9 * CLUSTER));
     assert_eq!(recycler.work_done(), WorkDone::default());

@@ -554,10 +554,11 @@ impl Tables {
             return Ok(());
         }
         self.misses.add(1);
-        let bytes = self.read_slice(key, size, spare.take())?;
+        let bytes = self.read_slice(key, size, spare.take());
         let mut state = self.state.write();
+        // What is no table any more may not even be in the file.
         if is_valid(&state)? {
-            *spare = state.cache.insert(key, bytes);
+            *spare = state.cache.insert(key, bytes?);
         }
         Ok(())
     }

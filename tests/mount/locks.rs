@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::discards::{open, read_all};
@@ -10,42 +9,24 @@ use crate::lab::{Lab, assert_sound, eventually, signal, wait_until_free};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A qemu-nbd that serves `image` on a socket, as a VM would hold it.
-pub struct Nbd {
-    child: Child,
-    socket: PathBuf,
-}
+#[path = "../support/nbd.rs"]
+mod nbd;
+
+/// A qemu-nbd that serves an image, as a VM would hold it.
+pub struct Nbd(nbd::Nbd);
 
 impl Nbd {
     pub fn hold(image: &Path, arguments: &[&str], socket: PathBuf) -> Nbd {
-        let child = Command::new("qemu-nbd")
-            .args(["--persistent", "-f", "qcow2", "-k"])
-            .arg(&socket)
-            .args(arguments)
-            .arg(image)
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("qemu-nbd starts");
-        let nbd = Nbd { child, socket };
-        eventually(SOON, || nbd.socket.exists(), || "qemu-nbd does not listen".into());
+        let nbd = nbd::Nbd::serve(image, arguments, socket);
         // It listens before it opens the image, and answers after.
-        sh!("timeout 60 qemu-img info 'nbd+unix:///?socket={}'", nbd.socket.display());
-        nbd
+        sh!("timeout 60 qemu-img info 'nbd+unix:///?socket={}'", nbd.socket().display());
+        Nbd(nbd)
     }
 
     pub fn end(mut self) {
-        signal(self.child.id() as i32, libc::SIGTERM);
-        let ended = || self.child.try_wait().unwrap().is_some();
+        signal(self.0.child.id() as i32, libc::SIGTERM);
+        let ended = || self.0.child.try_wait().unwrap().is_some();
         eventually(SOON, ended, || "qemu-nbd does not end".into());
-    }
-}
-
-impl Drop for Nbd {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            signal(self.child.id() as i32, libc::SIGKILL);
-        }
-        let _ = fs::remove_file(&self.socket);
     }
 }
 

@@ -1,11 +1,17 @@
 //! The persistent dirty bitmaps of an image, as they stand in its file.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
 
 use qcow2fs::format::{
     BitmapBits, BitmapEntry, BitmapsExtension, EXTENSION_BITMAPS, Header, bitmap_directory,
 };
 use qcow2fs::storage::Storage;
+
+use super::nbd::Nbd;
+use super::qemu;
 
 /// A bitmap as it stands in a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,4 +65,32 @@ fn find(file: &dyn Storage, header: &Header, entry: BitmapEntry) -> Found {
         found.granules.extend(set.map(|n| first + n).take_while(|n| *n < last));
     }
     found
+}
+
+/// The bytes of the disk that bitmap `name` has as dirty, as QEMU's NBD server tells its clients.
+pub fn dirty_by_qemu(image: &Path, name: &str) -> Vec<Range<u64>> {
+    // QEMU lists a bitmap that records only where it may write.
+    let (copy, socket) = (image.with_extension("copy"), image.with_extension("socket"));
+    std::fs::copy(image, &copy).unwrap();
+    let server = Nbd::serve(&copy, &["-B", name], socket);
+    let path = server.socket().display();
+    let map = qemu::run(
+        Command::new("qemu-img").args(["map", "--output=json", "--image-opts"]).arg(format!(
+            "driver=nbd,server.type=unix,server.path={path},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
+        )),
+    );
+    drop(server);
+    std::fs::remove_file(&copy).unwrap();
+    let extents: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
+    let number = |extent: &serde_json::Value, field: &str| extent[field].as_u64().unwrap();
+    let dirty = extents.iter().filter(|extent| extent["data"] == false);
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for extent in dirty {
+        let (start, length) = (number(extent, "start"), number(extent, "length"));
+        match ranges.last_mut() {
+            Some(last) if last.end == start => last.end += length,
+            _ => ranges.push(start..start + length),
+        }
+    }
+    ranges
 }

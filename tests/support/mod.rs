@@ -7,6 +7,7 @@
 pub mod bitmaps;
 pub mod luks;
 pub mod made;
+pub mod nbd;
 pub mod oracle;
 pub mod qemu;
 pub mod rng;
