@@ -13,6 +13,8 @@ mod support;
 
 #[path = "omissions/interrupted.rs"]
 mod interrupted;
+#[path = "omissions/repair.rs"]
+mod repair;
 
 use interrupted::{Layout, Other};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,6 +51,8 @@ enum Ground {
     Bitmap,
     /// The header has autoclear bits that nobody knows.
     Autoclear,
+    /// A damaged image is repaired.
+    Repair,
 }
 
 /// What is special about random histories.
@@ -93,7 +97,7 @@ fn ground(rule: Rule) -> Ground {
         | Rule::AllocatedBeforeEntry
         | Rule::FileReachesAllocated
         | Rule::CopyBeforeEntry => Kind::Writes,
-        Rule::MoveBeforeEntry => Kind::Moves,
+        Rule::MoveBeforeEntry | Rule::LinksInTurn | Rule::BlocksMoveInTurn => Kind::Moves,
         Rule::L1BeforeHeader
         | Rule::L1SwitchBeforeReuse
         | Rule::CutBeforeSize
@@ -107,8 +111,15 @@ fn ground(rule: Rule) -> Ground {
         | Rule::SnapshotsBeforeHeader
         | Rule::SnapshotSwitchBeforeReuse
         | Rule::AppliedBeforeHeader
+        | Rule::DiskBeforeSnapshot
+        | Rule::DiskBeforeApplied
+        | Rule::DropsBeforeApplied
         | Rule::AppliedSwitchBeforeReuse => Kind::Snapshots,
-        Rule::MoveBeforeWord | Rule::WordsBeforeTableMove => Kind::MovesOfSnapshots,
+        Rule::MoveBeforeWord
+        | Rule::WordsBeforeTableMove
+        | Rule::WordsBeforePass
+        | Rule::WordsBeforeReread
+        | Rule::TablesBeforeStructures => Kind::MovesOfSnapshots,
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
@@ -119,6 +130,7 @@ fn ground(rule: Rule) -> Ground {
         Rule::LinksBeforePlaces | Rule::UnlinkedPlacesWait => {
             return Ground::Compaction(Layout::TablesFirst, Other::Writes);
         }
+        Rule::LeftPlacesWait => return Ground::Compaction(Layout::TablesFirst, Other::Frees),
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
@@ -129,6 +141,7 @@ fn ground(rule: Rule) -> Ground {
         Rule::StatesSynced => return Ground::PoolOfOldData,
         Rule::BitmapsMarkedFirst => return Ground::Bitmap,
         Rule::AutoclearFirst => return Ground::Autoclear,
+        Rule::RepairedCountsBeforeFlags | Rule::RepairSynced => return Ground::Repair,
     })
 }
 
@@ -205,6 +218,7 @@ fn search(ground: Ground, seed: u64, tally: &mut Tally) -> Option<String> {
         Ground::PoolOfOldData => interrupted::pool_of_old_data(tally),
         Ground::Bitmap => interrupted::bitmap(tally),
         Ground::Autoclear => interrupted::autoclear(tally),
+        Ground::Repair => repair::cut_off(tally),
     }));
     // What this program asserts of itself finds it too.
     found.unwrap_or_else(|_| Err("a panic".into())).err()
@@ -264,6 +278,8 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::PoolOfOldData,
         Ground::Bitmap,
         Ground::Autoclear,
+        Ground::Repair,
+        Ground::Compaction(Layout::TablesFirst, Other::Frees),
     ];
     let mut tally = Tally::default();
     for ground in random.into_iter().chain(directed) {

@@ -178,7 +178,8 @@ impl Refcounts {
         }
         for index in 0..state.table.len() {
             let place = state.table[index] >> self.geometry.cluster_bits();
-            if place >= from && self.counts_unlinked(&state, index) {
+            let waits = Rule::BlocksMoveInTurn.is_kept() && self.counts_unlinked(&state, index);
+            if place >= from && waits {
                 continue;
             }
             if place >= from && self.move_block(&mut state, index, place, from)? {

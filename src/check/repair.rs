@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::{
     Geometry, Header, HostOffset, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, refcount,
 };
+use crate::rules::Rule;
 use crate::storage::Storage;
 
 /// What a repair may do.
@@ -86,6 +87,7 @@ impl Repairs<'_> {
         }
         if before.report.corruptions == before.wrong_flags {
             self.set_flags(&header, |_| true)?;
+            sync(self.storage, Rule::RepairSynced)?;
         }
         Ok(header)
     }
@@ -93,6 +95,7 @@ impl Repairs<'_> {
     /// The order is what makes it safe: a flag is cleared before a refcount can say 2 and set after
     /// a refcount durably says 1.
     fn all(&self, header: Header, before: &Examination) -> Result<Header> {
+        // Building anew syncs them before the new counts are in force.
         self.set_flags(&header, WrongFlag::is_set)?;
         let header = if before.needs_rebuild {
             rebuild(self.storage, &header, self.references)?
@@ -101,22 +104,20 @@ impl Repairs<'_> {
             header
         };
         self.set_flags(&header, |_| true)?;
+        sync(self.storage, Rule::RepairSynced)?;
         Ok(header)
     }
 
-    /// Makes those wrong COPIED flags right that `which` picks, durably.
+    /// Makes those wrong COPIED flags right that `which` picks; not synced.
     fn set_flags(&self, header: &Header, which: impl Fn(&WrongFlag) -> bool) -> Result<()> {
         let references = self.references;
         let refcount = |cluster| Ok(Some(references.get(cluster)));
-        let mut any = false;
         copied::for_each_wrong(self.storage, header, references, &(), refcount, |wrong| {
             if which(&wrong) {
-                any = true;
                 write(self.storage, &wrong.right.to_be_bytes(), wrong.at, "a table entry")?;
             }
             Ok(())
-        })?;
-        if any { sync(self.storage) } else { Ok(()) }
+        })
     }
 
     /// Lowers every refcount that is too high, durably, and gives the space of the clusters that
@@ -148,7 +149,7 @@ impl Repairs<'_> {
         })?;
         sector.write(self.storage)?;
         punch(self.storage, freed)?;
-        sync(self.storage)
+        sync(self.storage, Rule::RepairedCountsBeforeFlags)
     }
 }
 
@@ -202,7 +203,10 @@ fn forget_preallocations(
     for &at in &references.bad_preallocations {
         write(storage, &reads_as_zeros.to_be_bytes(), at, "an L2 entry")?;
     }
-    if references.bad_preallocations.is_empty() { Ok(()) } else { sync(storage) }
+    match references.bad_preallocations.is_empty() {
+        true => Ok(()),
+        false => sync(storage, Rule::RepairSynced),
+    }
 }
 
 /// Clears incompatible features, durably.
@@ -214,7 +218,7 @@ fn clear_features(storage: &dyn Storage, header: &Header, features: u64) -> Resu
     let (compatible, autoclear) = (header.compatible_features, header.autoclear_features);
     let patch = Header::patch_features(incompatible, compatible, autoclear);
     write(storage, &patch.bytes, patch.offset, "the header")?;
-    sync(storage)
+    sync(storage, Rule::RepairSynced)
 }
 
 /// Gives a range back to the host. A host that cannot keeps it; that is no error.
@@ -231,6 +235,9 @@ fn write(storage: &dyn Storage, bytes: &[u8], at: HostOffset, what: &str) -> Res
     storage.write_at(bytes, at.0).map_err(|e| Error::io(format!("writing {what} at {at}"), e))
 }
 
-fn sync(storage: &dyn Storage) -> Result<()> {
+fn sync(storage: &dyn Storage, rule: Rule) -> Result<()> {
+    if !rule.is_kept() {
+        return Ok(());
+    }
     storage.sync().map_err(|e| Error::io("syncing the image", e))
 }

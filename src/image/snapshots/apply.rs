@@ -61,9 +61,11 @@ impl Image {
                 format!("snapshot {} has a size of {size} bytes", snapshot.label()),
             ));
         }
-        self.flush_held(writer)?;
+        if Rule::DiskBeforeApplied.is_kept() {
+            self.flush_held(writer)?;
+        }
         // What was dropped is no longer counted: a refcount of 1 later on means one reference.
-        while writer.recycler.free_some()? {}
+        while Rule::DropsBeforeApplied.is_kept() && writer.recycler.free_some()? {}
 
         // Without what lies past the end of the disk: the state of a virtual machine.
         let mut l1 = read_l1(&*self.storage, &self.geometry, snapshot)?;
