@@ -135,6 +135,15 @@ impl Tables {
         self.metadata.insert(new);
     }
 
+    /// Makes L1 entry `index` point to no table. The caller holds all that the table maps exclusively,
+    /// which is nothing, and gives its cluster back.
+    pub fn remove_table(&self, index: u64) {
+        let mut state = self.state.write();
+        let Some(entry) = state.l1.get_mut(index as usize) else { return };
+        *entry = 0;
+        state.l1_dirty.insert(index as usize / L1_ENTRIES_PER_SECTOR);
+    }
+
     /// Writes `write`, a few bytes within one sector of other metadata, along with the tables at
     /// the next flush.
     pub fn write_along(&self, write: Write) {
