@@ -409,8 +409,8 @@ impl Recycler {
     }
 
     /// See [`ClusterMap::pending_drops`].
-    pub fn pending_drops(&self) -> HashMap<u64, u64> {
-        self.map.lock().pending_drops()
+    pub fn pending_drops(&self, clusters: &Range<u64>) -> HashMap<u64, u64> {
+        self.map.lock().pending_drops(clusters)
     }
 
     /// Punches and frees one run of released clusters; `false` when there is none.
@@ -539,14 +539,19 @@ impl Recycler {
         self.pool_wanted.store(false, Ordering::Relaxed);
         self.pool_size.store(self.max_pool.min(MIN_POOL), Ordering::Relaxed);
         self.tail_may_be_free.store(true, Ordering::Relaxed);
-        let pool = self.map.lock().take_pool_from(0);
-        pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))
+        self.release_pool_from(0)
     }
 
-    /// Frees clusters of the pool.
-    fn release_unused(&self, clusters: Range<u64>) -> Result<()> {
-        self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
-        self.refcounts.release(clusters)
+    /// Frees the clusters of the pool that lie at or after `from`. After an error those that it did not
+    /// come to are released, and freed another time.
+    fn release_pool_from(&self, from: u64) -> Result<()> {
+        let mut pool = self.map.lock().take_pool_from(from).into_iter();
+        let freed = pool.by_ref().try_for_each(|clusters| {
+            self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
+            self.refcounts.release(clusters)
+        });
+        pool.for_each(|clusters| self.map.lock().release(clusters));
+        freed
     }
 
     /// How many clusters have become free since the image was opened.
@@ -569,8 +574,7 @@ impl Recycler {
         let end = self.refcounts.used_end(|cluster| self.map.lock().is_in_pool(cluster))?;
         let spare = self.map.lock().pool_from(end);
         if spare > 0 && self.refcounts.has_free_before(end, spare)? {
-            let pool = self.map.lock().take_pool_from(end);
-            pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))?;
+            self.release_pool_from(end)?;
             self.wake.wake();
         }
         let cut = self.refcounts.cut_tail()?;
@@ -585,8 +589,7 @@ impl Recycler {
     /// Host errors.
     pub fn give_back(&self) -> Result<()> {
         while self.free_some()? {}
-        let pool = self.map.lock().take_pool_from(0);
-        pool.into_iter().try_for_each(|clusters| self.refcounts.release(clusters))?;
+        self.release_pool_from(0)?;
         let cut = self.refcounts.cut_tail()?;
         self.work.cut.fetch_add(cut, Ordering::Relaxed);
         Ok(())

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::occupancy::Occupancy;
 use super::{Compaction, Pass, Purpose};
 use crate::error::{Error, Result};
-use crate::format::{HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
+use crate::format::{COPIED, HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
 use crate::image::write::is_all_zero;
 use crate::image::{Image, Writer};
 use crate::recycler::Rooted;
@@ -300,8 +300,9 @@ impl Image {
             writer.refcounts.raise(cluster, one.paths - 1)?;
         }
         let place = self.geometry.host_offset(cluster).0;
-        let edits =
-            one.entries.iter().map(|&(table, raw)| (table, raw, raw & !OFFSET_MASK | place));
+        // Where it is shared a flag would be wrong, and the new cluster may be trusted.
+        let replaced = if one.paths > 1 { OFFSET_MASK | COPIED } else { OFFSET_MASK };
+        let edits = one.entries.iter().map(|&(table, raw)| (table, raw, raw & !replaced | place));
         self.redirect(index, edits).inspect_err(|_| self.lower(writer, cluster, one.paths - 1))?;
         target.linked(1);
         pass.note_moved(self.cluster_size());
@@ -443,7 +444,7 @@ impl Image {
                 writer.refcounts.raise(cluster, table.paths - 1)?;
             }
             if self.tables.table_at(column)?.is_some_and(|e| e.table == Some(table.cluster)) {
-                self.tables.move_table(column, cluster);
+                self.tables.move_table(column, cluster, table.paths > 1);
             }
             for snapshot in &mut pass.snapshots {
                 snapshot.replace(column, table.cluster, cluster, &self.geometry, &self.tables);
