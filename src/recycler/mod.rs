@@ -74,6 +74,8 @@ pub struct Recycler {
     pool_wanted: AtomicBool,
     /// Something was freed since the file's end was last looked at.
     tail_may_be_free: AtomicBool,
+    /// How many are about to free something.
+    freeing: AtomicU64,
     /// Nothing is freed for now.
     frees_held: AtomicBool,
     /// The thread knows that a flush is due some time.
@@ -171,6 +173,7 @@ impl Recycler {
             pool_size: AtomicU64::new(max_pool.min(MIN_POOL)),
             pool_wanted: AtomicBool::new(false),
             tail_may_be_free: AtomicBool::new(false),
+            freeing: AtomicU64::new(0),
             frees_held: AtomicBool::new(false),
             change_noted: AtomicBool::new(false),
             opened: Instant::now(),
@@ -335,7 +338,15 @@ impl Recycler {
     pub fn is_settled(&self) -> bool {
         let map = self.map.lock();
         let counts = map.counts();
+        // What somebody has taken to free is in no state any more a moment before it is free.
         counts.junk + counts.released + counts.rooted == 0
+            && self.freeing.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether a client has allocated at `then` or later.
+    pub fn has_allocated_since(&self, then: Instant) -> bool {
+        // It is known to the millisecond.
+        self.last_allocation() + Duration::from_millis(1) > then
     }
 
     /// When a cluster was last allocated or dropped.
@@ -421,6 +432,13 @@ impl Recycler {
         if self.frees_held.load(Ordering::Acquire) {
             return Ok(false);
         }
+        self.freeing.fetch_add(1, Ordering::AcqRel);
+        let freed = self.free_next();
+        self.freeing.fetch_sub(1, Ordering::AcqRel);
+        freed
+    }
+
+    fn free_next(&self) -> Result<bool> {
         let shared = self.map.lock().take_shared();
         if let Some(cluster) = shared {
             return self

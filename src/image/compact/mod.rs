@@ -380,7 +380,8 @@ impl Image {
             };
             // Each pass is shorter than the one before, or the last one.
             if !surveys && (prospect.win() == 0 || prospect.end >= last) {
-                return Ok(());
+                // What became free after the last pass had cut the file.
+                return writer.recycler.cut_tail();
             }
             last = match self.run_pass(Purpose::Shorten, prospect, &mut progress)? {
                 Ran::Stopped => return Ok(()),
