@@ -761,7 +761,8 @@ impl Image {
             has_reached_its_end || pass.moved > win || compaction.is_unfinished(pass);
         compaction.asked &= win > 0 && is_unfinished;
         let was_alone = !writer.recycler.has_allocated_since(pass.began);
-        let worth_another = win > 0 && (is_unfinished || !was_alone);
+        let may_have_missed = !was_alone && compaction.pinned.is_none();
+        let worth_another = win > 0 && (is_unfinished || may_have_missed);
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())
     }
