@@ -160,20 +160,59 @@ fn a_pass_ends_though_a_client_never_does() {
     image.close().unwrap();
 }
 
+/// Makes a compressed image of clusters that are nearly all zeros, no two alike; what it holds.
+fn compressed(path: &Path, options: &str, size: u64) -> Vec<u8> {
+    let mut bytes = vec![0; size as usize];
+    for (n, cluster) in bytes.chunks_mut(4096).enumerate() {
+        cluster[..8].copy_from_slice(&(n as u64 + 1).to_le_bytes());
+    }
+    let raw = path.with_extension("raw");
+    std::fs::write(&raw, &bytes).unwrap();
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-c", "-O", "qcow2", "-o", options]);
+    qemu::run(convert.arg(&raw).arg(path));
+    bytes
+}
+
+/// A snapshot refers to each piece of a host cluster once more.
+#[test]
+fn packing_leaves_room_for_a_snapshot_in_narrow_refcounts() {
+    for refcount_bits in [2, 4, 8, 16] {
+        let directory = scratch();
+        let path = directory.path().join("disk.qcow2");
+        let options = format!("cluster_size=4096,refcount_bits={refcount_bits}");
+        let mut bytes = compressed(&path, &options, 4096 * KIB);
+        let file = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
+        let image = Image::open(file.clone(), &quiet()).unwrap();
+        for (n, cluster) in bytes.chunks_mut(4096).enumerate().filter(|(n, _)| n % 3 != 1) {
+            image.discard(n as u64 * 4096..(n as u64 + 1) * 4096).unwrap();
+            cluster.fill(0);
+        }
+        image.flush().unwrap();
+        let before = image.prospect().unwrap();
+        image.compact(|_| true).unwrap();
+        let after = image.prospect().unwrap();
+        println!("{refcount_bits} bits: {before:?}, {after:?}");
+        assert!(after.used <= before.used, "{refcount_bits} bits: {before:?}, {after:?}");
+        // Of one each nothing can be packed, of fifteen five are left.
+        assert!(refcount_bits != 4 || after.used < before.used * 9 / 10, "nothing was packed");
+        image.take_snapshot(b"s").unwrap_or_else(|e| panic!("{refcount_bits} bits: {e}"));
+        assert!(read_all(&image) == bytes, "{refcount_bits} bits");
+        image.close().unwrap();
+        verify_clean(&*file).unwrap();
+        std::fs::write(&path, file.contents()).unwrap();
+        qemu::assert_clean(&path);
+        assert!(qemu::contents(&path, Some("s")) == bytes, "{refcount_bits} bits");
+    }
+}
+
 #[test]
 fn compressed_data_is_packed_as_far_as_refcounts_are_wide() {
     for refcount_bits in [1u64, 2, 4, 8, 16, 64] {
         let directory = scratch();
-        let (path, raw) = (directory.path().join("disk.qcow2"), directory.path().join("disk.raw"));
-        let mut bytes = vec![0; 2048 * KIB as usize];
-        for (n, cluster) in bytes.chunks_mut(4096).enumerate() {
-            cluster[..8].copy_from_slice(&(n as u64 + 1).to_le_bytes());
-        }
-        std::fs::write(&raw, &bytes).unwrap();
+        let path = directory.path().join("disk.qcow2");
         let options = format!("cluster_size=4096,refcount_bits={refcount_bits}");
-        let mut convert = Command::new("qemu-img");
-        convert.args(["convert", "-c", "-O", "qcow2", "-o", &options]);
-        qemu::run(convert.arg(&raw).arg(&path));
+        let mut bytes = compressed(&path, &options, 2048 * KIB);
         let file = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
         let image = Image::open(file.clone(), &quiet()).unwrap();
         // What is compressed well lies behind what is discarded.
@@ -680,4 +719,149 @@ fn every_short_sequence_leaves_content_and_counts_right() {
         }
     }
     println!("{sequences} sequences");
+}
+
+/// A client's step in the midst of the recycler's.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Write(u64),
+    Discard(u64),
+    Flush,
+    /// Takes a snapshot; deletes it where it is there.
+    Snapshot,
+}
+
+/// An image of six data clusters whose recycler works step by step, as it is told to.
+struct Stepped {
+    small: Small,
+    now: Instant,
+    /// What the snapshots hold, by name.
+    snapshots: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Stepped {
+    fn new(full: &MemoryStorage, cluster: u64, keep_erased: u64, is_shared: bool) -> Self {
+        let file = Arc::new(full.fork());
+        let options = Options {
+            keep_erased,
+            threads: false,
+            settle_after: Duration::ZERO,
+            flush_after: Duration::ZERO,
+            ..eager()
+        };
+        let image = Image::open(file.clone(), &options).unwrap();
+        let expected = read_all(&image);
+        let snapshots = if is_shared { vec![("first", expected.clone())] } else { Vec::new() };
+        let small = Small { file, image, cluster, expected, writes: 100 };
+        Stepped { small, now: Instant::now(), snapshots }
+    }
+
+    /// Whether there was anything to do, whatever time had to pass for it.
+    fn recycle(&mut self) -> bool {
+        // What is due in some seconds, and what follows from that.
+        let worked = (0..4).any(|_| {
+            self.now += Duration::from_secs(60);
+            self.small.image.recycle(self.now).unwrap()
+        });
+        verify(&*self.small.file).unwrap();
+        worked
+    }
+
+    fn act(&mut self, act: Act) {
+        match act {
+            Act::Write(n) => self.small.take(Step::Write(n)),
+            Act::Discard(n) => self.small.take(Step::Discard(n)),
+            Act::Flush => self.small.take(Step::Flush),
+            Act::Snapshot => match self.snapshots.iter().position(|(name, _)| *name == "second") {
+                Some(at) => {
+                    self.small.image.delete_snapshot(b"second").unwrap();
+                    self.snapshots.remove(at);
+                }
+                None => {
+                    self.small.image.take_snapshot(b"second").unwrap();
+                    self.snapshots.push(("second", self.small.expected.clone()));
+                }
+            },
+        }
+        verify(&*self.small.file).unwrap();
+    }
+
+    fn finish(mut self) {
+        for steps in 0.. {
+            if !self.recycle() {
+                break;
+            }
+            assert!(steps < 1000, "the recycler does not come to an end");
+        }
+        let prospect = self.small.image.prospect().unwrap();
+        assert_eq!(prospect.win(), 0, "{prospect:?}, {:?}", self.small.image.status().unwrap());
+        assert!(read_all(&self.small.image) == self.small.expected);
+        for (name, content) in &self.snapshots {
+            let view = self.small.image.open_snapshot(name.as_bytes()).unwrap();
+            let mut found = vec![0xee; content.len()];
+            view.read(0, &mut found).unwrap();
+            assert!(found == *content, "{name}");
+        }
+        self.small.image.close().unwrap();
+        verify_clean(&*self.small.file).unwrap();
+    }
+}
+
+/// Runs `script`: each time so many steps of the recycler, then one of the client's. Whether the
+/// recycler had so many to do before the last one.
+fn run_script(mut stepped: Stepped, script: &[(u64, Act)]) -> bool {
+    // There is something to free and to move then.
+    [1, 4].into_iter().for_each(|n| stepped.small.take(Step::Discard(n)));
+    let mut had_so_many = true;
+    for &(steps, act) in script {
+        had_so_many = (0..steps).all(|_| stepped.recycle());
+        stepped.act(act);
+    }
+    stepped.finish();
+    had_so_many
+}
+
+/// Runs all scripts that `script` begins, with at most `more` acts of the client after it; how many
+/// there were.
+fn run_scripts(new: &dyn Fn() -> Stepped, script: &mut Vec<(u64, Act)>, more: u64) -> u64 {
+    const ACTS: [Act; 6] =
+        [Act::Write(0), Act::Write(4), Act::Discard(0), Act::Discard(5), Act::Flush, Act::Snapshot];
+    let mut scripts = 0;
+    for act in ACTS {
+        for steps in 0.. {
+            script.push((steps, act));
+            let ran = std::panic::catch_unwind(AssertUnwindSafe(|| run_script(new(), script)));
+            let Ok(had_so_many) = ran else { panic!("{script:?}") };
+            scripts += 1;
+            if more > 1 && had_so_many {
+                scripts += run_scripts(new, script, more - 1);
+            }
+            script.pop();
+            if !had_so_many {
+                break;
+            }
+        }
+    }
+    scripts
+}
+
+/// While clusters become free, move, are flushed, released, punched and cut off.
+#[test]
+fn every_interleaving_of_a_client_and_the_recycler_leaves_content_and_counts_right() {
+    let acts = support::setting("QCOW2FS_ACTS").unwrap_or(2);
+    for (cluster, keep_erased, is_shared) in [(512, 0, false), (512, 1024, true)] {
+        let directory = scratch();
+        let path = directory.path().join("disk.qcow2");
+        create(&path, &format!("cluster_size={cluster}"), 6 * cluster);
+        let writes =
+            [5, 4, 0, 1, 2, 3].map(|n| format!("write -P {} {} {cluster}", n + 1, n * cluster));
+        qemu::io(&path, &writes);
+        if is_shared {
+            qemu::run(Command::new("qemu-img").args(["snapshot", "-c", "first"]).arg(&path));
+        }
+        let full = MemoryStorage::new(std::fs::read(&path).unwrap());
+        let new = || Stepped::new(&full, cluster, keep_erased, is_shared);
+        let scripts = run_scripts(&new, &mut Vec::new(), acts);
+        println!("{scripts} scripts, shared with a snapshot: {is_shared}");
+    }
 }

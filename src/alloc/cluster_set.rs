@@ -35,9 +35,9 @@ impl ClusterSet {
         self.count -= removed;
     }
 
-    /// Takes the first run out, at most `max` clusters of it.
-    pub fn take_first(&mut self, max: u64) -> Option<Range<u64>> {
-        let first = self.runs_from(0).next()?;
+    /// Takes the first run at or after `from` out, at most `max` clusters of it.
+    pub fn take_first_from(&mut self, from: u64, max: u64) -> Option<Range<u64>> {
+        let first = self.runs_from(from).next()?;
         let taken = first.start..first.end.min(first.start.saturating_add(max));
         self.remove(taken.clone());
         Some(taken)
@@ -128,8 +128,8 @@ mod tests {
         set.insert(8..10);
         set.insert(1..2);
         assert_eq!(set.count(), 6);
-        assert_eq!(set.take_first(10), Some(1..2));
-        assert_eq!(set.take_first(2), Some(5..7));
+        assert_eq!(set.take_first_from(0, 10), Some(1..2));
+        assert_eq!(set.take_first_from(0, 2), Some(5..7));
         set.remove(8..9);
         assert_eq!(set.count(), 2);
         assert!(set.contains(7) && !set.contains(8) && set.contains(9));

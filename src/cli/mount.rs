@@ -51,6 +51,10 @@ pub(super) struct Args {
     /// Keep this much erased space ready in each image that is written [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     keep_erased: Option<u64>,
+    /// Keep at most this much of each image's L2 tables in memory; 32M map 256G of a disk with clusters
+    /// of 64K [default: 128M]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    metadata_cache: Option<u64>,
     /// Move clusters so that an image file gets shorter, once discards have settled and it wins this
     /// much: a size, a part of the file (and 1M at least), or off [default: 1%]
     #[arg(long, value_name = "SIZE|PERCENT|off", value_parser = size::parse_compact_after)]
@@ -92,7 +96,7 @@ pub(super) struct Args {
     /// Say less in the log (repeatable)
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
-    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE,
+    /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, metadata_cache=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
     /// ephemeral, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
@@ -219,6 +223,9 @@ impl Plan {
         let mut image = image::Options::default();
         if let Some(bytes) = args.keep_erased.or(options.keep_erased) {
             image.keep_erased = bytes;
+        }
+        if let Some(bytes) = args.metadata_cache.or(options.metadata_cache) {
+            image.metadata_cache = bytes;
         }
         if let Some(after) = args.compact_after.or(options.compact_after) {
             image.compact_after = after;

@@ -73,7 +73,7 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let (mut at, end) = (clusters.start << bits, clusters.end << bits);
         while at < end {
-            let (mapping, run_end) = self.mapping_at(at, end)?;
+            let (mapping, run_end) = self.mapping_to_change(writer, at, end)?;
             // Version 2 has no zero flag: what a backing file would show through must be mapped.
             let must_map = self.is_backed(at) && self.geometry.version() < 3;
             at = match mapping {
@@ -112,7 +112,6 @@ impl Image {
         let guest = self.geometry.guest_cluster(GuestOffset(at));
         let start = guest.0 << self.geometry.cluster_bits();
         if let Run::Data { first, copied: true } = run {
-            self.check_copied(writer, first.0..first.0 + 1)?;
             return self.zero_data(self.location(first, start), self.cluster_size());
         }
         self.ensure_table(writer, guest)?;
@@ -157,14 +156,13 @@ impl Image {
                 // Nothing to give back: the place in the data file remains the cluster's own.
                 _ if self.data.is_external => {}
                 Some(kept) if cleared.host_cluster() == Some(kept) => {}
-                Some((cluster, true)) => {
-                    self.check_copied(writer, cluster.0..cluster.0 + 1)?;
+                Some((cluster, true)) if self.is_own(writer, cluster)? => {
                     match dropped.last_mut() {
                         Some(run) if run.end == cluster.0 => run.end += 1,
                         _ => dropped.push(cluster.0..cluster.0 + 1),
                     }
                 }
-                Some((cluster, false)) => uncertain.push(cluster),
+                Some((cluster, _)) => uncertain.push(cluster),
                 None => {}
             }
             Ok((entry != cleared).then_some(cleared))
@@ -192,7 +190,7 @@ impl Image {
             return self.clear_subclusters(writer, range);
         }
         let guest = self.geometry.guest_cluster(GuestOffset(range.start));
-        let run = self.run_at(range.start, range.end)?.0;
+        let run = self.run_to_change(writer, range.start, range.end)?.0;
         match run {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => self.punch_part(writer, guest, first, range),
@@ -219,7 +217,6 @@ impl Image {
         if self.data.is_raw {
             return self.zero_data(self.location(cluster, range.start), range.end - range.start);
         }
-        self.check_copied(writer, cluster.0..cluster.0 + 1)?;
         let start = guest.0 << self.geometry.cluster_bits();
         let whole = start..start + self.cluster_size();
         match self.zero_part(&whole, &range, self.geometry.host_offset(cluster).0)? {

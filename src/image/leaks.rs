@@ -13,8 +13,8 @@
 //! What is left had a refcount above its references when the image was opened: nothing can refer to
 //! it since, or not so often. Where a snapshot was being taken or deleted, COPIED flags may be
 //! missing too; they are set in the end.
-//! A refcount that is below the references is damage, which turns the image read-only while nothing
-//! has been freed yet.
+//! A refcount that is below the references is damage, and so is a COPIED flag that leads to a cluster
+//! with several references: the image turns read-only, while nothing has been freed yet.
 //! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
 //! the format nobody may believe their directory any more.
 //!
@@ -59,7 +59,7 @@ impl Image {
         writer.refcounts.remember_counted(true);
         writer.recycler.hold_frees(true);
         let stop = Arc::new(AtomicBool::new(false));
-        let storage = Stoppable { storage: self.storage.clone(), stop: stop.clone() };
+        let storage = Stoppable { storage: self.storage.clone(), stop: stop.clone(), room: ROOM };
         let (image, header) = (Arc::downgrade(self), header.clone());
         let search = move || {
             let counted = references::count(&storage, &header);
@@ -101,9 +101,12 @@ impl Image {
             Err(_) => self.judge_bitmaps(writer, None::<fn(u64) -> u64>),
         }
         let returned = counted.and_then(|counts| {
-            self.refuse_low_counts(writer, &counts, stop)?;
+            let flags = Flags::read(storage, header, &counts)?;
+            self.refuse_damage(writer, &counts, &flags, &storage.stop)?;
             let returned = self.return_leaked(writer, &counts, stop)?;
-            self.set_missing_flags(writer, storage, header, &counts)?;
+            if flags.any_missing {
+                self.set_missing_flags(writer, stop)?;
+            }
             Ok(returned)
         });
         writer.refcounts.remember_counted(false);
@@ -122,28 +125,31 @@ impl Image {
         }
     }
 
-    /// A refcount that is lower than the references, which only a damaged image has, makes it
-    /// read-only: to drop one reference would free what others still refer to. Nothing has been
-    /// freed since the image was opened.
-    fn refuse_low_counts(
+    /// What only a damaged image has makes it read-only: a refcount that is lower than the references,
+    /// since to drop one would free what others still refer to, and a flag that denies references.
+    /// Nothing has been freed since the image was opened.
+    fn refuse_damage(
         &self,
         writer: &Writer,
         counts: &references::ReferenceCounts,
-        stop: &AtomicBool,
+        flags: &Flags,
+        stop: &Arc<AtomicBool>,
     ) -> Result<()> {
         // What was counted while the tables changed is no proof.
-        if self.find_low_count(writer, counts, stop)?.is_none() {
+        if flags.wrongly_set.is_none() && self.find_low_count(writer, counts, stop)?.is_none() {
             return Ok(());
         }
         let _flush = self.hold_flush(writer);
         let _guard = self.locks.exclusive(0..u64::MAX);
         self.flush_held(writer)?;
-        let header = open::read_header(&*self.storage)?;
-        let counts = references::count(&*self.storage, &header)?;
-        match self.find_low_count(writer, &counts, stop)? {
-            None => Ok(()),
-            Some(found) => self.note(Err(Error::corrupt(found))),
-        }
+        let storage = Stoppable { storage: self.storage.clone(), stop: stop.clone(), room: 0 };
+        let header = open::read_header(&storage)?;
+        let counts = references::count(&storage, &header)?;
+        let found = match self.find_low_count(writer, &counts, stop)? {
+            None => Flags::read(&storage, &header, &counts)?.wrongly_set,
+            found => found,
+        };
+        found.map_or(Ok(()), |found| self.note(Err(Error::corrupt(found))))
     }
 
     fn find_low_count(
@@ -174,6 +180,7 @@ impl Image {
         stop: &AtomicBool,
     ) -> Result<u64> {
         let take = |cluster| writer.recycler.take_leaked(cluster);
+        let per_block = self.geometry.refcounts_per_block();
         let mut returned = 0;
         for block in writer.refcounts.blocks() {
             if stop.load(Ordering::Acquire) {
@@ -182,7 +189,8 @@ impl Image {
             // Nobody is between dropping a cluster from a table and telling the recycler.
             let _flush = self.hold_flush(writer);
             let _guard = self.locks.exclusive(0..u64::MAX);
-            let pending = writer.recycler.pending_drops();
+            let counted = block * per_block..(block + 1) * per_block;
+            let pending = writer.recycler.pending_drops(&counted);
             let references = |cluster| {
                 counts.get(HostCluster(cluster)) + pending.get(&cluster).copied().unwrap_or(0)
             };
@@ -196,36 +204,62 @@ impl Image {
         Ok(returned)
     }
 
-    /// Sets the COPIED flags that are missing, if there was any when the image was opened.
-    fn set_missing_flags(
-        &self,
-        writer: &Writer,
-        storage: &Stoppable,
-        header: &Header,
-        counts: &references::ReferenceCounts,
-    ) -> Result<()> {
-        if !counts.any_not_copied {
-            return Ok(());
-        }
-        let mut any = false;
-        let count = |cluster| Ok(Some(counts.get(cluster)));
-        copied::for_each_wrong(storage, header, counts, &(), count, |wrong| {
-            any |= !wrong.is_set();
-            Ok(())
-        })?;
-        if !any {
-            return Ok(());
-        }
+    /// Sets the COPIED flags that are missing.
+    fn set_missing_flags(&self, writer: &Writer, stop: &AtomicBool) -> Result<()> {
         self.prepare_to_write(writer)?;
         let all = 0..self.tables.l1_entries() as u64;
-        self.mark_own(writer, all.take_while(|_| !storage.stop.load(Ordering::Acquire)))
+        self.mark_own(writer, all.take_while(|_| !stop.load(Ordering::Acquire)))
     }
 }
+
+/// What is wrong with the COPIED flags in a file.
+#[derive(Default)]
+struct Flags {
+    any_missing: bool,
+    /// The first one that denies references, in words.
+    wrongly_set: Option<String>,
+}
+
+impl Flags {
+    /// Looks at the tables on disk beside the references that were counted, perhaps a little earlier.
+    fn read(
+        storage: &dyn Storage,
+        header: &Header,
+        counts: &references::ReferenceCounts,
+    ) -> Result<Flags> {
+        let mut flags = Flags::default();
+        if !counts.any_not_copied && counts.range(0..u64::MAX).all(|(_, count)| count == 1) {
+            return Ok(flags);
+        }
+        let count = |cluster| Ok(Some(counts.get(cluster)));
+        copied::for_each_wrong(storage, header, counts, &(), count, |wrong| {
+            flags.any_missing |= !wrong.is_set();
+            // What was allocated since has none yet; compressed clusters are flagged by nobody.
+            if let Some(references @ 2..) = wrong.refcount.filter(|_| wrong.is_set()) {
+                flags.wrongly_set.get_or_insert_with(|| {
+                    format!(
+                        "{} is marked as the only one that refers to its cluster, which has \
+                         {references} references",
+                        wrong.name()
+                    )
+                });
+            }
+            Ok(())
+        })?;
+        Ok(flags)
+    }
+}
+
+/// The file grows while it is searched, and a table that leads to what is new must not look damaged:
+/// it seems longer than it is.
+const ROOM: u64 = 1 << 40;
 
 /// The image file as the search reads it: it fails as soon as the search is stopped.
 struct Stoppable {
     storage: Arc<dyn Storage>,
     stop: Arc<AtomicBool>,
+    /// Bytes by which it seems longer.
+    room: u64,
 }
 
 impl Stoppable {
@@ -239,11 +273,8 @@ impl Stoppable {
 
 /// Only what reads is ever called.
 impl Storage for Stoppable {
-    /// More than there is: the file grows while it is searched, and a table that leads to what is
-    /// new must not look damaged.
     fn len(&self) -> io::Result<u64> {
-        const ROOM: u64 = 1 << 40;
-        Ok(self.going_on()?.len()?.saturating_add(ROOM))
+        Ok(self.going_on()?.len()?.saturating_add(self.room))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

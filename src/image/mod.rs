@@ -94,7 +94,7 @@ impl Default for Options {
             writable: false,
             keep_erased: 64 << 20,
             flush_after: Duration::from_secs(5),
-            metadata_cache: 32 << 20,
+            metadata_cache: 128 << 20,
             return_leaks: true,
             compact_after: CompactAfter::Percent(1),
             settle_after: Duration::from_secs(1),

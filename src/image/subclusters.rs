@@ -116,7 +116,6 @@ impl Image {
         }
         let Some(cluster) = mixed.cluster else { return Ok(None) };
         if mixed.copied {
-            self.check_copied(writer, cluster.0..cluster.0 + 1)?;
             return Ok(Some(cluster));
         }
         match writer.refcounts.get(cluster)? {
@@ -254,10 +253,9 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        match self.run_at(range.start, range.end)?.0 {
+        match self.run_to_change(writer, range.start, range.end)?.0 {
             Run::Unallocated | Run::Zero => Ok(()),
             Run::Data { first, copied: true } => {
-                self.check_copied(writer, first.0..first.0 + 1)?;
                 let size = self.geometry.subcluster_size();
                 let start = range.start - range.start % size;
                 let whole = start..start + size;
@@ -278,12 +276,11 @@ impl Image {
         let mut at = range.start;
         let mut any = false;
         while at < range.end {
-            let (run, end) = self.run_at(at, range.end)?;
+            let (run, end) = self.run_to_change(writer, at, range.end)?;
             // A hole would not be zeros as long as the entry on disk is the old one.
             if let Run::Data { first, copied: true } = run
                 && self.data.cipher.is_none()
             {
-                self.check_copied(writer, first.0..first.0 + 1)?;
                 let host = self.host_offset(first, at);
                 self.erase_data(host..host + (end - at))?;
             }

@@ -66,9 +66,8 @@ impl Image {
     fn write_in_place(&self, writer: &Writer, range: &Range<u64>, data: &[u8]) -> Result<u64> {
         let mut at = range.start;
         while at < range.end {
-            let (run, end) = self.run_at(at, range.end)?;
+            let (run, end) = self.run_to_change(writer, at, range.end)?;
             let Run::Data { first, copied: true } = run else { break };
-            self.check_copied(writer, self.clusters_of_run(first, at, end))?;
             let piece = &data[(at - range.start) as usize..(end - range.start) as usize];
             self.write_data(piece, self.location(first, at))?;
             at = end;
@@ -79,7 +78,7 @@ impl Image {
     /// Writes the first run of `data` at `at`, whatever is there; returns where that ends. The
     /// clusters are held exclusively.
     pub(super) fn write_some(&self, writer: &Writer, at: u64, data: &[u8]) -> Result<u64> {
-        let (mapping, end) = self.mapping_at(at, at + data.len() as u64)?;
+        let (mapping, end) = self.mapping_to_change(writer, at, at + data.len() as u64)?;
         let run = match self.told_apart(mapping) {
             Mapping::Uniform(run) => run,
             Mapping::Mixed(mixed) => {
@@ -91,7 +90,6 @@ impl Image {
         let data = &data[..(end - at) as usize];
         match run {
             Run::Data { first, copied: true } => {
-                self.check_copied(writer, self.clusters_of_run(first, at, end))?;
                 self.write_data(data, self.location(first, at))?;
                 Ok(end)
             }
@@ -176,9 +174,14 @@ impl Image {
         loop {
             let state = self.tables.table_state(cluster)?;
             let installed = match state {
-                TableState::Own(table) => return self.check_own_table(writer, table),
                 TableState::Absent => self.new_table(writer, cluster, state)?,
-                TableState::Shared(table) => self.unshare_table(writer, cluster, table)?,
+                TableState::Shared(table) => self.unshare_table(writer, cluster, table, state)?,
+                TableState::Own(table) => match self.is_own(writer, table) {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => self.unshare_table(writer, cluster, table, state)?,
+                    Err(_) if self.tables.table_state(cluster)? != state => false,
+                    Err(e) => return Err(e),
+                },
             };
             writer.recycler.note_change();
             if installed {
@@ -211,18 +214,19 @@ impl Image {
         writer: &Writer,
         cluster: GuestCluster,
         table: HostCluster,
+        replaces: TableState,
     ) -> Result<bool> {
-        let shared = TableState::Shared(table);
         // Others hold clusters of the table, too. Who has unshared it meanwhile has let go of it: it
         // may be free by now, or anything else.
         let bytes = match self.read_shared_table(writer, table) {
             Ok(Some(bytes)) => bytes,
-            // It is ours, only the flag was missing.
+            // It is ours, only the flag may be missing.
+            Ok(None) if replaces == TableState::Own(table) => return Ok(true),
             Ok(None) => {
                 let order = LinkOrder::as_demanded_by(Rule::CountBeforeFlag);
-                return self.tables.install_table(cluster, table, shared, order);
+                return self.tables.install_table(cluster, table, replaces, order);
             }
-            Err(_) if self.tables.table_state(cluster)? != shared => return Ok(false),
+            Err(_) if self.tables.table_state(cluster)? != replaces => return Ok(false),
             Err(e) => return Err(e),
         };
         let rooted = writer.recycler.take(1)?;
@@ -230,7 +234,10 @@ impl Image {
         self.write_host(&bytes, self.geometry.host_offset(copy).0)?;
         // The copy must be durable before the entry that leads to it.
         let order = LinkOrder::as_demanded_by(Rule::TableCopyBeforeEntry);
-        let installed = self.tables.install_table(cluster, copy, shared, order)?;
+        // Who has found meanwhile that the table is ours after all has changed it.
+        let is_shared =
+            || Ok(replaces != TableState::Own(table) || writer.refcounts.get(table)? > 1);
+        let installed = self.tables.install_table_if(cluster, copy, replaces, order, is_shared)?;
         if installed {
             rooted.linked(1);
             self.drop_reference(writer, table)?;
@@ -238,7 +245,8 @@ impl Image {
         Ok(installed)
     }
 
-    /// An L2 table that is not marked as ours alone; `None` where nothing else refers to it.
+    /// An L2 table that is shared, by its flag or its refcount; `None` where nothing else refers to it
+    /// after all.
     fn read_shared_table(&self, writer: &Writer, table: HostCluster) -> Result<Option<Vec<u8>>> {
         match writer.refcounts.get(table)? {
             0 => Err(self.uncounted(table)),
@@ -528,7 +536,8 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(60);
         while image.recycle(later).unwrap() {}
         assert_eq!(writer.refcounts.get(table).unwrap(), 0);
-        assert!(!image.unshare_table(writer, cluster, table).unwrap());
+        let was = TableState::Shared(table);
+        assert!(!image.unshare_table(writer, cluster, table, was).unwrap());
         image.close().unwrap();
     }
 }

@@ -33,6 +33,8 @@ pub struct ClusterMap {
     shared_sealed: Vec<u64>,
     shared_released: Vec<u64>,
     released: ClusterSet,
+    /// Released ones before this cluster could not be freed when it was tried last.
+    released_next: u64,
     /// Released, and being punched by the recycler.
     punching: ClusterSet,
     erased: ClusterSet,
@@ -133,10 +135,11 @@ impl ClusterMap {
         is_leaked
     }
 
-    /// How many references to each cluster that has others were dropped and are counted still.
-    pub fn pending_drops(&self) -> HashMap<u64, u64> {
+    /// How many references to each of `clusters` that has others were dropped and are counted still.
+    pub fn pending_drops(&self, clusters: &Range<u64>) -> HashMap<u64, u64> {
         let mut drops = HashMap::new();
-        for cluster in self.shared.iter().chain(&self.shared_sealed).chain(&self.shared_released) {
+        let all = self.shared.iter().chain(&self.shared_sealed).chain(&self.shared_released);
+        for cluster in all.filter(|cluster| clusters.contains(cluster)) {
             *drops.entry(*cluster).or_default() += 1;
         }
         drops
@@ -145,7 +148,14 @@ impl ClusterMap {
     /// Takes released clusters to punch and free, at most `max`; [`ClusterMap::freed`] or
     /// [`ClusterMap::not_freed`] follows.
     pub fn take_released(&mut self, max: u64) -> Option<Range<u64>> {
-        let taken = self.released.take_first(max)?;
+        let next = std::mem::take(&mut self.released_next);
+        let taken = match self.released.take_first_from(next, max) {
+            None if next > 0 => self.released.take_first_from(0, max)?,
+            taken => taken?,
+        };
+        if taken.start >= next {
+            self.released_next = next;
+        }
         self.punching.insert(taken.clone());
         Some(taken)
     }
@@ -156,8 +166,9 @@ impl ClusterMap {
     }
 
     /// One of several references to a cluster is gone from the tables on disk, and is still counted.
+    /// It is the last one to be taken: what has failed keeps no other one waiting.
     pub fn release_shared(&mut self, cluster: u64) {
-        self.shared_released.push(cluster);
+        self.shared_released.insert(0, cluster);
     }
 
     /// released -> free.
@@ -165,8 +176,12 @@ impl ClusterMap {
         self.punching.remove(clusters);
     }
 
-    /// Freeing failed: back to released.
+    /// Freeing failed: back to released, and the others come first.
     pub fn not_freed(&mut self, clusters: Range<u64>) {
+        if clusters.is_empty() {
+            return;
+        }
+        self.released_next = clusters.end;
         self.punching.remove(clusters.clone());
         self.released.insert(clusters);
     }
@@ -181,7 +196,7 @@ impl ClusterMap {
 
     /// available -> rooted: the first consecutive clusters of the pool, at most `wanted`.
     pub fn take_available(&mut self, wanted: u64) -> Option<Range<u64>> {
-        let taken = self.available.take_first(wanted)?;
+        let taken = self.available.take_first_from(0, wanted)?;
         self.rooted.insert(taken.clone());
         Some(taken)
     }

@@ -74,6 +74,8 @@ pub struct Recycler {
     pool_wanted: AtomicBool,
     /// Something was freed since the file's end was last looked at.
     tail_may_be_free: AtomicBool,
+    /// How many are about to free something.
+    freeing: AtomicU64,
     /// Nothing is freed for now.
     frees_held: AtomicBool,
     /// The thread knows that a flush is due some time.
@@ -171,6 +173,7 @@ impl Recycler {
             pool_size: AtomicU64::new(max_pool.min(MIN_POOL)),
             pool_wanted: AtomicBool::new(false),
             tail_may_be_free: AtomicBool::new(false),
+            freeing: AtomicU64::new(0),
             frees_held: AtomicBool::new(false),
             change_noted: AtomicBool::new(false),
             opened: Instant::now(),
@@ -335,7 +338,15 @@ impl Recycler {
     pub fn is_settled(&self) -> bool {
         let map = self.map.lock();
         let counts = map.counts();
+        // What somebody has taken to free is in no state any more a moment before it is free.
         counts.junk + counts.released + counts.rooted == 0
+            && self.freeing.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether a client has allocated at `then` or later.
+    pub fn has_allocated_since(&self, then: Instant) -> bool {
+        // It is known to the millisecond.
+        self.last_allocation() + Duration::from_millis(1) > then
     }
 
     /// When a cluster was last allocated or dropped.
@@ -409,8 +420,8 @@ impl Recycler {
     }
 
     /// See [`ClusterMap::pending_drops`].
-    pub fn pending_drops(&self) -> HashMap<u64, u64> {
-        self.map.lock().pending_drops()
+    pub fn pending_drops(&self, clusters: &Range<u64>) -> HashMap<u64, u64> {
+        self.map.lock().pending_drops(clusters)
     }
 
     /// Punches and frees one run of released clusters; `false` when there is none.
@@ -421,6 +432,13 @@ impl Recycler {
         if self.frees_held.load(Ordering::Acquire) {
             return Ok(false);
         }
+        self.freeing.fetch_add(1, Ordering::AcqRel);
+        let freed = self.free_next();
+        self.freeing.fetch_sub(1, Ordering::AcqRel);
+        freed
+    }
+
+    fn free_next(&self) -> Result<bool> {
         let shared = self.map.lock().take_shared();
         if let Some(cluster) = shared {
             return self
@@ -539,14 +557,19 @@ impl Recycler {
         self.pool_wanted.store(false, Ordering::Relaxed);
         self.pool_size.store(self.max_pool.min(MIN_POOL), Ordering::Relaxed);
         self.tail_may_be_free.store(true, Ordering::Relaxed);
-        let pool = self.map.lock().take_pool_from(0);
-        pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))
+        self.release_pool_from(0)
     }
 
-    /// Frees clusters of the pool.
-    fn release_unused(&self, clusters: Range<u64>) -> Result<()> {
-        self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
-        self.refcounts.release(clusters)
+    /// Frees the clusters of the pool that lie at or after `from`. After an error those that it did not
+    /// come to are released, and freed another time.
+    fn release_pool_from(&self, from: u64) -> Result<()> {
+        let mut pool = self.map.lock().take_pool_from(from).into_iter();
+        let freed = pool.by_ref().try_for_each(|clusters| {
+            self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);
+            self.refcounts.release(clusters)
+        });
+        pool.for_each(|clusters| self.map.lock().release(clusters));
+        freed
     }
 
     /// How many clusters have become free since the image was opened.
@@ -569,8 +592,7 @@ impl Recycler {
         let end = self.refcounts.used_end(|cluster| self.map.lock().is_in_pool(cluster))?;
         let spare = self.map.lock().pool_from(end);
         if spare > 0 && self.refcounts.has_free_before(end, spare)? {
-            let pool = self.map.lock().take_pool_from(end);
-            pool.into_iter().try_for_each(|clusters| self.release_unused(clusters))?;
+            self.release_pool_from(end)?;
             self.wake.wake();
         }
         let cut = self.refcounts.cut_tail()?;
@@ -585,8 +607,7 @@ impl Recycler {
     /// Host errors.
     pub fn give_back(&self) -> Result<()> {
         while self.free_some()? {}
-        let pool = self.map.lock().take_pool_from(0);
-        pool.into_iter().try_for_each(|clusters| self.refcounts.release(clusters))?;
+        self.release_pool_from(0)?;
         let cut = self.refcounts.cut_tail()?;
         self.work.cut.fetch_add(cut, Ordering::Relaxed);
         Ok(())

@@ -2,7 +2,7 @@ use std::thread;
 
 use super::*;
 use crate::format::Header;
-use crate::storage::testing::MemoryStorage;
+use crate::storage::testing::{Layer, MemoryStorage};
 use crate::tables::MetadataMap;
 
 const CLUSTER: u64 = 4096;
@@ -13,6 +13,14 @@ const METADATA: u64 = 4;
 
 /// A recycler of a file of data, all clusters of which have refcount `count`.
 fn recycler(count: u16) -> (Arc<MemoryStorage>, Recycler) {
+    recycler_over(count, |storage| storage)
+}
+
+/// The same over what `layer` makes of the file.
+fn recycler_over<S: Storage + 'static>(
+    count: u16,
+    layer: impl FnOnce(Arc<MemoryStorage>) -> Arc<S>,
+) -> (Arc<MemoryStorage>, Recycler) {
     let storage = MemoryStorage::new(vec![7; (CLUSTERS * CLUSTER) as usize]);
     let mut header = vec![0; 512];
     for (at, bytes) in [
@@ -36,7 +44,8 @@ fn recycler(count: u16) -> (Arc<MemoryStorage>, Recycler) {
     let storage = Arc::new(storage);
     let metadata = Arc::new(MetadataMap::new(u64::MAX));
     let refcounts = Refcounts::open(storage.clone(), &header, metadata).unwrap();
-    (storage.clone(), Recycler::new(header.geometry, storage, Arc::new(refcounts), 0))
+    let layered = layer(storage.clone());
+    (storage, Recycler::new(header.geometry, layered, Arc::new(refcounts), 0))
 }
 
 fn drop_two_references_to_each(recycler: &Recycler) {
@@ -90,4 +99,43 @@ fn what_is_still_referenced_keeps_its_data() {
     assert_eq!(recycler.refcounts.get(HostCluster(9)).unwrap(), 1);
     assert_eq!(storage.seek_data(9 * CLUSTER).unwrap(), Some(9 * CLUSTER));
     assert_eq!(recycler.work_done(), WorkDone::default());
+}
+
+/// A file in which one cluster cannot be punched.
+struct Stuck(Arc<MemoryStorage>);
+
+const STUCK: u64 = 20;
+
+impl Layer for Stuck {
+    fn below(&self) -> &dyn Storage {
+        &*self.0
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> std::io::Result<()> {
+        match range.contains(&(STUCK * CLUSTER)) {
+            true => Err(std::io::Error::from_raw_os_error(libc::EIO)),
+            false => self.0.punch_hole(range),
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_punched_keeps_nothing_else_from_being_freed() {
+    let (_, recycler) = recycler_over(2, |storage| Arc::new(Stuck(storage)));
+    recycler.refcounts.release(10..30).unwrap();
+    for cluster in (10..30).step_by(2) {
+        recycler.release(cluster..cluster + 1);
+    }
+    let mut failures = 0;
+    while failures < 2 {
+        match recycler.free_some() {
+            Ok(more) => assert!(more, "the one that is stuck is given up"),
+            Err(_) => failures += 1,
+        }
+    }
+    let count = |cluster| recycler.refcounts.get(HostCluster(cluster)).unwrap();
+    for cluster in (10..30).step_by(2) {
+        assert_eq!(count(cluster), u64::from(cluster == STUCK), "{cluster}");
+    }
+    assert_eq!(recycler.counts(), StateCounts { released: 1, ..StateCounts::default() });
 }

@@ -49,6 +49,8 @@ pub struct Agenda {
     flush_due: Option<Instant>,
     last_pool_flush: Option<Instant>,
     not_before: Option<Instant>,
+    /// Something could not be freed: that is tried again, and keeps nothing else waiting.
+    free_again_at: Option<Instant>,
     /// Changes wait at most so long for a flush, much junk less.
     flush_after: Duration,
     pace: Pace,
@@ -144,8 +146,17 @@ impl Agenda {
             }
             flush_due = Some(due);
         }
-        if recycler.free_some()? {
-            return Ok(Next::Again);
+        let free_again_at = self.free_again_at.filter(|at| *at > now);
+        if free_again_at.is_none() {
+            match recycler.free_some() {
+                Ok(false) => {}
+                Ok(true) => return Ok(Next::Again),
+                Err(e) => {
+                    image.recycler_failed(e);
+                    self.free_again_at = Some(now + PAUSE_AFTER_ERROR);
+                    return Ok(Next::Again);
+                }
+            }
         }
         if recycler.is_pool_low() {
             recycler.refill()?;
@@ -187,7 +198,7 @@ impl Agenda {
                 }
             }
         }
-        let due = [flush_due, pool_due, idle_at, tail_due, move_due];
+        let due = [flush_due, free_again_at, pool_due, idle_at, tail_due, move_due];
         Ok(Next::SleepUntil(due.into_iter().flatten().min()))
     }
 }

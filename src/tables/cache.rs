@@ -31,6 +31,7 @@ pub struct SliceCache {
     /// Second-chance order of eviction.
     clock: VecDeque<u64>,
     dirty: BTreeSet<u64>,
+    forgotten: u64,
 }
 
 #[derive(Debug)]
@@ -54,6 +55,7 @@ impl SliceCache {
             slices: HashMap::new(),
             clock: VecDeque::new(),
             dirty: BTreeSet::new(),
+            forgotten: 0,
         }
     }
 
@@ -167,12 +169,19 @@ impl SliceCache {
     /// Drops everything of the metadata cluster at `offset`, dirty or not: it is no metadata any
     /// more. Not while a flush is under way.
     pub fn forget_cluster(&mut self, offset: u64, cluster_size: u64) {
+        self.forgotten += 1;
         for key in (offset..offset + cluster_size).step_by(self.slice_size as usize) {
             if let Some(slice) = self.slices.remove(&key) {
                 debug_assert_eq!(slice.writing, 0, "slice {key:#x} is being written");
             }
             self.dirty.remove(&key);
         }
+    }
+
+    /// How often [`SliceCache::forget_cluster`] was called: what was read from the file before is not
+    /// to be put here after it.
+    pub fn forgotten(&self) -> u64 {
+        self.forgotten
     }
 
     /// Slices that wait to be written.

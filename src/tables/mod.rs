@@ -348,8 +348,23 @@ impl Tables {
         replaces: TableState,
         order: LinkOrder,
     ) -> Result<bool> {
+        self.install_table_if(cluster, table, replaces, order, || Ok(true))
+    }
+
+    /// The same if `is_wanted`, asked under the tables' lock.
+    ///
+    /// # Errors
+    /// Those of [`Tables::install_table`] and of `is_wanted`.
+    pub fn install_table_if(
+        &self,
+        cluster: GuestCluster,
+        table: HostCluster,
+        replaces: TableState,
+        order: LinkOrder,
+        is_wanted: impl FnOnce() -> Result<bool>,
+    ) -> Result<bool> {
         let mut state = self.state.write();
-        if self.state_of_table(&state, cluster)? != replaces {
+        if self.state_of_table(&state, cluster)? != replaces || !is_wanted()? {
             return Ok(false);
         }
         if replaces != TableState::Shared(table) {
@@ -450,31 +465,30 @@ impl Tables {
         let start = self.geometry.host_offset(table).0;
         let slice_size = self.state.read().cache.slice_size();
         for key in (start..start + self.geometry.cluster_size()).step_by(slice_size as usize) {
+            // Nobody else brings the slice into the cache meanwhile.
             let mut spare = self.loaders[(key / slice_size) as usize % LOADERS].lock();
-            let is_here = self.state.read().cache.get(key).is_some();
-            let mut loaded = None;
-            if !is_here {
-                let bytes = self.read_slice(key, slice_size, spare.take())?;
-                if !bytes.chunks_exact(8).any(|word| be64(word, 0) & COPIED != 0) {
-                    // Nothing to change, perhaps: not worth a place in the cache.
-                    *spare = Some(bytes);
-                    continue;
-                }
-                loaded = Some(bytes);
+            if self.share_slice(&mut self.state.write().cache, key) {
+                continue;
+            }
+            let bytes = self.read_slice(key, slice_size, spare.take())?;
+            if !bytes.chunks_exact(8).any(|word| be64(word, 0) & COPIED != 0) {
+                // Nothing to change, perhaps: not worth a place in the cache.
+                *spare = Some(bytes);
+                continue;
             }
             let mut state = self.state.write();
-            if let Some(bytes) = loaded {
-                *spare = state.cache.insert(key, bytes);
-            }
+            *spare = state.cache.insert(key, bytes);
             self.share_slice(&mut state.cache, key);
         }
         Ok(())
     }
 
-    fn share_slice(&self, cache: &mut SliceCache, key: u64) {
+    /// Whether the slice is in the cache, with no flags now.
+    fn share_slice(&self, cache: &mut SliceCache, key: u64) -> bool {
         let size = self.geometry.l2_entry_size() as usize;
         let is_copied = |raw: u64| raw & COPIED != 0 && !L2Entry::is_compressed(raw);
-        let entries = cache.get(key).unwrap_or_default().chunks_exact(size).enumerate();
+        let Some(bytes) = cache.get(key) else { return false };
+        let entries = bytes.chunks_exact(size).enumerate();
         let copied: Vec<usize> =
             entries.filter(|(_, entry)| is_copied(be64(entry, 0))).map(|(i, _)| i * size).collect();
         for at in copied {
@@ -483,6 +497,7 @@ impl Tables {
                 bytes[at..at + 8].copy_from_slice(&(raw & !COPIED).to_be_bytes());
             }
         }
+        true
     }
 
     /// Puts `l1` in place of the L1 table, at `offset`, under the tables' lock, as
@@ -550,14 +565,18 @@ impl Tables {
             (state.cache.key(offset), state.cache.slice_size())
         };
         let mut spare = self.loaders[(key / size) as usize % LOADERS].lock();
-        if self.state.read().cache.get(key).is_some() {
-            return Ok(());
-        }
+        let forgotten = {
+            let state = self.state.read();
+            if state.cache.get(key).is_some() {
+                return Ok(());
+            }
+            state.cache.forgotten()
+        };
         self.misses.add(1);
         let bytes = self.read_slice(key, size, spare.take());
         let mut state = self.state.write();
-        // What is no table any more may not even be in the file.
-        if is_valid(&state)? {
+        // What is no table any more may not even be in the file; and it may have become one again.
+        if is_valid(&state)? && state.cache.forgotten() == forgotten {
             *spare = state.cache.insert(key, bytes?);
         }
         Ok(())

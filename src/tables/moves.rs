@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{L1_ENTRIES_PER_SECTOR, SliceCache, State, Tables, Write};
 use crate::error::Result;
-use crate::format::{HostCluster, L1Entry, OFFSET_MASK, be64};
+use crate::format::{COPIED, HostCluster, L1Entry, OFFSET_MASK, be64};
 use crate::rules::Rule;
 
 /// A change of one entry of an L2 table, its first word.
@@ -122,17 +122,27 @@ impl Tables {
         }
     }
 
-    /// Makes L1 entry `index` point to `new`, a copy of what it points to, flags as they are. The
-    /// caller holds all that the table maps exclusively.
-    pub fn move_table(&self, index: u64, new: HostCluster) {
+    /// Makes L1 entry `index` point to `new`, a copy of what it points to, which others refer to as
+    /// well where it `is_shared`. The caller holds all that the table maps exclusively.
+    pub fn move_table(&self, index: u64, new: HostCluster, is_shared: bool) {
         let mut state = self.state.write();
         let start = self.geometry.host_offset(new).0;
         state.cache.forget_cluster(start, self.geometry.cluster_size());
         let Some(entry) = state.l1.get_mut(index as usize) else { return };
-        *entry = *entry & !OFFSET_MASK | start;
+        let replaced = if is_shared { OFFSET_MASK | COPIED } else { OFFSET_MASK };
+        *entry = *entry & !replaced | start;
         state.l1_dirty.insert(index as usize / L1_ENTRIES_PER_SECTOR);
         state.barrier |= Rule::TableMoveBeforeEntry.is_kept();
         self.metadata.insert(new);
+    }
+
+    /// Makes L1 entry `index` point to no table. The caller holds all that the table maps exclusively,
+    /// which is nothing, and gives its cluster back.
+    pub fn remove_table(&self, index: u64) {
+        let mut state = self.state.write();
+        let Some(entry) = state.l1.get_mut(index as usize) else { return };
+        *entry = 0;
+        state.l1_dirty.insert(index as usize / L1_ENTRIES_PER_SECTOR);
     }
 
     /// Writes `write`, a few bytes within one sector of other metadata, along with the tables at

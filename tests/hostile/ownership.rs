@@ -1,14 +1,18 @@
 //! COPIED flags that their refcounts contradict, made by hand: nothing is written or given back that
-//! somebody else may have, the request fails, and the image says so. No search runs beside it.
+//! somebody else may have. Where the cluster looks free the request fails, and the image says so; where
+//! it is counted more often it is copied, until the search for leaks tells who is right.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use qcow2fs::ErrorKind;
+use qcow2fs::check::check;
 use qcow2fs::format::{COPIED, Header, INCOMPATIBLE_CORRUPT};
 use qcow2fs::image::{CreateOptions, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
+
+use crate::support::verify_clean;
 
 const CLUSTER: u64 = 16 << 10;
 const OFFSETS: u64 = 0x00ff_ffff_ffff_fe00;
@@ -137,4 +141,109 @@ fn a_table_that_looks_free_is_not_changed() {
     let file = victim.with_refcount(table, 0);
     let act: Act = |image| image.write(9 * CLUSTER, &[1; 512]);
     assert_refused("a new cluster", &file, act, data..data + CLUSTER);
+}
+
+/// All of the disk.
+fn content(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; image.virtual_size() as usize];
+    image.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn bytes_at(file: &MemoryStorage, range: Range<u64>) -> Vec<u8> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    file.read_at(&mut bytes, range.start).unwrap();
+    bytes
+}
+
+/// Does `act` to a sound image and to `file`, in which somebody else may have what is at `kept`; the disk
+/// is the same afterwards, and what is kept is as it was. Half a cluster of it has data.
+fn assert_copied(
+    what: &str,
+    sound: &MemoryStorage,
+    file: &Arc<MemoryStorage>,
+    act: Act,
+    kept: u64,
+) {
+    let after = |file: Arc<MemoryStorage>| {
+        let image = Image::open(file, &alone()).unwrap();
+        act(&image).expect(what);
+        let content = content(&image);
+        image.close().expect(what);
+        content
+    };
+    let kept = kept..kept + CLUSTER / 2;
+    let corruptions = || check(&**file).unwrap().corruptions;
+    let (before, wrong) = (bytes_at(file, kept.clone()), corruptions());
+    assert!(after(file.clone()) == after(Arc::new(sound.fork())), "{what}: the disk");
+    assert!(bytes_at(file, kept) == before, "{what}: what somebody else may have");
+    assert!(corruptions() <= wrong, "{what}");
+}
+
+#[test]
+fn what_is_marked_as_referenced_once_and_counted_more_often_is_copied() {
+    for extended_l2 in [false, true] {
+        let victim = Victim::new(extended_l2);
+        let (data, table) = (victim.data(0), victim.table());
+        for (what, act) in ACTS {
+            let what = format!("{what}, subclusters {extended_l2}");
+            for kept in [data, table] {
+                let file = victim.with_refcount(kept, 2);
+                assert_copied(&what, &victim.file, &file, act, kept);
+            }
+        }
+    }
+}
+
+fn searching() -> Options {
+    Options { return_leaks: true, ..alone() }
+}
+
+#[test]
+fn a_refcount_that_is_too_high_for_a_flag_is_lowered() {
+    let victim = Victim::new(false);
+    let file = victim.with_refcount(victim.data(0), 2);
+    let image = Image::open(file.clone(), &searching()).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    image.close().unwrap();
+    assert_eq!(bytes_at(&file, victim.data(0)..victim.data(0) + 512), [1; 512], "in place");
+    verify_clean(&*file).unwrap();
+}
+
+#[test]
+fn a_flag_that_denies_a_snapshot_is_found() {
+    for extended_l2 in [false, true] {
+        let victim = Victim::new(extended_l2);
+        let file = Arc::new(victim.file.fork());
+        let image = Image::open(file.clone(), &alone()).unwrap();
+        image.take_snapshot(b"s").unwrap();
+        // A table of its own, whose other entry shares its cluster with the snapshot.
+        image.write(0, &[1; 512]).unwrap();
+        image.close().unwrap();
+        let victim = Victim { file: file.fork(), extended_l2 };
+        let (table, size) = (victim.table(), if extended_l2 { 16 } else { 8 });
+        let entry = victim.word(table + size);
+        assert_eq!(entry & COPIED, 0, "{entry:#x}");
+        victim.file.write_at(&(entry | COPIED).to_be_bytes(), table + size).unwrap();
+
+        let file = Arc::new(victim.file.fork());
+        let image = Image::open(file.clone(), &alone()).unwrap();
+        image.write(CLUSTER, &[9; 512]).unwrap();
+        let view = image.open_snapshot(b"s").unwrap();
+        let mut kept = [0; 512];
+        view.read(CLUSTER, &mut kept).unwrap();
+        assert_eq!(kept, [7; 512], "the snapshot's data");
+        drop(view);
+        image.close().unwrap();
+
+        let file = Arc::new(victim.file);
+        let image = Image::open(file.clone(), &searching()).unwrap();
+        let health = image.status().unwrap().health;
+        assert!(health.contains("2 references"), "{health}");
+        let refused = image.write(CLUSTER, &[9; 512]).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly, "{refused}");
+        let _says_so_again = image.close();
+        let header = Header::parse(&file.contents()).unwrap();
+        assert_ne!(header.incompatible_features & INCOMPATIBLE_CORRUPT, 0);
+    }
 }

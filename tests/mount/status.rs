@@ -176,6 +176,32 @@ fn status_tells_requests_caches_and_what_is_live() {
 }
 
 #[test]
+fn tables_in_memory_are_bounded() {
+    let lab = Lab::new();
+    lab.create("disk.qcow2", "1G", "cluster_size=4k,preallocation=metadata");
+    // Two looks at more tables than 64 KiB hold.
+    let misses_after_two_looks = |arguments: &str| {
+        let mount = lab.mount_with(arguments);
+        let file = File::open(mount.path("disk.raw")).unwrap();
+        let mut byte = [0];
+        // Past what the kernel has read already.
+        for offset in [0, 3 << 19] {
+            for part in 0..128 {
+                file.read_exact_at(&mut byte, (part << 23) + offset).unwrap();
+            }
+        }
+        let misses = mount.status()["images"][0]["table_cache"]["misses"].as_u64().unwrap();
+        drop(file);
+        mount.umount();
+        misses
+    };
+    assert_eq!(misses_after_two_looks(""), 128);
+    for bounded in ["--metadata-cache 64K", "-o metadata_cache=64K"] {
+        assert!(misses_after_two_looks(bounded) > 200, "{bounded}");
+    }
+}
+
+#[test]
 fn watch_prints_lines_where_there_is_no_terminal_and_draws_where_there_is() {
     let lab = Lab::new();
     lab.create("disk.qcow2", "64M", "");

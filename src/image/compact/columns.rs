@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::occupancy::Occupancy;
 use super::{Compaction, Pass, Purpose};
 use crate::error::{Error, Result};
-use crate::format::{HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
+use crate::format::{COPIED, HostCluster, L2Entry, OFFSET_MASK, ZERO, be64};
+use crate::image::write::is_all_zero;
 use crate::image::{Image, Writer};
 use crate::recycler::Rooted;
 use crate::tables::Edit;
@@ -36,15 +37,23 @@ pub(super) struct Use {
 }
 
 impl Image {
-    /// Looks how full the host clusters with compressed data are in the next column; `false` when
-    /// all columns are through.
-    pub(super) fn survey_some(&self, pass: &mut Pass, occupancy: &mut Occupancy) -> Result<bool> {
-        let Some((_, tables)) = self.next_column(pass)? else { return Ok(false) };
+    /// Looks how full the host clusters with compressed data are in the next column, and lets go of
+    /// a table that maps nothing; `false` when all columns are through.
+    pub(super) fn survey_some(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        occupancy: &mut Occupancy,
+    ) -> Result<bool> {
+        let Some((column, tables)) = self.next_column(pass)? else { return Ok(false) };
         let size = self.geometry.l2_entry_size() as usize;
         // What snapshots share with the disk they share at the same place.
         let mut found = BTreeSet::new();
+        let mut is_empty = true;
         for table in tables {
             let bytes = self.tables.read_table(table.cluster)?;
+            is_empty &= is_all_zero(&bytes);
             let words = bytes.chunks_exact(size).map(|entry| be64(entry, 0)).enumerate();
             found.extend(words.filter(|(_, raw)| L2Entry::is_compressed(*raw)));
         }
@@ -53,6 +62,9 @@ impl Image {
             if let Ok(L2Entry::Compressed { offset, length }) = decoded {
                 occupancy.add(&(offset.0..offset.0.saturating_add(length)));
             }
+        }
+        if is_empty {
+            self.drop_empty_table(writer, compaction, pass, column)?;
         }
         Ok(true)
     }
@@ -80,7 +92,11 @@ impl Image {
         }
         // A step looks at one column.
         let Some((column, tables)) = self.next_column(pass)? else { return Ok(false) };
-        pass.entries = self.entries_to_move(&tables, pass)?;
+        let is_empty;
+        (pass.entries, is_empty) = self.entries_to_move(&tables, pass)?;
+        if is_empty && self.drop_empty_table(writer, compaction, pass, column)? {
+            return Ok(true);
+        }
         if pass.entries.is_empty() && tables.iter().any(|t| pass.moves(t.cluster)) {
             self.move_tables(writer, compaction, pass, column)?;
         }
@@ -119,13 +135,15 @@ impl Image {
         Ok(tables)
     }
 
-    /// The entries of `tables` that use what is to be moved, in descending order. Nothing is held:
-    /// they are looked at again.
-    fn entries_to_move(&self, tables: &[Table], pass: &Pass) -> Result<Vec<u32>> {
+    /// The entries of `tables` that use what is to be moved, in descending order, and whether no
+    /// table maps anything. Nothing is held: they are looked at again.
+    fn entries_to_move(&self, tables: &[Table], pass: &Pass) -> Result<(Vec<u32>, bool)> {
         let size = self.geometry.l2_entry_size() as usize;
         let mut found = Vec::new();
+        let mut is_empty = true;
         for table in tables {
             let bytes = self.tables.read_table(table.cluster)?;
+            is_empty &= is_all_zero(&bytes);
             for (index, entry) in bytes.chunks_exact(size).enumerate() {
                 if self.is_moved(be64(entry, 0), pass) {
                     found.push(index as u32);
@@ -134,7 +152,33 @@ impl Image {
         }
         found.sort_unstable_by(|a, b| b.cmp(a));
         found.dedup();
-        Ok(found)
+        Ok((found, is_empty))
+    }
+
+    /// Lets go of the L2 table of a column where it maps nothing and is nobody else's: without one the
+    /// column reads the same. Whether it did.
+    fn drop_empty_table(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+        column: u64,
+    ) -> Result<bool> {
+        let _guard = self.locks.exclusive(self.tables.clusters_of(column));
+        let Some(table) = self.tables.table_at(column)?.and_then(|entry| entry.table) else {
+            return Ok(false);
+        };
+        let is_only_one = matches!(self.tables_of(pass, column)?[..], [Table { paths: 1, .. }]);
+        if !is_only_one
+            || !is_all_zero(&self.tables.read_table(table)?)
+            || !self.is_all_of(writer, compaction, table, 1)?
+        {
+            return Ok(false);
+        }
+        self.tables.remove_table(column);
+        pass.emptied += 1;
+        writer.recycler.drop_used(table.0..table.0 + 1)?;
+        Ok(true)
     }
 
     fn is_moved(&self, raw: u64, pass: &Pass) -> bool {
@@ -246,7 +290,7 @@ impl Image {
             self.redirect(index, edits)?;
             return self.drop_all(writer, source, one.paths);
         }
-        let Some(target) = self.take_target(writer, pass)? else {
+        let Some(target) = self.take_target(writer, pass, 1)? else {
             pass.no_room();
             return Ok(());
         };
@@ -256,20 +300,29 @@ impl Image {
             writer.refcounts.raise(cluster, one.paths - 1)?;
         }
         let place = self.geometry.host_offset(cluster).0;
-        let edits =
-            one.entries.iter().map(|&(table, raw)| (table, raw, raw & !OFFSET_MASK | place));
+        // Where it is shared a flag would be wrong, and the new cluster may be trusted.
+        let replaced = if one.paths > 1 { OFFSET_MASK | COPIED } else { OFFSET_MASK };
+        let edits = one.entries.iter().map(|&(table, raw)| (table, raw, raw & !replaced | place));
         self.redirect(index, edits).inspect_err(|_| self.lower(writer, cluster, one.paths - 1))?;
         target.linked(1);
         pass.note_moved(self.cluster_size());
         self.drop_all(writer, source, one.paths)
     }
 
-    /// Where one cluster goes, reading zeros; `None` where there is no room for it.
-    fn take_target<'a>(&self, writer: &'a Writer, pass: &Pass) -> Result<Option<Rooted<'a>>> {
-        match pass.purpose {
-            Purpose::Shorten => writer.recycler.take_before(1, pass.end),
-            Purpose::Evacuate => writer.recycler.take_at_end(1).map(Some),
+    /// Exactly `wanted` clusters in a row to move something to, which read zeros; `None` where there is
+    /// no room for them. No more than needed: what is free before the end may just suffice for
+    /// everybody.
+    pub(super) fn take_target<'a>(
+        &self,
+        writer: &'a Writer,
+        pass: &Pass,
+        wanted: u64,
+    ) -> Result<Option<Rooted<'a>>> {
+        if pass.purpose == Purpose::Evacuate {
+            return writer.recycler.take_at_end(wanted).map(Some);
         }
+        let before = writer.recycler.take_before(wanted, pass.end)?;
+        Ok(before.filter(|rooted| rooted.count() >= wanted))
     }
 
     /// Whether an entry reads zeros by its flag.
@@ -378,7 +431,7 @@ impl Image {
             {
                 continue;
             }
-            let Some(target) = self.take_target(writer, pass)? else {
+            let Some(target) = self.take_target(writer, pass, 1)? else {
                 pass.no_room();
                 return Ok(());
             };
@@ -391,7 +444,7 @@ impl Image {
                 writer.refcounts.raise(cluster, table.paths - 1)?;
             }
             if self.tables.table_at(column)?.is_some_and(|e| e.table == Some(table.cluster)) {
-                self.tables.move_table(column, cluster);
+                self.tables.move_table(column, cluster, table.paths > 1);
             }
             for snapshot in &mut pass.snapshots {
                 snapshot.replace(column, table.cluster, cluster, &self.geometry, &self.tables);

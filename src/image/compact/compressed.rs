@@ -7,15 +7,22 @@
 //! An entry says only how many 512-byte sectors the data reaches into. To pack the copies without
 //! gaps their exact length is needed: the cluster is inflated, which also keeps a damaged one from
 //! being moved.
+//!
+//! **Narrow refcounts.** A host cluster counts a reference for each piece in it, and a snapshot doubles
+//! them. So that one can still be taken, packing fills a cluster with no more references than half of
+//! what its refcount can count, nor with more than the cluster had that a piece comes from.
 
 use std::ops::Range;
 
 use super::columns::Use;
-use super::{Compaction, Pass, Purpose};
+use super::occupancy::Occupancy;
+use super::{Compaction, Pass};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{HostCluster, HostOffset, L2Entry};
 use crate::image::{Image, Writer, inflate};
-use crate::recycler::Rooted;
+
+/// Refcounts of 16 bits (2 to the 4th) count every piece that fits into a cluster, and many snapshots.
+const WIDE_ENOUGH: u32 = 4;
 
 /// Where the next copy goes. The packer holds a reference of its own to each of its clusters, so
 /// that none is freed while it is being filled, whatever happens to the data in it.
@@ -40,8 +47,10 @@ impl Image {
         let decoded = L2Entry::decode(raw, 0, &self.geometry);
         let Ok(L2Entry::Compressed { offset, length }) = decoded else { return Ok(()) };
         let old = self.geometry.host_clusters(offset, length);
+        let mut most = self.most_packed();
         for cluster in old.map(HostCluster) {
             let count = writer.refcounts.get(cluster)?;
+            most = most.max(count);
             if count < one.paths || self.tables.is_metadata(cluster) {
                 return Err(Error::corrupt(format!(
                     "compressed data at {offset} reaches into {}, which has refcount {count} or is \
@@ -68,10 +77,11 @@ impl Image {
             compaction.pin(|| format!("refcounts are too narrow to pack the data at {offset}"));
             return Ok(());
         }
-        let Some((place, touched)) = self.pack_referenced(writer, pass, exact as u64, one.paths)?
+        let Some((place, touched)) =
+            self.pack_referenced(writer, pass, exact as u64, one.paths, most)?
         else {
             // Others may fit into less.
-            pass.is_out_of_room = true;
+            (pass.is_out_of_room, pass.is_fragmented) = (true, true);
             return Ok(());
         };
         let sectors = (place.0 + exact as u64 - 1) / 512 - place.0 / 512 + 1;
@@ -94,20 +104,21 @@ impl Image {
     }
 
     /// The place for a copy of `length` bytes, and the host clusters that it touches, which count
-    /// `paths` references more; `None` where there is no room before the end.
+    /// `paths` references more, at most `most` then; `None` where there is no room before the end.
     fn pack_referenced(
         &self,
         writer: &Writer,
         pass: &mut Pass,
         length: u64,
         paths: u64,
+        most: u64,
     ) -> Result<Option<(HostOffset, Range<u64>)>> {
         loop {
             let Some(place) = self.pack(writer, pass, length)? else { return Ok(None) };
             let touched = self.geometry.host_clusters(place, length);
             let mut raised = touched.start..touched.start;
             let result: Result<()> = touched.clone().try_for_each(|cluster| {
-                writer.refcounts.raise(HostCluster(cluster), paths)?;
+                self.raise_packed(writer, HostCluster(cluster), paths, most)?;
                 raised.end = cluster + 1;
                 Ok(())
             });
@@ -123,13 +134,64 @@ impl Image {
         }
     }
 
+    /// Counts `paths` references more to a cluster that is being filled.
+    ///
+    /// # Errors
+    /// `TooBig` where that would be more than `most`; those of raising a refcount.
+    fn raise_packed(
+        &self,
+        writer: &Writer,
+        cluster: HostCluster,
+        paths: u64,
+        most: u64,
+    ) -> Result<()> {
+        // One of them is the packer's own.
+        if writer.refcounts.get(cluster)?.saturating_sub(1) + paths > most {
+            return Err(Error::new(ErrorKind::TooBig, "snapshots need room in a refcount"));
+        }
+        writer.refcounts.raise(cluster, paths)
+    }
+
+    /// How many references to a host cluster packing leaves room beside.
+    fn most_packed(&self) -> u64 {
+        match self.geometry.refcount_order() < WIDE_ENOUGH {
+            true => self.geometry.max_refcount() / 2,
+            false => u64::MAX,
+        }
+    }
+
+    /// Host clusters that emptying the sparse ones frees, those for what is packed taken off, and the
+    /// bytes to be packed.
+    pub(super) fn win_by_packing(
+        &self,
+        writer: &Writer,
+        occupancy: &Occupancy,
+    ) -> Result<(u64, u64)> {
+        let (win, live) = occupancy.win();
+        if self.most_packed() == u64::MAX {
+            return Ok((win, live));
+        }
+        let (mut clusters, mut references) = (0u64, 0u64);
+        for (cluster, _) in occupancy.sparse() {
+            clusters += 1;
+            references += writer.refcounts.get(HostCluster(cluster))?;
+        }
+        let needed = references.div_ceil(self.most_packed().max(1));
+        Ok((win.min(clusters.saturating_sub(needed)), live))
+    }
+
     /// The place for a copy of `length` bytes; `None` where there is no room before the end.
     fn pack(&self, writer: &Writer, pass: &mut Pass, length: u64) -> Result<Option<HostOffset>> {
         let bits = self.geometry.cluster_bits();
         let fits = |packer: &Packer| packer.next + length <= packer.clusters.end << bits;
         if !pass.packer.as_ref().is_some_and(fits) {
             let wanted = length.div_ceil(self.cluster_size());
-            let Some(rooted) = self.take_to_pack(writer, pass, wanted)? else { return Ok(None) };
+            let rooted = match self.take_target(writer, pass, wanted)? {
+                // A file without free clusters grows before it gets shorter.
+                None if pass.dissolved.is_some() => writer.recycler.take_at_end(wanted)?,
+                None => return Ok(None),
+                Some(rooted) => rooted,
+            };
             let clusters = rooted.first().0..rooted.first().0 + rooted.count();
             rooted.linked(clusters.end - clusters.start);
             if let Some(sparse) = &mut pass.dissolved {
@@ -159,25 +221,6 @@ impl Image {
                 let next = clusters.start << bits;
                 pass.packer = Some(Packer { clusters, next });
             }
-        }
-    }
-
-    /// `wanted` clusters in a row to pack data into.
-    fn take_to_pack<'a>(
-        &self,
-        writer: &'a Writer,
-        pass: &Pass,
-        wanted: u64,
-    ) -> Result<Option<Rooted<'a>>> {
-        if pass.purpose == Purpose::Evacuate {
-            return writer.recycler.take_at_end(wanted).map(Some);
-        }
-        // No more than needed: what is free before the end may just suffice for everybody.
-        let before = writer.recycler.take_before(wanted, pass.end)?;
-        match before.filter(|rooted| rooted.count() >= wanted) {
-            // A file without free clusters grows before it gets shorter.
-            None if pass.dissolved.is_some() => writer.recycler.take_at_end(wanted).map(Some),
-            before => Ok(before),
         }
     }
 

@@ -151,8 +151,8 @@ pub(super) struct Compaction {
     /// The compressed bytes dropped that were known when it was last looked how full host clusters
     /// are.
     surveyed_at: Option<u64>,
-    /// The last pass ran out of room and this is the first time: the next one leaves some.
-    is_cramped: bool,
+    /// The last pass ran out of room and this is the first time: the next one leaves so many clusters.
+    cramped: Option<u64>,
     /// There may be compressed data: none ever comes to an open image.
     has_compressed: bool,
 }
@@ -161,6 +161,7 @@ pub(super) struct Compaction {
 #[derive(Debug)]
 struct Pass {
     purpose: Purpose,
+    began: Instant,
     /// What lies at or behind this cluster moves; or all before it.
     end: u64,
     /// The bytes to win that are worth moving something for.
@@ -174,16 +175,20 @@ struct Pass {
     survey: Option<Occupancy>,
     /// Host clusters that compressed data is moved out of.
     dissolved: Option<Occupancy>,
-    /// There was nothing free before the end any more.
+    /// Something found no room before the end: others have taken it.
     is_out_of_room: bool,
-    /// The pass before it ran out of room.
-    has_slack: bool,
+    /// Or it was compressed data, which needs it in one piece.
+    is_fragmented: bool,
+    /// The pass before it ran out of room, and this one leaves so many clusters.
+    slack: Option<u64>,
     snapshots: Vec<structures::SnapshotL1>,
     /// The L1 index that is next.
     column: u64,
     /// Of the column before it: entries that point behind the end, the next one last.
     entries: Vec<u32>,
     packer: Option<compressed::Packer>,
+    /// L2 tables that mapped nothing, and are gone.
+    emptied: u64,
     unflushed: u64,
     moved: u64,
     /// Bytes to be moved, by the count of clusters.
@@ -209,6 +214,16 @@ enum Step {
     Waits,
     /// It was the last one.
     Last,
+}
+
+/// What a step of whatever pass is under way came to.
+enum Stepped {
+    /// There is no pass.
+    None,
+    Taken,
+    Waits,
+    /// It was the last one of this pass.
+    Over(Box<Pass>),
 }
 
 /// What a pass is for.
@@ -252,15 +267,16 @@ impl Compaction {
             failed: None,
             retry: None,
             surveyed_at: None,
-            is_cramped: false,
+            cramped: None,
             has_compressed: true,
         }
     }
 
     /// Whether another pass may win more than this one has, which is over.
     fn is_unfinished(&mut self, pass: &Pass) -> bool {
-        self.is_cramped = pass.is_out_of_room && !pass.has_slack;
-        self.is_cramped || pass.dissolved.is_some()
+        let is_first_time = pass.is_out_of_room && pass.slack.is_none();
+        self.cramped = is_first_time.then_some(if pass.is_fragmented { SLACK } else { 0 });
+        is_first_time || pass.dissolved.is_some() || pass.emptied > 0
     }
 
     /// Whether so much compressed data was dropped, of `dropped` bytes in all, that it is worth
@@ -365,7 +381,8 @@ impl Image {
             };
             // Each pass is shorter than the one before, or the last one.
             if !surveys && (prospect.win() == 0 || prospect.end >= last) {
-                return Ok(());
+                // What became free after the last pass had cut the file.
+                return writer.recycler.cut_tail();
             }
             last = match self.run_pass(Purpose::Shorten, prospect, &mut progress)? {
                 Ran::Stopped => return Ok(()),
@@ -391,28 +408,24 @@ impl Image {
         drop(compaction);
         loop {
             let mut compaction = writer.compaction.lock();
-            let Some(mut pass) = compaction.pass.take() else { return Ok(Ran::Through) };
-            let before = pass.moved;
-            let step = self.note(self.advance(writer, &mut compaction, &mut pass));
-            writer.recycler.note_moved(pass.moved - before);
-            let is_unfinished = compaction.is_unfinished(&pass);
-            if let Ok(Step::Taken | Step::Waits) = step {
-                compaction.pass = Some(pass);
-            } else {
-                self.close_packer(writer, &mut pass);
-            }
+            let stepped = self.take_step(writer, &mut compaction);
             self.tell(writer, &compaction);
+            let is_unfinished = match &stepped {
+                Ok((Stepped::Over(pass), _)) => compaction.is_unfinished(pass),
+                _ => false,
+            };
             drop(compaction);
             self.note(self.assert_states(writer))?;
-            let status = writer.compaction_status.lock().clone();
-            match step? {
-                Step::Last => {
+            match stepped?.0 {
+                Stepped::Over(_) => {
                     self.note(self.assert_counts(writer, &writer.compaction.lock()))?;
                     return Ok(if is_unfinished { Ran::Unfinished } else { Ran::Through });
                 }
-                Step::Waits => std::thread::sleep(WAIT),
-                Step::Taken => {}
+                Stepped::None => return Ok(Ran::Through),
+                Stepped::Waits => std::thread::sleep(WAIT),
+                Stepped::Taken => {}
             }
+            let status = writer.compaction_status.lock().clone();
             if !progress(&status) {
                 self.stop_compacting(writer);
                 return Ok(Ran::Stopped);
@@ -468,31 +481,39 @@ impl Image {
             self.tell(writer, &compaction);
             return Ok(next);
         }
-        let Some(mut pass) = compaction.pass.take() else { return Ok(Compacted::Nothing) };
-        let before = pass.moved;
-        let advanced = self.note(self.advance(writer, &mut compaction, &mut pass));
-        let moved = pass.moved - before;
-        writer.recycler.note_moved(moved);
-        let result = match advanced {
-            Ok(Step::Taken) => {
-                compaction.pass = Some(pass);
-                Ok(Compacted::Moved(moved))
-            }
-            Ok(Step::Waits) => {
-                compaction.pass = Some(pass);
-                Ok(Compacted::Later(Instant::now() + WAIT))
-            }
-            Ok(Step::Last) => {
+        let result = match self.take_step(writer, &mut compaction) {
+            Ok((Stepped::None, _)) => Ok(Compacted::Nothing),
+            Ok((Stepped::Taken, moved)) => Ok(Compacted::Moved(moved)),
+            Ok((Stepped::Waits, _)) => Ok(Compacted::Later(Instant::now() + WAIT)),
+            Ok((Stepped::Over(pass), moved)) => {
                 self.end_pass(writer, &mut compaction, &pass).map(|()| Compacted::Moved(moved))
             }
-            Err(e) => {
-                // Whatever has changed in memory is whole; the next pass begins anew.
-                self.close_packer(writer, &mut pass);
-                Err(e)
-            }
+            Err(e) => Err(e),
         };
         self.tell(writer, &compaction);
         result
+    }
+
+    /// Takes the next step of the pass that is under way; what it came to, and how many bytes have
+    /// moved. After an error there is no pass any more: whatever has changed in memory is whole.
+    fn take_step(&self, writer: &Writer, compaction: &mut Compaction) -> Result<(Stepped, u64)> {
+        let Some(mut pass) = compaction.pass.take() else { return Ok((Stepped::None, 0)) };
+        let before = pass.moved;
+        let step = self.note(self.advance(writer, compaction, &mut pass));
+        let moved = pass.moved - before;
+        writer.recycler.note_moved(moved);
+        let stepped = match step {
+            Ok(step @ (Step::Taken | Step::Waits)) => {
+                compaction.pass = Some(pass);
+                if step == Step::Taken { Stepped::Taken } else { Stepped::Waits }
+            }
+            Ok(Step::Last) => Stepped::Over(Box::new(pass)),
+            Err(e) => {
+                self.close_packer(writer, &mut pass);
+                return Err(e);
+            }
+        };
+        Ok((stepped, moved))
     }
 
     /// A step of compaction has failed with this. It is tried again, each time after a longer pause:
@@ -602,10 +623,11 @@ impl Image {
         log::debug!("compacting: {} clusters become {}", prospect.end, prospect.used);
         let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
         let surveys = compaction.has_compressed && compaction.surveyed_at != Some(dropped);
-        let has_slack = std::mem::take(&mut compaction.is_cramped);
+        let slack = compaction.cramped.take();
         compaction.pass = Some(Pass {
             purpose: Purpose::Shorten,
-            end: prospect.used + if has_slack { SLACK } else { 0 },
+            began: Instant::now(),
+            end: prospect.used + slack.unwrap_or(0),
             worth,
             win: prospect.win(),
             stage: if surveys { Stage::Survey } else { Stage::Columns },
@@ -613,11 +635,13 @@ impl Image {
             survey: None,
             dissolved: None,
             is_out_of_room: false,
-            has_slack,
+            is_fragmented: false,
+            slack,
             snapshots,
             column: 0,
             entries: Vec::new(),
             packer: None,
+            emptied: 0,
             unflushed: 0,
             moved: 0,
             flushes: 0,
@@ -641,7 +665,7 @@ impl Image {
             return Ok(Step::Taken);
         }
         match pass.stage {
-            Stage::Survey => return self.survey(compaction, pass),
+            Stage::Survey => return self.survey(writer, compaction, pass),
             Stage::Columns => {
                 if !self.move_in_columns(writer, compaction, pass)? {
                     pass.stage = Stage::Structures;
@@ -663,9 +687,14 @@ impl Image {
 
     /// Looks a little further how full the host clusters with compressed data are, and at the end
     /// whether emptying the sparse ones is worth it.
-    fn survey(&self, compaction: &mut Compaction, pass: &mut Pass) -> Result<Step> {
+    fn survey(
+        &self,
+        writer: &Writer,
+        compaction: &mut Compaction,
+        pass: &mut Pass,
+    ) -> Result<Step> {
         let mut occupancy = pass.survey.take().unwrap_or_else(|| Occupancy::new(&self.geometry));
-        if self.survey_some(pass, &mut occupancy)? {
+        if self.survey_some(writer, compaction, pass, &mut occupancy)? {
             pass.survey = Some(occupancy);
             return Ok(Step::Taken);
         }
@@ -673,12 +702,16 @@ impl Image {
         compaction.surveyed_at = Some(pass.dropped);
         (pass.column, pass.stage) = (0, Stage::Columns);
         let bits = self.geometry.cluster_bits();
-        let (win, live) = occupancy.win();
+        let (win, live) = self.win_by_packing(writer, &occupancy)?;
         if win << bits >= pass.worth {
             pass.to_move += live;
             pass.dissolved = Some(occupancy);
         } else if pass.win << bits < pass.worth {
-            return Ok(Step::Last);
+            if pass.emptied == 0 {
+                return Ok(Step::Last);
+            }
+            // What those tables free may make it worth it.
+            pass.stage = Stage::Cut;
         }
         Ok(Step::Taken)
     }
@@ -721,12 +754,18 @@ impl Image {
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
-        // A pass that has moved much may be worth another; one that has not is not, until more is
-        // freed.
+        // Another may win what others have freed meanwhile, or put at the end (for which nobody who has
+        // asked need wait), and what this one was not out for. What stays behind the end for no such
+        // reason does so until more is freed.
         compaction.failed = None;
         compaction.retry = None;
-        let worth_another = win > 0 && (pass.moved > win || compaction.is_unfinished(pass));
-        compaction.asked &= worth_another;
+        let has_reached_its_end = prospect.end <= pass.end && pass.slack.unwrap_or(0) == 0;
+        let is_unfinished =
+            has_reached_its_end || pass.moved > win || compaction.is_unfinished(pass);
+        compaction.asked &= win > 0 && is_unfinished;
+        let was_alone = !writer.recycler.has_allocated_since(pass.began);
+        let may_have_missed = !was_alone && compaction.pinned.is_none();
+        let worth_another = win > 0 && (is_unfinished || may_have_missed);
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())
     }

@@ -72,13 +72,18 @@ impl Occupancy {
         sectors > 0 && sectors * DEAD_SHARE <= self.per_cluster * (DEAD_SHARE - 1)
     }
 
+    /// The host clusters that are worth emptying, and the sectors in use of each.
+    pub(super) fn sparse(&self) -> impl Iterator<Item = (u64, u64)> {
+        let all = (0..).zip(self.sectors.iter().map(|sectors| u64::from(*sectors)));
+        all.filter(|(_, sectors)| self.is_worth_emptying(*sectors))
+    }
+
     /// Host clusters that emptying the sparse ones frees, those for what is packed taken off, and
     /// the bytes to be packed.
     pub(super) fn win(&self) -> (u64, u64) {
-        let sparse =
-            self.sectors.iter().map(|s| u64::from(*s)).filter(|s| self.is_worth_emptying(*s));
-        let (count, live) =
-            sparse.fold((0u64, 0), |(count, live), sectors| (count + 1, live + sectors));
+        let (count, live) = self
+            .sparse()
+            .fold((0u64, 0), |(count, live), (_, sectors)| (count + 1, live + sectors));
         (count.saturating_sub(live.div_ceil(self.per_cluster.max(1))), live * SECTOR)
     }
 }

@@ -93,7 +93,6 @@ impl Image {
             self.raise_references(writer, &l1)?;
             self.undo_raise(writer, &l1, u64::MAX);
         }
-        writer.trusted.forget_all();
         self.tables.share_tables(l1.len());
         self.share_entries(writer, &l1, &snapshot)?;
         self.raise_references(writer, &l1)?;
@@ -116,6 +115,7 @@ impl Image {
         l1: &[u64],
         snapshot: &Snapshot,
     ) -> Result<()> {
+        writer.trusted.forget_all();
         for table in l2_tables(l1, &self.geometry, snapshot)? {
             self.tables.share_entries(table)?;
             if self.tables.is_crowded() {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2fs::check::{Repair, check, repair};
+use qcow2fs::check::{Repair, Report, check, repair};
 use qcow2fs::image::{Beside, CompactAfter, Image, Options, RawBacking};
 use qcow2fs::storage::testing::MemoryStorage;
 
@@ -72,8 +72,10 @@ pub fn use_it(origin: &MemoryStorage) {
     let beside = beside(origin);
     read_all(origin.fork(), beside.clone());
     change(origin.fork(), beside);
-    let before = check(origin).map(|report| report.corruptions);
+    // A flag that is missing costs a copy, and is what a repair leaves where a refcount is too narrow.
+    let dangers = |report: &Report| report.corruptions - report.missing_flags;
+    let before = check(origin).map(|report| dangers(&report));
     if let Ok(after) = repair(origin, Repair::All) {
-        assert!(after.corruptions <= before.unwrap());
+        assert!(dangers(&after) <= before.unwrap(), "{:?}", after.findings);
     }
 }
