@@ -58,7 +58,7 @@ use crate::image::{self, Image};
 use crate::storage::{self, HostFile};
 use chain::Chains;
 use host::{HostId, Root, Stamp};
-use node::{Found, Header};
+use node::{Found, Header, Opener};
 use overlay::Overlays;
 
 /// The inode number of the image directory itself.
@@ -512,12 +512,25 @@ impl Catalog {
         self.node(ino.ok_or_else(|| errno("an empty name", libc::EINVAL))?)
     }
 
-    /// Opens a node's image for one more handle; [`Catalog::release`] ends it. May block long.
+    /// Opens a node's image for one more handle of the kernel's, which is to hear of the answer;
+    /// [`Catalog::release`] or [`Catalog::release_untold`] ends it. May block long.
     ///
     /// # Errors
     /// `ReadOnly` for a writer on a read-only mount, `InUse`, those of [`Image::open`] and of the
     /// host.
     pub fn open(&self, node: &Node, how: Opening) -> Result<HandleMode> {
+        self.open_for(Opener::Kernel, node, how)
+    }
+
+    /// As [`Catalog::open`], for a verb: the kernel hears nothing of it.
+    ///
+    /// # Errors
+    /// Those of [`Catalog::open`].
+    pub fn open_for_verb(&self, node: &Node, write: bool) -> Result<()> {
+        self.open_for(Opener::Verb, node, Opening { write, direct: false }).map(drop)
+    }
+
+    fn open_for(&self, opener: Opener, node: &Node, how: Opening) -> Result<HandleMode> {
         if node.is_directory() {
             return Err(errno("opening a directory as a file", libc::EISDIR));
         }
@@ -527,7 +540,8 @@ impl Catalog {
         let layered = self.overlays.is_some();
         let ready = if how.write { self.make_changeable(node) } else { Ok(()) };
         let opened = ready.and_then(|()| {
-            node.open(how, &self.options.image, &self.chains, layered, || self.to_open(node))
+            let find = || self.to_open(node);
+            node.open(opener, how, &self.options.image, &self.chains, layered, find)
         });
         match &opened {
             Ok(_) => node.is_well(),
@@ -540,6 +554,12 @@ impl Catalog {
     /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.
     pub fn release(&self, node: &Node) {
         self.count_close(node, node.release());
+    }
+
+    /// Ends a handle that the kernel did not hear of.
+    pub fn release_untold(&self, node: &Node) {
+        node.was_not_told();
+        self.release(node);
     }
 
     fn count_close(&self, node: &Node, closed: Result<()>) {
@@ -559,7 +579,7 @@ impl Catalog {
         write: bool,
         verb: impl FnOnce(&Image) -> Result<R>,
     ) -> Result<R> {
-        self.open(node, Opening { write, direct: false })?;
+        self.open_for_verb(node, write)?;
         let done = node.with_image(verb);
         self.release(node);
         done

@@ -111,6 +111,8 @@ struct Slot {
     /// The file as we left it at the last close, and those of its chain; what the kernel has cached
     /// since then holds as long as the stamps do.
     closed: Option<Vec<Stamp>>,
+    /// Somebody else has changed the file, and the kernel was not told to drop what it has cached.
+    stale: bool,
 }
 
 /// What [`Node::look`] finds.
@@ -148,6 +150,15 @@ pub struct Opening {
     pub write: bool,
     /// It is better off without the page cache.
     pub direct: bool,
+}
+
+/// Who opens an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opener {
+    /// The kernel, which hears of the [`HandleMode`].
+    Kernel,
+    /// A verb of ours.
+    Verb,
 }
 
 /// What is to be opened.
@@ -344,6 +355,7 @@ impl Node {
     /// another file than what may have been found for reading before.
     pub(super) fn open(
         &self,
+        opener: Opener,
         how: Opening,
         options: &Options,
         chains: &Chains,
@@ -361,12 +373,11 @@ impl Node {
         }
         let options = &Options { label: self.path().display().to_string(), ..options.clone() };
         let mut slot = self.slot.write();
-        let mut keep_cache = true;
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
                 let (opened, stamp) = self.open_found(&find()?, how.write, options, chains)?;
-                keep_cache = slot.closed == Some(opened.stamps(stamp));
+                slot.stale |= slot.closed != Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
                 self.has_image.store(true, Ordering::Release);
@@ -384,7 +395,14 @@ impl Node {
             Some(_) => {}
         }
         slot.handles += 1;
+        let keep_cache = !slot.stale;
+        slot.stale &= opener == Opener::Verb;
         Ok(HandleMode { keep_cache, direct: slot.direct })
+    }
+
+    /// The kernel did not hear of the [`HandleMode`] that it was to get.
+    pub(super) fn was_not_told(&self) {
+        self.slot.write().stale = true;
     }
 
     fn open_found(

@@ -272,6 +272,35 @@ fn what_the_kernel_has_cached_counts_until_somebody_else_writes() {
 }
 
 #[test]
+fn what_others_have_written_is_told_to_the_kernel_whoever_opens_it_first() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let node = tree.node("a.raw");
+    let keeps_cache = || {
+        let mode = tree.catalog.open(&node, READ).unwrap();
+        tree.catalog.release(&node);
+        mode.keep_cache
+    };
+    assert!(!keeps_cache() && keeps_cache());
+    let others_write = || {
+        let write = ["-f", "qcow2", "-c", "write -P 7 0 512"];
+        let mut qemu_io = Command::new("qemu-io");
+        assert!(qemu_io.args(write).arg(tree.path("a.qcow2")).output().unwrap().status.success());
+    };
+    others_write();
+    tree.catalog.with_opened(&node, true, |image| image.resize(2 * MIB)).unwrap();
+    assert!(!keeps_cache() && keeps_cache(), "after a verb that is over");
+    others_write();
+    tree.catalog.open_for_verb(&node, false).unwrap();
+    assert!(!keeps_cache() && keeps_cache(), "during one");
+    tree.catalog.release(&node);
+    others_write();
+    assert!(!tree.catalog.open(&node, READ).unwrap().keep_cache);
+    tree.catalog.release_untold(&node);
+    assert!(!keeps_cache() && keeps_cache(), "the kernel did not hear of it");
+}
+
+#[test]
 fn the_first_handle_decides_whether_the_cache_is_bypassed() {
     let tree = Tree::new();
     tree.image("a.qcow2", "1M");

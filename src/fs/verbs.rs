@@ -144,7 +144,10 @@ impl Verbs {
                 _ => Ok(()),
             };
             let attributes = finished.and_then(|()| self.catalog.attributes(&node));
-            let attributes = attributes.inspect_err(|_| self.release(handle))?;
+            let attributes = attributes.inspect_err(|_| {
+                self.handles.write().remove(&handle);
+                self.catalog.release_untold(&node);
+            })?;
             Ok(Created { attributes, handle, mode })
         });
         // The kernel does not know of it then.
@@ -232,8 +235,7 @@ impl Verbs {
             match order {
                 Order::Compact(name) => {
                     let node = self.catalog.find_node(name)?;
-                    if let Err(e) = self.catalog.open(&node, Opening { write: true, direct: false })
-                    {
+                    if let Err(e) = self.catalog.open_for_verb(&node, true) {
                         self.catalog.forget(node.ino(), 1);
                         return Err(e);
                     }
