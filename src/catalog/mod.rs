@@ -551,7 +551,8 @@ impl Catalog {
         opened
     }
 
-    /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.
+    /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted, and
+    /// the next sync of the node tells of them.
     pub fn release(&self, node: &Node) {
         self.count_close(node, node.release());
     }
@@ -565,6 +566,7 @@ impl Catalog {
     fn count_close(&self, node: &Node, closed: Result<()>) {
         if let Err(e) = closed {
             self.close_errors.fetch_add(1, Ordering::Relaxed);
+            node.has_lost();
             node.log(&e.context("closing it"));
         }
     }

@@ -40,6 +40,8 @@ pub struct Node {
     pub(super) header: Mutex<Option<(Stamp, Header)>>,
     /// What was logged of it last: the same is not logged twice in a row.
     logged: Mutex<Option<Logged>>,
+    /// Closing its image failed, and no sync has told of that.
+    lost: AtomicBool,
     /// What was requested of it, from the first request on.
     io: OnceLock<Box<Io>>,
 }
@@ -190,6 +192,7 @@ impl Node {
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
+            lost: AtomicBool::new(false),
             io: OnceLock::new(),
         }
     }
@@ -269,6 +272,24 @@ impl Node {
     /// The last line that was logged of this file.
     pub(super) fn last_logged(&self) -> Option<String> {
         self.logged.lock().as_ref().map(|logged| logged.line.clone())
+    }
+
+    /// Closing its image has failed: what was written may be lost, which the next sync is to tell.
+    pub(super) fn has_lost(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Makes what was written durable.
+    ///
+    /// # Errors
+    /// Those of [`Image::flush`]; `EIO`, once, where the image was closed since the last sync and that
+    /// failed.
+    pub fn sync(&self) -> Result<()> {
+        let lost = match self.lost.swap(false, Ordering::AcqRel) {
+            true => Err(lost()),
+            false => Ok(()),
+        };
+        self.with_image(|image| self.io().flush.count(0, || image.flush())).and(lost)
     }
 
     /// Where its requests are counted.
@@ -455,6 +476,11 @@ impl Node {
 fn not_done() -> Error {
     let errno = std::io::Error::from_raw_os_error(libc::ETIMEDOUT);
     Error::io("requests for it are still under way: it is left as by a crash", errno)
+}
+
+fn lost() -> Error {
+    let errno = std::io::Error::from_raw_os_error(libc::EIO);
+    Error::io("closing the image failed before: what was written then may be lost", errno)
 }
 
 fn gone() -> Error {

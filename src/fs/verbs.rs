@@ -205,7 +205,7 @@ impl Verbs {
 
     /// Makes what was written durable.
     pub(super) fn sync(&self, node: &Node) -> Result<()> {
-        node.with_image(|image| node.io().flush.count(0, || image.flush()))
+        node.sync()
     }
 
     /// Ends a handle.
