@@ -21,7 +21,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -108,6 +108,8 @@ pub struct Catalog {
     close_errors: AtomicU64,
     /// Who closes all images holds it: one that comes second must not end the process under the first.
     closing: Mutex<()>,
+    /// All images are being closed, or have been: none is opened or made any more.
+    ended: AtomicBool,
 }
 
 struct Nodes {
@@ -185,6 +187,7 @@ impl Catalog {
             names: RwLock::default(),
             close_errors: AtomicU64::new(0),
             closing: Mutex::new(()),
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -368,7 +371,10 @@ impl Catalog {
             Some(_) if node.is_directory() => {
                 Err(errno("changing a directory above overlays", libc::EROFS))
             }
-            Some(overlays) => overlays.make(&node.path(), &self.own_place(node)?.0),
+            Some(overlays) => {
+                self.goes_on()?;
+                overlays.make(&node.path(), &self.own_place(node)?.0)
+            }
         }
     }
 
@@ -540,7 +546,7 @@ impl Catalog {
         let layered = self.overlays.is_some();
         let ready = if how.write { self.make_changeable(node) } else { Ok(()) };
         let opened = ready.and_then(|()| {
-            let find = || self.to_open(node);
+            let find = || self.goes_on().and_then(|()| self.to_open(node));
             node.open(opener, how, &self.options.image, &self.chains, layered, find)
         });
         match &opened {
@@ -589,14 +595,24 @@ impl Catalog {
 
     /// Closes every image, whoever still uses it; requests that are under way are waited for, but not
     /// longer than `patience` for all of them; what is being opened or closed, however long that takes.
-    /// Returns how many closes have failed, over all.
+    /// From then on no image is opened or made. Returns how many closes have failed, over all.
     pub fn close_all(&self, patience: Duration) -> u64 {
         let _alone = self.closing.lock();
+        // Who opens an image looks at it with the slot held, which is waited for below.
+        self.ended.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + patience;
         for node in self.all_nodes() {
             self.count_close(&node, node.force_close(deadline));
         }
         self.close_errors.load(Ordering::Relaxed)
+    }
+
+    /// Fails once all images are being closed.
+    fn goes_on(&self) -> Result<()> {
+        match self.ended.load(Ordering::SeqCst) {
+            true => Err(errno("opening or making an image while the mount ends", libc::EIO)),
+            false => Ok(()),
+        }
     }
 
     fn all_nodes(&self) -> Vec<Arc<Node>> {

@@ -44,8 +44,8 @@ impl Catalog {
     /// we may give files away. It is known to the kernel from now on, as after a lookup.
     ///
     /// # Errors
-    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`, those of [`Image::create`] and of
-    /// the host.
+    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`,
+    /// `EIO` while the mount ends, those of [`Image::create`] and of the host.
     pub fn make_image(
         &self,
         parent: &Node,
@@ -56,6 +56,7 @@ impl Catalog {
         if self.options.read_only {
             return Err(read_only());
         }
+        self.goes_on()?;
         self.names_may_change()?;
         let Some(image) = names::image_name(name) else {
             let why = "only raw files can be made here: a file NAME.raw makes the image NAME.qcow2";

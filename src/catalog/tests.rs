@@ -32,6 +32,12 @@ impl Tree {
         Tree { dir, catalog }
     }
 
+    /// The same images in another catalog.
+    fn served_anew(self) -> Self {
+        let catalog = Catalog::new(self.dir.path(), Options::default()).unwrap();
+        Tree { dir: self.dir, catalog }
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -644,7 +650,39 @@ fn images_that_are_closed_by_force_take_what_is_under_way() {
     assert_eq!(node.with_image(|image| image.write(0, b"lost")).unwrap_err().errno(), libc::EIO);
     tree.catalog.release(&node);
     assert!(tree.is_free("a.qcow2", Access::Write));
-    assert_eq!(tree.read("a.raw"), b"donelate");
+    assert_eq!(tree.served_anew().read("a.raw"), b"donelate");
+}
+
+#[test]
+fn no_image_is_opened_or_made_once_all_are_closed() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    tree.image("b.qcow2", "1M");
+    let (a, b) = (tree.node("a.raw"), tree.node("b.raw"));
+    tree.catalog.open(&a, READ).unwrap();
+    assert_eq!(tree.catalog.close_all(Duration::ZERO), 0);
+    for (node, how) in [(&a, READ), (&a, WRITE), (&b, READ), (&b, WRITE)] {
+        assert_eq!(tree.catalog.open(node, how).unwrap_err().errno(), libc::EIO, "{how:?}");
+    }
+    tree.catalog.release(&a);
+    assert_eq!(tree.catalog.open(&a, WRITE).unwrap_err().errno(), libc::EIO, "all are released");
+    let made = tree.catalog.make_image(&tree.root(), "c.raw".as_ref(), 0o600, ME);
+    assert_eq!(made.err().map(|e| e.errno()), Some(libc::EIO));
+    assert!(!tree.path("c.qcow2").exists());
+    assert!(tree.is_free("a.qcow2", Access::Write) && tree.is_free("b.qcow2", Access::Write));
+}
+
+#[test]
+fn overlays_are_not_made_once_all_images_are_closed() {
+    let (below, overlays) = (Tree::new(), tempfile::tempdir().unwrap());
+    below.image("a.qcow2", "1M");
+    let tree = Tree::layered(below.dir, overlays.path(), false);
+    let node = tree.node("a.raw");
+    tree.catalog.close_all(Duration::ZERO);
+    let count = || fs::read_dir(overlays.path()).unwrap().count();
+    let before = count();
+    assert_eq!(tree.catalog.open(&node, WRITE).unwrap_err().errno(), libc::EIO);
+    assert_eq!(count(), before);
 }
 
 #[test]
@@ -654,7 +692,7 @@ fn who_never_ends_keeps_no_image_from_being_left() {
         goes_on.send(()).unwrap();
     });
     tree.catalog.release(&node);
-    assert_eq!(tree.read("a.raw")[..4], *b"done");
+    assert_eq!(tree.served_anew().read("a.raw")[..4], *b"done");
 }
 
 #[test]
