@@ -39,7 +39,9 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        self.at_place(node, "changing attributes", |file| self.apply(file, change))
+        let changed = self.at_place(node, "changing attributes", |file| self.apply(file, change));
+        note_change(node);
+        changed
     }
 
     /// Runs `verb` on a node's file on the host, which may be open for nothing. One that is open in an
@@ -113,7 +115,9 @@ impl Catalog {
         let flags = XattrFlags::from_bits_retain(flags);
         self.at_place(node, "setting an extended attribute", |file| {
             Ok(rustix::fs::setxattr(host::path_of(file), name, value, flags)?)
-        })
+        })?;
+        note_change(node);
+        Ok(())
     }
 
     /// Removes an extended attribute of a node's file.
@@ -125,7 +129,32 @@ impl Catalog {
         self.make_changeable(node)?;
         self.at_place(node, "removing an extended attribute", |file| {
             Ok(rustix::fs::removexattr(host::path_of(file), name)?)
-        })
+        })?;
+        note_change(node);
+        Ok(())
+    }
+
+    /// Makes the attributes of a node's file durable that were set here.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn sync_attributes(&self, node: &Node) -> Result<()> {
+        let mut unsynced = node.unsynced_attributes.lock();
+        if !*unsynced {
+            return Ok(());
+        }
+        // What is open may be the image below an overlay that has them.
+        let synced = match node.open_file().filter(|_| self.overlays.is_none()) {
+            Some(open) => open.file().sync_all(),
+            None => {
+                host::open_file(&self.place_of(node)?.0, false).and_then(|file| file.sync_all())
+            }
+        };
+        synced.map_err(|e| {
+            Error::io(format!("syncing the attributes of {}", node.path().display()), e)
+        })?;
+        *unsynced = false;
+        Ok(())
     }
 
     /// Makes the names in a directory durable.
@@ -137,6 +166,10 @@ impl Catalog {
             File::open(host::path_of(place))?.sync_all()
         })
     }
+}
+
+fn note_change(node: &Node) {
+    *node.unsynced_attributes.lock() = true;
 }
 
 fn is_users(name: &OsStr) -> Result<()> {

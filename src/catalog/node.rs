@@ -42,6 +42,8 @@ pub struct Node {
     logged: Mutex<Option<Logged>>,
     /// Closing its image failed, and no sync has told of that.
     lost: AtomicBool,
+    /// Attributes may have been set that are not durable. Held while they are made so.
+    pub(super) unsynced_attributes: Mutex<bool>,
     /// What was requested of it, from the first request on.
     io: OnceLock<Box<Io>>,
 }
@@ -193,6 +195,8 @@ impl Node {
             header: Mutex::default(),
             logged: Mutex::default(),
             lost: AtomicBool::new(false),
+            // Who had this file as another node may have set some.
+            unsynced_attributes: Mutex::new(true),
             io: OnceLock::new(),
         }
     }
@@ -358,6 +362,11 @@ impl Node {
             Some(opened) => Look::Open(look(opened.image(), opened.is_writable(), slot.handles)),
             None => Look::Closed,
         }
+    }
+
+    /// The host file while it is open, for what takes long: nobody waits for it meanwhile.
+    pub(super) fn open_file(&self) -> Option<Arc<HostFile>> {
+        self.slot.read().open.as_ref().map(|opened| Arc::clone(&opened.file))
     }
 
     /// The host file and the image while they are open. Waits where they are being opened again or

@@ -510,15 +510,21 @@ impl Filesystem for Filesys {
         _request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
-        _datasync: bool,
+        datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let node = match self.image_node(handle) {
-            Ok(node) => node,
-            Err(e) => return reply.error(e),
+        let node = match self.verbs.handle(handle.0).as_deref() {
+            Ok(Handle::Image { node, .. }) => Arc::clone(node),
+            // What it shows is durable since it was taken.
+            Ok(Handle::Snapshot { .. }) => return reply.ok(),
+            Ok(_) => return reply.error(Errno::EINVAL),
+            Err(e) => return reply.error(fail(None, e)),
         };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run_here(move || answer(verbs.sync(&node), Some(&node), reply));
+        self.pool.run_here(move || {
+            let synced = if datasync { verbs.sync(&node) } else { verbs.sync_all(&node) };
+            answer(synced, Some(&node), reply);
+        });
     }
 
     fn fallocate(

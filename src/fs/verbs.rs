@@ -208,6 +208,11 @@ impl Verbs {
         node.sync()
     }
 
+    /// The same, and attributes that were set.
+    pub(super) fn sync_all(&self, node: &Node) -> Result<()> {
+        node.sync().and(self.catalog.sync_attributes(node))
+    }
+
     /// Ends a handle.
     pub(super) fn release(&self, number: u64) {
         let handle = self.handles.write().remove(&number);

@@ -138,6 +138,39 @@ fn a_full_disk_loses_nothing_and_a_discard_makes_room() {
 }
 
 #[test]
+fn attributes_outlive_a_power_cut_once_they_are_synced() {
+    let lab = Lab::new();
+    let (device, host) = small_file_system(&lab, "host", "64M");
+    // Nothing reaches the disk by itself.
+    sh!("mount -o remount,commit=300 {}", host.point().display());
+    lab.create("host/disk.qcow2", "1M", "");
+    let mount = lab.mount();
+    let raw = mount.path("host/disk.raw");
+    let file = open(&raw);
+    file.write_all_at(b"data", 0).unwrap();
+    file.sync_all().unwrap();
+    sh!("chmod 0617 {0}; chown 12:34 {0}; touch -d @1000000000 {0}", raw.display());
+    sh!("setfattr -n user.key -v value {}", raw.display());
+    file.sync_all().unwrap();
+
+    let (copy, found) = (lab.path("copy"), lab.subdirectory("found"));
+    sh!("cp {} {}", lab.path("host").display(), copy.display());
+    let copied = LoopDevice::attach(&copy, "");
+    let after = FileSystem::mount(copied.path(), found);
+    let image = after.point().join("disk.qcow2");
+    let looks = sh!("stat -c '%a %u %g %Y' {}", image.display());
+    assert_eq!(looks.trim(), "617 12 34 1000000000");
+    let key = sh!("getfattr -n user.key --only-values {}", image.display());
+    assert_eq!(key.trim(), "value");
+    after.umount();
+    copied.detach();
+    drop(file);
+    mount.umount();
+    host.umount();
+    device.detach();
+}
+
+#[test]
 fn a_full_host_is_told_of_once_and_when_it_is_over() {
     const MIB: usize = 1 << 20;
     let lab = Lab::new();
