@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use rustix::fs::XattrFlags;
 
-use super::{Catalog, Node, SetTime, errno, host};
+use super::{Catalog, Node, SetTime, Times, errno, host};
 use crate::error::{Error, Result};
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
@@ -39,7 +39,8 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        let changed = self.at_place(node, "changing attributes", |file| self.apply(file, change));
+        let changed =
+            self.at_place(node, "changing attributes", |file| self.apply(node, file, change));
         note_change(node);
         changed
     }
@@ -64,7 +65,7 @@ impl Catalog {
         done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
     }
 
-    fn apply(&self, place: &File, change: AttributeChange) -> io::Result<()> {
+    fn apply(&self, node: &Node, place: &File, change: AttributeChange) -> io::Result<()> {
         let path = host::path_of(place);
         let uid = change.uid.filter(|_| self.options.uid.is_none());
         let gid = change.gid.filter(|_| self.options.gid.is_none());
@@ -78,6 +79,11 @@ impl Catalog {
         }
         if change.accessed.is_some() || change.modified.is_some() {
             host::set_times(place, [change.accessed, change.modified])?;
+            let now = place.metadata()?;
+            node.times.keep(Times {
+                accessed: change.accessed.and_then(|_| now.accessed().ok()),
+                modified: change.modified.and_then(|_| now.modified().ok()),
+            });
         }
         Ok(())
     }

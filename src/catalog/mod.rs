@@ -9,7 +9,7 @@
 //! - its size is the virtual size, 0 when its header makes no sense (opening it tells why);
 //! - blocks, times, mode and owner are those of the image file; options may override the owner and
 //!   take mode bits away; the blocks of an external data file count, and so do its times where they
-//!   are later;
+//!   are later; a time that was set while the image is open is shown until the guest writes again;
 //! - symbolic links, devices and other files are not shown.
 //!
 //! Lock order: a node's slot, the lock of names; the node table is a leaf, and so is a node's list of
@@ -41,6 +41,7 @@ mod snapshots;
 mod status;
 #[cfg(test)]
 mod tests;
+mod times;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
@@ -52,6 +53,7 @@ pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
 pub use rename::Creator;
 pub use status::{ImageStatus, MountStatus, Refusal};
+pub use times::Times;
 
 use crate::error::{Error, Result};
 use crate::image::{self, Image};
@@ -145,6 +147,8 @@ pub struct Attributes {
     pub mode: u32,
     /// The file on the host, for blocks and times.
     pub host: Metadata,
+    /// Times to show instead of the host's.
+    pub times: Times,
     /// Its external data file, for the same; `None` where there is none to look at.
     pub data: Option<Metadata>,
 }
@@ -467,6 +471,7 @@ impl Catalog {
             uid: self.options.uid.unwrap_or(host.uid()),
             gid: self.options.gid.unwrap_or(host.gid()),
             mode: host.mode() & mode_bits & !self.options.umask,
+            times: if open { node.times.get() } else { Times::default() },
             host,
             data,
         }

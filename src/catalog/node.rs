@@ -16,6 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use super::chain::{Chains, Files, Writing};
 use super::host::{self, HostId, Stamp};
 use super::names;
+use super::times::KeptTimes;
 use crate::counters::{OperationCounts, Operations};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Beside, Image, Options};
@@ -40,6 +41,8 @@ pub struct Node {
     pub(super) header: Mutex<Option<(Stamp, Header)>>,
     /// What was logged of it last: the same is not logged twice in a row.
     logged: Mutex<Option<Logged>>,
+    /// Times that were set while its image is open.
+    pub(super) times: KeptTimes,
     /// Closing its image failed, and no sync has told of that.
     lost: AtomicBool,
     /// Attributes may have been set that are not durable. Held while they are made so.
@@ -194,6 +197,7 @@ impl Node {
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
+            times: KeptTimes::default(),
             lost: AtomicBool::new(false),
             // Who had this file as another node may have set some.
             unsynced_attributes: Mutex::new(true),
@@ -281,6 +285,11 @@ impl Node {
     /// Closing its image has failed: what was written may be lost, which the next sync is to tell.
     pub(super) fn has_lost(&self) {
         self.lost.store(true, Ordering::Release);
+    }
+
+    /// The guest changes its disk: times that were set no longer hold.
+    pub fn is_changed(&self) {
+        self.times.forget();
     }
 
     /// Makes what was written durable.
@@ -406,6 +415,7 @@ impl Node {
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
+                self.times.forget();
                 let (opened, stamp) = self.open_found(&find()?, how.write, options, chains)?;
                 slot.stale |= slot.closed != Some(opened.stamps(stamp));
                 slot.open = Some(opened);
@@ -469,14 +479,14 @@ impl Node {
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
         if opened.is_idle_by(deadline) {
-            return opened.finish().and(opened.unlock());
+            return opened.finish(&self.times).and(opened.unlock());
         }
         // What is still under way must not meet the end of the file while that is cut off.
         opened.image().flush().and(Err(not_done()))
     }
 
     fn close(&self, slot: &mut Slot) -> Result<()> {
-        let closed = slot.close();
+        let closed = slot.close(&self.times);
         self.has_image.store(false, Ordering::Release);
         closed
     }
@@ -548,9 +558,9 @@ impl Slot {
         }
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn close(&mut self, times: &KeptTimes) -> Result<()> {
         let Some(opened) = self.open.take() else { return Ok(()) };
-        let closed = opened.finish();
+        let closed = opened.finish(times);
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
@@ -645,10 +655,22 @@ impl Opened {
         closed.and(self.unlock())
     }
 
-    /// Closes the image; an error too where it became read-only while it was open.
-    fn finish(&self) -> Result<()> {
+    /// Closes the image, whose file has `times` from then on; an error too where it became read-only
+    /// while it was open.
+    fn finish(&self, times: &KeptTimes) -> Result<()> {
         let failure = self.image().failure().map_or(Ok(()), Err);
-        self.image().close().and(failure)
+        let closed = self.image().close();
+        // One that was only read has them, and may not be the one that was meant: there may be an
+        // overlay by now.
+        if self.is_writable() {
+            let data = self.files.data.iter().map(|data| data.file.file());
+            for file in std::iter::once(self.file.file()).chain(data) {
+                if let Err(e) = times.apply(file) {
+                    log::warn!("setting the times of an image that is closed: {e}");
+                }
+            }
+        }
+        closed.and(failure)
     }
 
     /// The stamp of the image file, followed by those of its data file and of its chain.

@@ -300,6 +300,7 @@ impl Verbs {
     /// Writes; a write past the end of the disk grows it.
     pub(super) fn write(&self, node: &Node, offset: u64, data: &[u8]) -> Result<()> {
         let end = end_of(offset, data.len() as u64)?;
+        node.is_changed();
         node.with_image(|image| {
             grow_to(node, image, end)?;
             node.io().write.count(data.len() as u64, || image.write(offset, data))
@@ -323,6 +324,7 @@ impl Verbs {
         const ZERO_KEEP: i32 = ZERO | KEEP;
         let end = end_of(offset, length)?;
         let range = offset..end;
+        node.is_changed();
         node.with_image(|image| {
             if matches!(mode, 0 | ZERO) {
                 grow_to(node, image, end)?;
@@ -364,6 +366,7 @@ impl Verbs {
         if let Some(size) = size {
             let size = whole_sectors(size)?;
             let _change = node.size_change.lock();
+            node.is_changed();
             self.catalog.with_opened(node, true, |image| match size == image.virtual_size() {
                 true => Ok(()),
                 false => image.resize(size),
