@@ -122,9 +122,11 @@ impl Catalog {
     /// host: a directory is empty only when everything in it is gone, shown here or not.
     pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
         self.names_may_change()?;
+        // The host frees a removed file's blocks with its last descriptor, which takes long: not before
+        // the lock is given up.
+        let found: Found;
         let _names = self.names.write();
-        let found = self.found(parent, name)?;
-        let found = found.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
+        found = self.found(parent, name)?.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
         match (directory, found.metadata.is_dir()) {
             (true, false) => return Err(errno("removing a directory", libc::ENOTDIR)),
             (false, true) => return Err(errno("removing a file", libc::EISDIR)),
@@ -171,9 +173,11 @@ impl Catalog {
         if moves && flags.contains(RenameFlags::EXCHANGE) {
             self.directory_stands_alone(to, &what)?;
         }
+        // As above: the blocks of a file that is replaced.
+        let target: Option<Found>;
         let _names = self.names.write();
         let source = self.found(from.0, from.1)?.ok_or_else(|| errno(&what, libc::ENOENT))?;
-        let target = self.found(to.0, to.1)?;
+        target = self.found(to.0, to.1)?;
         let new_name = self.name_after_rename(&source, to.1, &what)?;
         if let Some(target) = &target {
             may_take_place(&source, target, &new_name, flags, &what)?;
