@@ -431,7 +431,7 @@ impl Catalog {
     fn header(&self, node: &Node, place: &File, host: &Metadata) -> Header {
         let stamp = Stamp::of(host);
         if let Some((seen, header)) = &*node.header.lock()
-            && *seen == stamp
+            && *seen == Some(stamp)
         {
             return header.clone();
         }
@@ -450,7 +450,7 @@ impl Catalog {
                 Header::default()
             }
         };
-        *node.header.lock() = Some((stamp, header.clone()));
+        *node.header.lock() = Some((Some(stamp).filter(Stamp::is_old), header.clone()));
         header
     }
 

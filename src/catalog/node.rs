@@ -37,8 +37,8 @@ pub struct Node {
     has_image: AtomicBool,
     /// Serializes changes of the virtual size. Taken before the slot.
     pub(crate) size_change: Mutex<()>,
-    /// What the header says, and under which stamp it said so.
-    pub(super) header: Mutex<Option<(Stamp, Header)>>,
+    /// What the header said last, and the stamp as long as which it says so: none where nobody knows.
+    pub(super) header: Mutex<Option<(Option<Stamp>, Header)>>,
     /// What was logged of it last: the same is not logged twice in a row.
     logged: Mutex<Option<Logged>>,
     /// Times that were set while its image is open.
@@ -487,6 +487,10 @@ impl Node {
 
     fn close(&self, slot: &mut Slot) -> Result<()> {
         let closed = slot.close(&self.times);
+        // It may have changed since with no other stamp.
+        if let Some((stamp, _)) = &mut *self.header.lock() {
+            *stamp = None;
+        }
         self.has_image.store(false, Ordering::Release);
         closed
     }
@@ -564,7 +568,9 @@ impl Slot {
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
-        self.closed = stamp.map(|stamp| opened.stamps(stamp));
+        self.closed = stamp
+            .map(|stamp| opened.stamps(stamp))
+            .filter(|stamps| stamps.iter().all(|stamp| stamp.is_fine() || stamp.is_old()));
         closed.and(opened.unlock())
     }
 }
