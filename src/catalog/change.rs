@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use rustix::fs::XattrFlags;
 
-use super::{Catalog, Node, SetTime, Times, errno, host};
+use super::{Catalog, Node, SetTime, Times, acl, errno, host};
 use crate::error::{Error, Result};
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
@@ -73,9 +73,11 @@ impl Catalog {
             std::os::unix::fs::chown(&path, uid, gid)?;
         }
         if let Some(mode) = change.mode {
-            let is_directory = place.metadata()?.is_dir();
-            let bits = if is_directory { host::DIRECTORY_MODE } else { host::FILE_MODE };
-            fs::set_permissions(&path, Permissions::from_mode(mode & bits))?;
+            let metadata = place.metadata()?;
+            let bits = if metadata.is_dir() { host::DIRECTORY_MODE } else { host::FILE_MODE };
+            let shown = acl::mode_of(place, metadata.mode()) & !self.options.umask;
+            let mode = acl::mode_to_set(place, metadata.mode(), shown, mode & bits);
+            fs::set_permissions(&path, Permissions::from_mode(mode))?;
         }
         if change.accessed.is_some() || change.modified.is_some() {
             host::set_times(place, [change.accessed, change.modified])?;

@@ -10,6 +10,7 @@
 //! - blocks, times, mode and owner are those of the image file; options may override the owner and
 //!   take mode bits away; the blocks of an external data file count, and so do its times where they
 //!   are later; a time that was set while the image is open is shown until the guest writes again;
+//! - where it has a POSIX access control list, the mode says what the owner's group may indeed;
 //! - symbolic links, devices and other files are not shown.
 //!
 //! Lock order: a node's slot, the lock of names; the node table is a leaf, and so is a node's list of
@@ -19,6 +20,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
+mod acl;
 mod alone;
 mod chain;
 mod change;
@@ -404,27 +407,29 @@ impl Catalog {
     pub fn attributes(&self, node: &Node) -> Result<Attributes> {
         let look = |image: &Image, file: &File, _writable: bool| {
             let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
-            Ok((image_header(image), host))
+            let mode = acl::mode_of(file, host.mode());
+            Ok((image_header(image), host, mode))
         };
         // Names above overlays do not go.
         let open = if self.overlays.is_none() { node.peek(look) } else { None };
         if let Some(open) = open {
-            let (header, host) = open?;
-            return Ok(self.attributes_of(node, header, host, true));
+            let (header, host, mode) = open?;
+            return Ok(self.attributes_of(node, header, host, mode, true));
         }
         let (place, metadata) = self.place_of(node)?;
         self.shown(node, &place, metadata)
     }
 
     fn shown(&self, node: &Node, place: &File, host: Metadata) -> Result<Attributes> {
+        let mode = acl::mode_of(place, host.mode());
         if node.is_directory() {
-            return Ok(self.attributes_of(node, Header::default(), host, false));
+            return Ok(self.attributes_of(node, Header::default(), host, mode, false));
         }
         if let Some(header) = node.try_peek(image_header) {
-            return Ok(self.attributes_of(node, header, host, true));
+            return Ok(self.attributes_of(node, header, host, mode, true));
         }
         let header = self.header(node, place, &host);
-        Ok(self.attributes_of(node, header, host, false))
+        Ok(self.attributes_of(node, header, host, mode, false))
     }
 
     /// What the header of an image that is not open says, read again only after a change.
@@ -454,8 +459,14 @@ impl Catalog {
         header
     }
 
-    fn attributes_of(&self, node: &Node, header: Header, host: Metadata, open: bool) -> Attributes {
-        use std::os::unix::fs::MetadataExt;
+    fn attributes_of(
+        &self,
+        node: &Node,
+        header: Header,
+        host: Metadata,
+        mode: u32,
+        open: bool,
+    ) -> Attributes {
         let data = match (&header.data_file, open) {
             (_, true) => node.look_at_data_file(),
             (Some(name), false) => self.chains.look_at_data_file(&node.path(), name),
@@ -470,7 +481,7 @@ impl Catalog {
             open,
             uid: self.options.uid.unwrap_or(host.uid()),
             gid: self.options.gid.unwrap_or(host.gid()),
-            mode: host.mode() & mode_bits & !self.options.umask,
+            mode: mode & mode_bits & !self.options.umask,
             times: if open { node.times.get() } else { Times::default() },
             host,
             data,
