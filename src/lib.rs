@@ -50,7 +50,7 @@
 //! | a bitmap is complete or marked as inconsistent | `tests/bitmaps.rs`, `tests/crash.rs` |
 //! | a raw data file reads by itself as the disk does | `tests/crash.rs`, `tests/regressions.rs` |
 //! | a repair that is cut short leaves what it found, or less damage | `tests/check/crash.rs`, `tests/omissions.rs` |
-//! | what `fsync` has acknowledged through the mount survives SIGKILL, and mounting again takes no time | `tests/kill`, `tests/compact_kill.rs`, `tests/mount` |
+//! | what `fsync` or a synchronous write has acknowledged through the mount survives SIGKILL, and mounting again takes no time | `tests/kill`, `tests/compact_kill.rs`, `tests/mount` |
 //! | a mount that is detached, taken by force, cut off or stands still loses nothing that was acknowledged, and nobody hangs | `tests/kill/gone.rs` |
 //! | processes that do everything to files at once find what they wrote | `tests/fsx`, `tests/model.rs`, `tests/concurrency.rs` |
 //! | the threads of one image get through in every order of their steps | `src/image/models.rs` |

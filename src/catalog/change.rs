@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use rustix::fs::XattrFlags;
 
-use super::{Catalog, Node, SetTime, errno, host};
+use super::{Catalog, Node, SetTime, Times, acl, errno, host};
 use crate::error::{Error, Result};
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
@@ -39,7 +39,10 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        self.at_place(node, "changing attributes", |file| self.apply(file, change))
+        let changed =
+            self.at_place(node, "changing attributes", |file| self.apply(node, file, change));
+        note_change(node);
+        changed
     }
 
     /// Runs `verb` on a node's file on the host, which may be open for nothing. One that is open in an
@@ -62,7 +65,7 @@ impl Catalog {
         done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
     }
 
-    fn apply(&self, place: &File, change: AttributeChange) -> io::Result<()> {
+    fn apply(&self, node: &Node, place: &File, change: AttributeChange) -> io::Result<()> {
         let path = host::path_of(place);
         let uid = change.uid.filter(|_| self.options.uid.is_none());
         let gid = change.gid.filter(|_| self.options.gid.is_none());
@@ -70,12 +73,19 @@ impl Catalog {
             std::os::unix::fs::chown(&path, uid, gid)?;
         }
         if let Some(mode) = change.mode {
-            let is_directory = place.metadata()?.is_dir();
-            let bits = if is_directory { host::DIRECTORY_MODE } else { host::FILE_MODE };
-            fs::set_permissions(&path, Permissions::from_mode(mode & bits))?;
+            let metadata = place.metadata()?;
+            let bits = if metadata.is_dir() { host::DIRECTORY_MODE } else { host::FILE_MODE };
+            let shown = acl::mode_of(place, metadata.mode()) & !self.options.umask;
+            let mode = acl::mode_to_set(place, metadata.mode(), shown, mode & bits);
+            fs::set_permissions(&path, Permissions::from_mode(mode))?;
         }
         if change.accessed.is_some() || change.modified.is_some() {
             host::set_times(place, [change.accessed, change.modified])?;
+            let now = place.metadata()?;
+            node.times.keep(Times {
+                accessed: change.accessed.and_then(|_| now.accessed().ok()),
+                modified: change.modified.and_then(|_| now.modified().ok()),
+            });
         }
         Ok(())
     }
@@ -113,7 +123,9 @@ impl Catalog {
         let flags = XattrFlags::from_bits_retain(flags);
         self.at_place(node, "setting an extended attribute", |file| {
             Ok(rustix::fs::setxattr(host::path_of(file), name, value, flags)?)
-        })
+        })?;
+        note_change(node);
+        Ok(())
     }
 
     /// Removes an extended attribute of a node's file.
@@ -125,7 +137,32 @@ impl Catalog {
         self.make_changeable(node)?;
         self.at_place(node, "removing an extended attribute", |file| {
             Ok(rustix::fs::removexattr(host::path_of(file), name)?)
-        })
+        })?;
+        note_change(node);
+        Ok(())
+    }
+
+    /// Makes the attributes of a node's file durable that were set here.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn sync_attributes(&self, node: &Node) -> Result<()> {
+        let mut unsynced = node.unsynced_attributes.lock();
+        if !*unsynced {
+            return Ok(());
+        }
+        // What is open may be the image below an overlay that has them.
+        let synced = match node.open_file().filter(|_| self.overlays.is_none()) {
+            Some(open) => open.file().sync_all(),
+            None => {
+                host::open_file(&self.place_of(node)?.0, false).and_then(|file| file.sync_all())
+            }
+        };
+        synced.map_err(|e| {
+            Error::io(format!("syncing the attributes of {}", node.path().display()), e)
+        })?;
+        *unsynced = false;
+        Ok(())
     }
 
     /// Makes the names in a directory durable.
@@ -137,6 +174,10 @@ impl Catalog {
             File::open(host::path_of(place))?.sync_all()
         })
     }
+}
+
+fn note_change(node: &Node) {
+    *node.unsynced_attributes.lock() = true;
 }
 
 fn is_users(name: &OsStr) -> Result<()> {

@@ -24,6 +24,11 @@ pub(super) const FILE_MODE: u32 = 0o777;
 /// The same of directories: who may remove what in them, and whose group new files get, too.
 pub(super) const DIRECTORY_MODE: u32 = 0o3777;
 
+/// Seconds between two times of the coarsest host (FAT).
+const COARSEST: u64 = 2;
+/// Nanoseconds that the times of coarse hosts are multiples of; those of others hardly ever are.
+const FINE: i64 = 10_000_000;
+
 /// Which file it is, whatever its name. The time of birth tells a new file from an old one whose
 /// inode number it got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +45,8 @@ impl HostId {
     }
 }
 
-/// Changes whenever somebody changes the file: what was read under an equal stamp still holds.
+/// Changes whenever somebody changes the file, unless that happens at the same time as the change before,
+/// by the host's clock: what was read under an equal stamp still holds where it [is old](Stamp::is_old).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     size: u64,
@@ -55,6 +61,20 @@ impl Stamp {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
+    }
+
+    /// Whether the file was last changed so long ago that every later change has another stamp, be the
+    /// host's times as coarse as they may.
+    pub(super) fn is_old(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.map_or(0, |now| now.as_secs());
+        now.abs_diff(self.changed.0.unsigned_abs()) > COARSEST
+    }
+
+    /// Whether the host has times so fine that who opens and changes the file from now on cannot be done
+    /// before they go on.
+    pub(super) fn is_fine(&self) -> bool {
+        self.changed.1 % FINE != 0
     }
 }
 

@@ -9,7 +9,8 @@
 //! - its size is the virtual size, 0 when its header makes no sense (opening it tells why);
 //! - blocks, times, mode and owner are those of the image file; options may override the owner and
 //!   take mode bits away; the blocks of an external data file count, and so do its times where they
-//!   are later;
+//!   are later; a time that was set while the image is open is shown until the guest writes again;
+//! - where it has a POSIX access control list, the mode says what the owner's group may indeed;
 //! - symbolic links, devices and other files are not shown.
 //!
 //! Lock order: a node's slot, the lock of names; the node table is a leaf, and so is a node's list of
@@ -19,13 +20,15 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
+mod acl;
 mod alone;
 mod chain;
 mod change;
@@ -41,6 +44,7 @@ mod snapshots;
 mod status;
 #[cfg(test)]
 mod tests;
+mod times;
 
 pub use alone::Alone;
 pub use change::AttributeChange;
@@ -52,13 +56,14 @@ pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
 pub use rename::Creator;
 pub use status::{ImageStatus, MountStatus, Refusal};
+pub use times::Times;
 
 use crate::error::{Error, Result};
 use crate::image::{self, Image};
 use crate::storage::{self, HostFile};
 use chain::Chains;
 use host::{HostId, Root, Stamp};
-use node::{Found, Header};
+use node::{Found, Header, Opener};
 use overlay::Overlays;
 
 /// The inode number of the image directory itself.
@@ -108,6 +113,8 @@ pub struct Catalog {
     close_errors: AtomicU64,
     /// Who closes all images holds it: one that comes second must not end the process under the first.
     closing: Mutex<()>,
+    /// All images are being closed, or have been: none is opened or made any more.
+    ended: AtomicBool,
 }
 
 struct Nodes {
@@ -143,6 +150,8 @@ pub struct Attributes {
     pub mode: u32,
     /// The file on the host, for blocks and times.
     pub host: Metadata,
+    /// Times to show instead of the host's.
+    pub times: Times,
     /// Its external data file, for the same; `None` where there is none to look at.
     pub data: Option<Metadata>,
 }
@@ -185,6 +194,7 @@ impl Catalog {
             names: RwLock::default(),
             close_errors: AtomicU64::new(0),
             closing: Mutex::new(()),
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -368,7 +378,10 @@ impl Catalog {
             Some(_) if node.is_directory() => {
                 Err(errno("changing a directory above overlays", libc::EROFS))
             }
-            Some(overlays) => overlays.make(&node.path(), &self.own_place(node)?.0),
+            Some(overlays) => {
+                self.goes_on()?;
+                overlays.make(&node.path(), &self.own_place(node)?.0)
+            }
         }
     }
 
@@ -394,34 +407,36 @@ impl Catalog {
     pub fn attributes(&self, node: &Node) -> Result<Attributes> {
         let look = |image: &Image, file: &File, _writable: bool| {
             let host = file.metadata().map_err(|e| Error::io("looking at an image file", e))?;
-            Ok((image_header(image), host))
+            let mode = acl::mode_of(file, host.mode());
+            Ok((image_header(image), host, mode))
         };
         // Names above overlays do not go.
         let open = if self.overlays.is_none() { node.peek(look) } else { None };
         if let Some(open) = open {
-            let (header, host) = open?;
-            return Ok(self.attributes_of(node, header, host, true));
+            let (header, host, mode) = open?;
+            return Ok(self.attributes_of(node, header, host, mode, true));
         }
         let (place, metadata) = self.place_of(node)?;
         self.shown(node, &place, metadata)
     }
 
     fn shown(&self, node: &Node, place: &File, host: Metadata) -> Result<Attributes> {
+        let mode = acl::mode_of(place, host.mode());
         if node.is_directory() {
-            return Ok(self.attributes_of(node, Header::default(), host, false));
+            return Ok(self.attributes_of(node, Header::default(), host, mode, false));
         }
         if let Some(header) = node.try_peek(image_header) {
-            return Ok(self.attributes_of(node, header, host, true));
+            return Ok(self.attributes_of(node, header, host, mode, true));
         }
         let header = self.header(node, place, &host);
-        Ok(self.attributes_of(node, header, host, false))
+        Ok(self.attributes_of(node, header, host, mode, false))
     }
 
     /// What the header of an image that is not open says, read again only after a change.
     fn header(&self, node: &Node, place: &File, host: &Metadata) -> Header {
         let stamp = Stamp::of(host);
         if let Some((seen, header)) = &*node.header.lock()
-            && *seen == stamp
+            && *seen == Some(stamp)
         {
             return header.clone();
         }
@@ -440,12 +455,18 @@ impl Catalog {
                 Header::default()
             }
         };
-        *node.header.lock() = Some((stamp, header.clone()));
+        *node.header.lock() = Some((Some(stamp).filter(Stamp::is_old), header.clone()));
         header
     }
 
-    fn attributes_of(&self, node: &Node, header: Header, host: Metadata, open: bool) -> Attributes {
-        use std::os::unix::fs::MetadataExt;
+    fn attributes_of(
+        &self,
+        node: &Node,
+        header: Header,
+        host: Metadata,
+        mode: u32,
+        open: bool,
+    ) -> Attributes {
         let data = match (&header.data_file, open) {
             (_, true) => node.look_at_data_file(),
             (Some(name), false) => self.chains.look_at_data_file(&node.path(), name),
@@ -460,7 +481,8 @@ impl Catalog {
             open,
             uid: self.options.uid.unwrap_or(host.uid()),
             gid: self.options.gid.unwrap_or(host.gid()),
-            mode: host.mode() & mode_bits & !self.options.umask,
+            mode: mode & mode_bits & !self.options.umask,
+            times: if open { node.times.get() } else { Times::default() },
             host,
             data,
         }
@@ -512,12 +534,25 @@ impl Catalog {
         self.node(ino.ok_or_else(|| errno("an empty name", libc::EINVAL))?)
     }
 
-    /// Opens a node's image for one more handle; [`Catalog::release`] ends it. May block long.
+    /// Opens a node's image for one more handle of the kernel's, which is to hear of the answer;
+    /// [`Catalog::release`] or [`Catalog::release_untold`] ends it. May block long.
     ///
     /// # Errors
     /// `ReadOnly` for a writer on a read-only mount, `InUse`, those of [`Image::open`] and of the
     /// host.
     pub fn open(&self, node: &Node, how: Opening) -> Result<HandleMode> {
+        self.open_for(Opener::Kernel, node, how)
+    }
+
+    /// As [`Catalog::open`], for a verb: the kernel hears nothing of it.
+    ///
+    /// # Errors
+    /// Those of [`Catalog::open`].
+    pub fn open_for_verb(&self, node: &Node, write: bool) -> Result<()> {
+        self.open_for(Opener::Verb, node, Opening { write, direct: false }).map(drop)
+    }
+
+    fn open_for(&self, opener: Opener, node: &Node, how: Opening) -> Result<HandleMode> {
         if node.is_directory() {
             return Err(errno("opening a directory as a file", libc::EISDIR));
         }
@@ -527,7 +562,8 @@ impl Catalog {
         let layered = self.overlays.is_some();
         let ready = if how.write { self.make_changeable(node) } else { Ok(()) };
         let opened = ready.and_then(|()| {
-            node.open(how, &self.options.image, &self.chains, layered, || self.to_open(node))
+            let find = || self.goes_on().and_then(|()| self.to_open(node));
+            node.open(opener, how, &self.options.image, &self.chains, layered, find)
         });
         match &opened {
             Ok(_) => node.is_well(),
@@ -537,14 +573,22 @@ impl Catalog {
         opened
     }
 
-    /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted.
+    /// Ends a handle; the last one closes the image. May block long. Errors are logged and counted, and
+    /// the next sync of the node tells of them.
     pub fn release(&self, node: &Node) {
         self.count_close(node, node.release());
+    }
+
+    /// Ends a handle that the kernel did not hear of.
+    pub fn release_untold(&self, node: &Node) {
+        node.was_not_told();
+        self.release(node);
     }
 
     fn count_close(&self, node: &Node, closed: Result<()>) {
         if let Err(e) = closed {
             self.close_errors.fetch_add(1, Ordering::Relaxed);
+            node.has_lost();
             node.log(&e.context("closing it"));
         }
     }
@@ -559,7 +603,7 @@ impl Catalog {
         write: bool,
         verb: impl FnOnce(&Image) -> Result<R>,
     ) -> Result<R> {
-        self.open(node, Opening { write, direct: false })?;
+        self.open_for_verb(node, write)?;
         let done = node.with_image(verb);
         self.release(node);
         done
@@ -567,14 +611,24 @@ impl Catalog {
 
     /// Closes every image, whoever still uses it; requests that are under way are waited for, but not
     /// longer than `patience` for all of them; what is being opened or closed, however long that takes.
-    /// Returns how many closes have failed, over all.
+    /// From then on no image is opened or made. Returns how many closes have failed, over all.
     pub fn close_all(&self, patience: Duration) -> u64 {
         let _alone = self.closing.lock();
+        // Who opens an image looks at it with the slot held, which is waited for below.
+        self.ended.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + patience;
         for node in self.all_nodes() {
             self.count_close(&node, node.force_close(deadline));
         }
         self.close_errors.load(Ordering::Relaxed)
+    }
+
+    /// Fails once all images are being closed.
+    fn goes_on(&self) -> Result<()> {
+        match self.ended.load(Ordering::SeqCst) {
+            true => Err(errno("opening or making an image while the mount ends", libc::EIO)),
+            false => Ok(()),
+        }
     }
 
     fn all_nodes(&self) -> Vec<Arc<Node>> {

@@ -16,6 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use super::chain::{Chains, Files, Writing};
 use super::host::{self, HostId, Stamp};
 use super::names;
+use super::times::KeptTimes;
 use crate::counters::{OperationCounts, Operations};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Beside, Image, Options};
@@ -36,10 +37,16 @@ pub struct Node {
     has_image: AtomicBool,
     /// Serializes changes of the virtual size. Taken before the slot.
     pub(crate) size_change: Mutex<()>,
-    /// What the header says, and under which stamp it said so.
-    pub(super) header: Mutex<Option<(Stamp, Header)>>,
+    /// What the header said last, and the stamp as long as which it says so: none where nobody knows.
+    pub(super) header: Mutex<Option<(Option<Stamp>, Header)>>,
     /// What was logged of it last: the same is not logged twice in a row.
     logged: Mutex<Option<Logged>>,
+    /// Times that were set while its image is open.
+    pub(super) times: KeptTimes,
+    /// Closing its image failed, and no sync has told of that.
+    lost: AtomicBool,
+    /// Attributes may have been set that are not durable. Held while they are made so.
+    pub(super) unsynced_attributes: Mutex<bool>,
     /// What was requested of it, from the first request on.
     io: OnceLock<Box<Io>>,
 }
@@ -111,6 +118,8 @@ struct Slot {
     /// The file as we left it at the last close, and those of its chain; what the kernel has cached
     /// since then holds as long as the stamps do.
     closed: Option<Vec<Stamp>>,
+    /// Somebody else has changed the file, and the kernel was not told to drop what it has cached.
+    stale: bool,
 }
 
 /// What [`Node::look`] finds.
@@ -150,6 +159,15 @@ pub struct Opening {
     pub direct: bool,
 }
 
+/// Who opens an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opener {
+    /// The kernel, which hears of the [`HandleMode`].
+    Kernel,
+    /// A verb of ours.
+    Verb,
+}
+
 /// What is to be opened.
 pub(super) struct Found {
     /// The file.
@@ -179,6 +197,10 @@ impl Node {
             size_change: Mutex::default(),
             header: Mutex::default(),
             logged: Mutex::default(),
+            times: KeptTimes::default(),
+            lost: AtomicBool::new(false),
+            // Who had this file as another node may have set some.
+            unsynced_attributes: Mutex::new(true),
             io: OnceLock::new(),
         }
     }
@@ -260,6 +282,29 @@ impl Node {
         self.logged.lock().as_ref().map(|logged| logged.line.clone())
     }
 
+    /// Closing its image has failed: what was written may be lost, which the next sync is to tell.
+    pub(super) fn has_lost(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// The guest changes its disk: times that were set no longer hold.
+    pub fn is_changed(&self) {
+        self.times.forget();
+    }
+
+    /// Makes what was written durable.
+    ///
+    /// # Errors
+    /// Those of [`Image::flush`]; `EIO`, once, where the image was closed since the last sync and that
+    /// failed.
+    pub fn sync(&self) -> Result<()> {
+        let lost = match self.lost.swap(false, Ordering::AcqRel) {
+            true => Err(lost()),
+            false => Ok(()),
+        };
+        self.with_image(|image| self.io().flush.count(0, || image.flush())).and(lost)
+    }
+
     /// Where its requests are counted.
     pub fn io(&self) -> &Io {
         self.io.get_or_init(Box::default)
@@ -328,6 +373,11 @@ impl Node {
         }
     }
 
+    /// The host file while it is open, for what takes long: nobody waits for it meanwhile.
+    pub(super) fn open_file(&self) -> Option<Arc<HostFile>> {
+        self.slot.read().open.as_ref().map(|opened| Arc::clone(&opened.file))
+    }
+
     /// The host file and the image while they are open. Waits where they are being opened again or
     /// closed.
     pub(super) fn peek<R>(&self, look: impl FnOnce(&Image, &File, bool) -> R) -> Option<R> {
@@ -344,6 +394,7 @@ impl Node {
     /// another file than what may have been found for reading before.
     pub(super) fn open(
         &self,
+        opener: Opener,
         how: Opening,
         options: &Options,
         chains: &Chains,
@@ -361,12 +412,12 @@ impl Node {
         }
         let options = &Options { label: self.path().display().to_string(), ..options.clone() };
         let mut slot = self.slot.write();
-        let mut keep_cache = true;
         match &slot.open {
             None if slot.handles > 0 => return Err(gone()),
             None => {
+                self.times.forget();
                 let (opened, stamp) = self.open_found(&find()?, how.write, options, chains)?;
-                keep_cache = slot.closed == Some(opened.stamps(stamp));
+                slot.stale |= slot.closed != Some(opened.stamps(stamp));
                 slot.open = Some(opened);
                 slot.direct = how.direct;
                 self.has_image.store(true, Ordering::Release);
@@ -384,7 +435,14 @@ impl Node {
             Some(_) => {}
         }
         slot.handles += 1;
+        let keep_cache = !slot.stale;
+        slot.stale &= opener == Opener::Verb;
         Ok(HandleMode { keep_cache, direct: slot.direct })
+    }
+
+    /// The kernel did not hear of the [`HandleMode`] that it was to get.
+    pub(super) fn was_not_told(&self) {
+        self.slot.write().stale = true;
     }
 
     fn open_found(
@@ -421,14 +479,18 @@ impl Node {
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
         if opened.is_idle_by(deadline) {
-            return opened.finish().and(opened.unlock());
+            return opened.finish(&self.times).and(opened.unlock());
         }
         // What is still under way must not meet the end of the file while that is cut off.
         opened.image().flush().and(Err(not_done()))
     }
 
     fn close(&self, slot: &mut Slot) -> Result<()> {
-        let closed = slot.close();
+        let closed = slot.close(&self.times);
+        // It may have changed since with no other stamp.
+        if let Some((stamp, _)) = &mut *self.header.lock() {
+            *stamp = None;
+        }
         self.has_image.store(false, Ordering::Release);
         closed
     }
@@ -437,6 +499,11 @@ impl Node {
 fn not_done() -> Error {
     let errno = std::io::Error::from_raw_os_error(libc::ETIMEDOUT);
     Error::io("requests for it are still under way: it is left as by a crash", errno)
+}
+
+fn lost() -> Error {
+    let errno = std::io::Error::from_raw_os_error(libc::EIO);
+    Error::io("closing the image failed before: what was written then may be lost", errno)
 }
 
 fn gone() -> Error {
@@ -495,13 +562,15 @@ impl Slot {
         }
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn close(&mut self, times: &KeptTimes) -> Result<()> {
         let Some(opened) = self.open.take() else { return Ok(()) };
-        let closed = opened.finish();
+        let closed = opened.finish(times);
         // Taken before the lock goes with the file.
         let stamp = opened.file.file().metadata().ok().map(|m| Stamp::of(&m));
         let stamp = stamp.filter(|_| closed.is_ok() && !self.direct);
-        self.closed = stamp.map(|stamp| opened.stamps(stamp));
+        self.closed = stamp
+            .map(|stamp| opened.stamps(stamp))
+            .filter(|stamps| stamps.iter().all(|stamp| stamp.is_fine() || stamp.is_old()));
         closed.and(opened.unlock())
     }
 }
@@ -592,10 +661,22 @@ impl Opened {
         closed.and(self.unlock())
     }
 
-    /// Closes the image; an error too where it became read-only while it was open.
-    fn finish(&self) -> Result<()> {
+    /// Closes the image, whose file has `times` from then on; an error too where it became read-only
+    /// while it was open.
+    fn finish(&self, times: &KeptTimes) -> Result<()> {
         let failure = self.image().failure().map_or(Ok(()), Err);
-        self.image().close().and(failure)
+        let closed = self.image().close();
+        // One that was only read has them, and may not be the one that was meant: there may be an
+        // overlay by now.
+        if self.is_writable() {
+            let data = self.files.data.iter().map(|data| data.file.file());
+            for file in std::iter::once(self.file.file()).chain(data) {
+                if let Err(e) = times.apply(file) {
+                    log::warn!("setting the times of an image that is closed: {e}");
+                }
+            }
+        }
+        closed.and(failure)
     }
 
     /// The stamp of the image file, followed by those of its data file and of its chain.

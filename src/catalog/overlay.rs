@@ -8,15 +8,16 @@
 //! the name by which it was made.
 
 use std::collections::HashMap;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
+use super::acl;
 use super::host::{self, HostId, HostSpace, Root};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{BackingFile, CreateOptions, Image};
@@ -249,7 +250,8 @@ impl Overlays {
         let new = NewFile::new(&host::path_of(&directory), 0o600).map_err(failed)?;
         let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
         Image::create(&storage, &options)?;
-        look_like(new.file(), &metadata).map_err(failed)?;
+        let mode = acl::mode_of(image, metadata.mode());
+        look_like(new.file(), &metadata, mode).map_err(failed)?;
         self.copy_attributes(path, image, new.file());
         let id = HostId::of(&metadata);
         match &self.kind {
@@ -320,11 +322,11 @@ fn lock(directory: &Path) -> io::Result<File> {
     }
 }
 
-/// Gives an overlay the owner, where we may, and the mode of its image.
-fn look_like(file: &File, image: &Metadata) -> io::Result<()> {
+/// Gives an overlay the owner of its image, where we may, and `mode`.
+fn look_like(file: &File, image: &Metadata, mode: u32) -> io::Result<()> {
     // SAFETY: geteuid takes nothing and cannot fail.
     if unsafe { libc::geteuid() } == 0 {
         std::os::unix::fs::fchown(file, Some(image.uid()), Some(image.gid()))?;
     }
-    file.set_permissions(image.permissions())
+    file.set_permissions(Permissions::from_mode(mode))
 }

@@ -44,8 +44,8 @@ impl Catalog {
     /// we may give files away. It is known to the kernel from now on, as after a lookup.
     ///
     /// # Errors
-    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`, those of [`Image::create`] and of
-    /// the host.
+    /// `EPERM` for a name that no raw file has and where names may not change, `EEXIST`, `ReadOnly`,
+    /// `EIO` while the mount ends, those of [`Image::create`] and of the host.
     pub fn make_image(
         &self,
         parent: &Node,
@@ -56,6 +56,7 @@ impl Catalog {
         if self.options.read_only {
             return Err(read_only());
         }
+        self.goes_on()?;
         self.names_may_change()?;
         let Some(image) = names::image_name(name) else {
             let why = "only raw files can be made here: a file NAME.raw makes the image NAME.qcow2";
@@ -121,9 +122,11 @@ impl Catalog {
     /// host: a directory is empty only when everything in it is gone, shown here or not.
     pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
         self.names_may_change()?;
+        // The host frees a removed file's blocks with its last descriptor, which takes long: not before
+        // the lock is given up.
+        let found: Found;
         let _names = self.names.write();
-        let found = self.found(parent, name)?;
-        let found = found.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
+        found = self.found(parent, name)?.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
         match (directory, found.metadata.is_dir()) {
             (true, false) => return Err(errno("removing a directory", libc::ENOTDIR)),
             (false, true) => return Err(errno("removing a file", libc::EISDIR)),
@@ -170,9 +173,11 @@ impl Catalog {
         if moves && flags.contains(RenameFlags::EXCHANGE) {
             self.directory_stands_alone(to, &what)?;
         }
+        // As above: the blocks of a file that is replaced.
+        let target: Option<Found>;
         let _names = self.names.write();
         let source = self.found(from.0, from.1)?.ok_or_else(|| errno(&what, libc::ENOENT))?;
-        let target = self.found(to.0, to.1)?;
+        target = self.found(to.0, to.1)?;
         let new_name = self.name_after_rename(&source, to.1, &what)?;
         if let Some(target) = &target {
             may_take_place(&source, target, &new_name, flags, &what)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Catalog, Node, Opening, errno, host};
+use super::{Catalog, Node, errno, host};
 use crate::error::{Error, Result};
 use crate::image::{Image, SnapshotInfo, SnapshotKey, SnapshotView};
 use crate::storage::HostFile;
@@ -31,7 +31,7 @@ impl Catalog {
     /// # Errors
     /// Those of [`Catalog::open`] and [`Image::open_snapshot`].
     pub fn open_snapshot(&self, node: &Node, id: &str) -> Result<Arc<SnapshotView>> {
-        self.open(node, Opening { write: false, direct: false })?;
+        self.open_for_verb(node, false)?;
         let opened = node.with_image(|image| image.open_snapshot(SnapshotKey::Id(id.as_bytes())));
         if opened.is_err() {
             self.release(node);

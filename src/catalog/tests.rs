@@ -32,6 +32,12 @@ impl Tree {
         Tree { dir, catalog }
     }
 
+    /// The same images in another catalog.
+    fn served_anew(self) -> Self {
+        let catalog = Catalog::new(self.dir.path(), Options::default()).unwrap();
+        Tree { dir: self.dir, catalog }
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -269,6 +275,35 @@ fn what_the_kernel_has_cached_counts_until_somebody_else_writes() {
     assert!(Command::new("qemu-io").args(write).arg(tree.path("a.qcow2")).output().is_ok());
     assert!(!reopened(READ), "stale pages were kept");
     assert!(reopened(READ));
+}
+
+#[test]
+fn what_others_have_written_is_told_to_the_kernel_whoever_opens_it_first() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    let node = tree.node("a.raw");
+    let keeps_cache = || {
+        let mode = tree.catalog.open(&node, READ).unwrap();
+        tree.catalog.release(&node);
+        mode.keep_cache
+    };
+    assert!(!keeps_cache() && keeps_cache());
+    let others_write = || {
+        let write = ["-f", "qcow2", "-c", "write -P 7 0 512"];
+        let mut qemu_io = Command::new("qemu-io");
+        assert!(qemu_io.args(write).arg(tree.path("a.qcow2")).output().unwrap().status.success());
+    };
+    others_write();
+    tree.catalog.with_opened(&node, true, |image| image.resize(2 * MIB)).unwrap();
+    assert!(!keeps_cache() && keeps_cache(), "after a verb that is over");
+    others_write();
+    tree.catalog.open_for_verb(&node, false).unwrap();
+    assert!(!keeps_cache() && keeps_cache(), "during one");
+    tree.catalog.release(&node);
+    others_write();
+    assert!(!tree.catalog.open(&node, READ).unwrap().keep_cache);
+    tree.catalog.release_untold(&node);
+    assert!(!keeps_cache() && keeps_cache(), "the kernel did not hear of it");
 }
 
 #[test]
@@ -615,7 +650,39 @@ fn images_that_are_closed_by_force_take_what_is_under_way() {
     assert_eq!(node.with_image(|image| image.write(0, b"lost")).unwrap_err().errno(), libc::EIO);
     tree.catalog.release(&node);
     assert!(tree.is_free("a.qcow2", Access::Write));
-    assert_eq!(tree.read("a.raw"), b"donelate");
+    assert_eq!(tree.served_anew().read("a.raw"), b"donelate");
+}
+
+#[test]
+fn no_image_is_opened_or_made_once_all_are_closed() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    tree.image("b.qcow2", "1M");
+    let (a, b) = (tree.node("a.raw"), tree.node("b.raw"));
+    tree.catalog.open(&a, READ).unwrap();
+    assert_eq!(tree.catalog.close_all(Duration::ZERO), 0);
+    for (node, how) in [(&a, READ), (&a, WRITE), (&b, READ), (&b, WRITE)] {
+        assert_eq!(tree.catalog.open(node, how).unwrap_err().errno(), libc::EIO, "{how:?}");
+    }
+    tree.catalog.release(&a);
+    assert_eq!(tree.catalog.open(&a, WRITE).unwrap_err().errno(), libc::EIO, "all are released");
+    let made = tree.catalog.make_image(&tree.root(), "c.raw".as_ref(), 0o600, ME);
+    assert_eq!(made.err().map(|e| e.errno()), Some(libc::EIO));
+    assert!(!tree.path("c.qcow2").exists());
+    assert!(tree.is_free("a.qcow2", Access::Write) && tree.is_free("b.qcow2", Access::Write));
+}
+
+#[test]
+fn overlays_are_not_made_once_all_images_are_closed() {
+    let (below, overlays) = (Tree::new(), tempfile::tempdir().unwrap());
+    below.image("a.qcow2", "1M");
+    let tree = Tree::layered(below.dir, overlays.path(), false);
+    let node = tree.node("a.raw");
+    tree.catalog.close_all(Duration::ZERO);
+    let count = || fs::read_dir(overlays.path()).unwrap().count();
+    let before = count();
+    assert_eq!(tree.catalog.open(&node, WRITE).unwrap_err().errno(), libc::EIO);
+    assert_eq!(count(), before);
 }
 
 #[test]
@@ -625,7 +692,7 @@ fn who_never_ends_keeps_no_image_from_being_left() {
         goes_on.send(()).unwrap();
     });
     tree.catalog.release(&node);
-    assert_eq!(tree.read("a.raw")[..4], *b"done");
+    assert_eq!(tree.served_anew().read("a.raw")[..4], *b"done");
 }
 
 #[test]

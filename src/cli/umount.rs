@@ -13,7 +13,8 @@ const CLOSING: Duration = Duration::from_secs(60);
 /// Unmount, and wait until every image is closed
 ///
 /// Exit code: 0 when all images were closed in order; 1 when the mount is busy, when an image could
-/// not be closed, or when that takes more than a minute.
+/// not be closed, or when that takes more than a minute. Linux before 6.15 does not tell how the daemon
+/// ended: a line says so where only the log knows whether all images were closed in order.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   qcow2fs umount /mnt/raw")]
@@ -59,13 +60,45 @@ pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
         _ => format!("unmounting {shown}: {e}"),
     })?;
     let failed = |e| format!("{shown} is unmounted, but waiting for process {pid} failed: {e}");
-    match process.wait(CLOSING).map_err(failed)? {
-        Ended::No => Err(format!(
+    let failed_before = status["close_errors"].as_u64().is_some_and(|count| count > 0);
+    match Outcome::of(process.wait(CLOSING).map_err(failed)?, failed_before) {
+        Outcome::Closed => Ok(()),
+        Outcome::Untold => {
+            eprintln!(
+                "qcow2fs: {shown} is unmounted; this kernel does not tell whether all images were closed \
+                 in order: see the log, the system's or that of --log-file"
+            );
+            Ok(())
+        }
+        Outcome::Failed => {
+            Err(format!("{shown} is unmounted, but an image was not closed in order: see the log"))
+        }
+        Outcome::Closing => Err(format!(
             "{shown} is unmounted, but process {pid} is still closing its images after a minute"
         )),
-        Ended::Code(0) | Ended::Unknown => Ok(()),
-        Ended::Code(_) => {
-            Err(format!("{shown} is unmounted, but an image was not closed in order: see the log"))
+    }
+}
+
+/// What has become of the images.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    Closed,
+    Failed,
+    /// They are being closed still.
+    Closing,
+    /// Nobody tells.
+    Untold,
+}
+
+impl Outcome {
+    /// As far as the end of the daemon tells, and what it said before of closes that had failed.
+    fn of(ended: Ended, failed_before: bool) -> Self {
+        match ended {
+            Ended::No => Outcome::Closing,
+            Ended::Code(0) => Outcome::Closed,
+            Ended::Code(_) => Outcome::Failed,
+            Ended::Unknown if failed_before => Outcome::Failed,
+            Ended::Unknown => Outcome::Untold,
         }
     }
 }
@@ -156,6 +189,18 @@ fn zombie_status(pid: libc::pid_t) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_are_not_said_to_be_closed_where_nobody_tells() {
+        for failed_before in [true, false] {
+            let outcome = |ended| Outcome::of(ended, failed_before);
+            assert_eq!(outcome(Ended::No), Outcome::Closing);
+            assert_eq!(outcome(Ended::Code(0)), Outcome::Closed);
+            assert_eq!(outcome(Ended::Code(256)), Outcome::Failed);
+        }
+        assert_eq!(Outcome::of(Ended::Unknown, true), Outcome::Failed);
+        assert_eq!(Outcome::of(Ended::Unknown, false), Outcome::Untold);
+    }
 
     #[test]
     fn a_process_is_waited_for_within_the_limit_and_its_failure_is_seen() {

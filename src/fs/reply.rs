@@ -37,13 +37,15 @@ pub(super) fn file_attr(attributes: &Attributes) -> FileAttr {
         let (seconds, nanoseconds) = data.map_or(own, |data| own.max(its(data)));
         time(seconds, nanoseconds)
     };
+    let set = attributes.times;
     let modified = later((host.mtime(), host.mtime_nsec()), |m| (m.mtime(), m.mtime_nsec()));
+    let modified = set.modified.unwrap_or(modified);
     let block = attributes.cluster_size.clamp(*BLOCK_SIZES.start(), *BLOCK_SIZES.end());
     FileAttr {
         ino: INodeNo(attributes.ino),
         size: attributes.size,
         blocks: host.blocks() + data.map_or(0, |data| data.blocks()),
-        atime: time(host.atime(), host.atime_nsec()),
+        atime: set.accessed.unwrap_or(time(host.atime(), host.atime_nsec())),
         mtime: modified,
         ctime: later((host.ctime(), host.ctime_nsec()), |m| (m.ctime(), m.ctime_nsec())),
         crtime: modified,

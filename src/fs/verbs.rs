@@ -144,7 +144,10 @@ impl Verbs {
                 _ => Ok(()),
             };
             let attributes = finished.and_then(|()| self.catalog.attributes(&node));
-            let attributes = attributes.inspect_err(|_| self.release(handle))?;
+            let attributes = attributes.inspect_err(|_| {
+                self.handles.write().remove(&handle);
+                self.catalog.release_untold(&node);
+            })?;
             Ok(Created { attributes, handle, mode })
         });
         // The kernel does not know of it then.
@@ -202,7 +205,12 @@ impl Verbs {
 
     /// Makes what was written durable.
     pub(super) fn sync(&self, node: &Node) -> Result<()> {
-        node.with_image(|image| node.io().flush.count(0, || image.flush()))
+        node.sync()
+    }
+
+    /// The same, and attributes that were set.
+    pub(super) fn sync_all(&self, node: &Node) -> Result<()> {
+        node.sync().and(self.catalog.sync_attributes(node))
     }
 
     /// Ends a handle.
@@ -232,8 +240,7 @@ impl Verbs {
             match order {
                 Order::Compact(name) => {
                     let node = self.catalog.find_node(name)?;
-                    if let Err(e) = self.catalog.open(&node, Opening { write: true, direct: false })
-                    {
+                    if let Err(e) = self.catalog.open_for_verb(&node, true) {
                         self.catalog.forget(node.ino(), 1);
                         return Err(e);
                     }
@@ -293,6 +300,7 @@ impl Verbs {
     /// Writes; a write past the end of the disk grows it.
     pub(super) fn write(&self, node: &Node, offset: u64, data: &[u8]) -> Result<()> {
         let end = end_of(offset, data.len() as u64)?;
+        node.is_changed();
         node.with_image(|image| {
             grow_to(node, image, end)?;
             node.io().write.count(data.len() as u64, || image.write(offset, data))
@@ -316,6 +324,7 @@ impl Verbs {
         const ZERO_KEEP: i32 = ZERO | KEEP;
         let end = end_of(offset, length)?;
         let range = offset..end;
+        node.is_changed();
         node.with_image(|image| {
             if matches!(mode, 0 | ZERO) {
                 grow_to(node, image, end)?;
@@ -357,6 +366,7 @@ impl Verbs {
         if let Some(size) = size {
             let size = whole_sectors(size)?;
             let _change = node.size_change.lock();
+            node.is_changed();
             self.catalog.with_opened(node, true, |image| match size == image.virtual_size() {
                 true => Ok(()),
                 false => image.resize(size),

@@ -224,3 +224,23 @@ fn nobody_else_has_a_data_file_that_is_written_to() {
     mount.umount();
     assert_eq!(&guest_bytes(&image)[..5], b"one's");
 }
+
+#[test]
+fn a_time_that_was_set_before_the_close_is_that_of_both_files() {
+    const THEN: i64 = 1_000_000_000;
+    let lab = Lab::new();
+    let (image, data) = image_with_data(&lab, "disk.qcow2", "data_file_raw=on");
+    let mount = lab.mount();
+    let raw = mount.path("disk.raw");
+    let file = open(&raw);
+    file.write_all_at(&pattern(1, MIB), 0).unwrap();
+    sh!("touch -d @{THEN} {}", raw.display());
+    drop(file);
+    let closed = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
+    eventually(Duration::from_secs(10), closed, || mount.status().to_string());
+    assert_eq!(fs::metadata(&raw).unwrap().mtime(), THEN);
+    mount.umount();
+    for file in [image, data] {
+        assert_eq!(fs::metadata(&file).unwrap().mtime(), THEN, "{}", file.display());
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -330,6 +330,53 @@ fn what_was_synced_outlives_a_killed_daemon() {
     sh!("$qcow2fs check --repair leaks {}", image.display());
     assert_same(&guest_bytes(&image)[..8 << 20], &synced, "after the repair");
     assert_sound(&image);
+}
+
+/// Memory that `O_DIRECT` takes.
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
+/// `pwritev2` of one page.
+fn write_page(file: &File, page: &Page, at: u64, flags: i32) {
+    let part = libc::iovec { iov_base: page.0.as_ptr().cast_mut().cast(), iov_len: page.0.len() };
+    // SAFETY: the one part is memory that lives through the call and is only read.
+    let written = unsafe { libc::pwritev2(file.as_raw_fd(), &part, 1, at as libc::off_t, flags) };
+    assert_eq!(written, page.0.len() as isize, "{}", std::io::Error::last_os_error());
+}
+
+/// The daemon is killed as soon as a page is written in a cluster that had no data, and one past the end.
+#[track_caller]
+fn assert_synchronous(open_flags: i32, write_flags: i32) {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(open_flags);
+    let file = options.open(mount.path("disk.raw")).unwrap();
+    for (seed, at) in [(0x51, 4 << 20), (0x52, 8 << 20)] {
+        write_page(&file, &Page([seed; 4096]), at, write_flags);
+    }
+    signal(mount.pid(), libc::SIGKILL);
+    wait_for_end(mount.pid());
+    drop(file);
+    sh!("umount -l {}", mount.point().display());
+    let found = guest_bytes(&image);
+    let what = format!("opened with {open_flags:#o}, written with {write_flags:#x}");
+    assert_same(&found[4 << 20..][..4096], &[0x51; 4096], &what);
+    assert_eq!(found.len(), (8 << 20) + 4096, "{what}");
+    assert_same(&found[8 << 20..], &[0x52; 4096], &what);
+}
+
+#[test]
+fn synchronous_writes_outlive_a_killed_daemon() {
+    for direct in [libc::O_DIRECT, 0] {
+        for synchronous in [libc::O_DSYNC, libc::O_SYNC] {
+            assert_synchronous(direct | synchronous, 0);
+        }
+        for synchronous in [libc::RWF_DSYNC, libc::RWF_SYNC] {
+            assert_synchronous(direct, synchronous);
+        }
+    }
 }
 
 #[test]

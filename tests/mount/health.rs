@@ -4,10 +4,11 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::devices::{FileSystem, LoopDevice};
 use crate::discards::open;
-use crate::lab::{Lab, Mount, assert_sound, is_mounted, pattern, wait_for_end};
+use crate::lab::{Lab, Mount, assert_sound, eventually, is_mounted, pattern, wait_for_end};
 
 const MIB: usize = 1 << 20;
 
@@ -31,8 +32,15 @@ impl Dying {
     }
 
     fn die(&self) {
-        let filler = self.memory.point().join("filler");
-        attempt!("cat /dev/zero >{}", filler.display());
+        attempt!("cat /dev/zero >{}", self.filler().display());
+    }
+
+    fn recover(&self) {
+        fs::remove_file(self.filler()).unwrap();
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.memory.point().join("filler")
     }
 
     fn take_down(self) {
@@ -96,6 +104,32 @@ fn an_image_that_cannot_be_synced_is_read_only_and_everybody_is_told() {
     drop((file, other));
     assert_ends_with_failure(mount);
     assert_sound(&sound);
+    dying.take_down();
+}
+
+#[test]
+fn what_a_failed_close_has_lost_is_told_to_the_next_sync() {
+    let lab = Lab::new();
+    let dying = Dying::new(&lab, lab.subdirectory("images/dying"));
+    lab.create("dying/disk.qcow2", "128M", "");
+    let mount = lab.mount();
+    let raw = mount.path("dying/disk.raw");
+    let file = open(&raw);
+    file.write_all_at(&pattern(1, MIB), 0).unwrap();
+    file.sync_all().unwrap();
+    dying.die();
+    let _written_or_refused = file.write_all_at(&pattern(2, 32 * MIB), 0);
+    drop(file);
+    let closed = || mount.status()["close_errors"] == 1;
+    eventually(Duration::from_secs(10), closed, || mount.status().to_string());
+    dying.recover();
+
+    let file = open(&raw);
+    let lost = file.sync_data().expect_err("the close has failed, and nobody has heard of it");
+    assert_eq!(lost.raw_os_error(), Some(libc::EIO), "{lost}");
+    file.sync_all().expect("it was told");
+    drop(file);
+    assert_ends_with_failure(mount);
     dying.take_down();
 }
 

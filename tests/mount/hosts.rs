@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::compact::scattered;
 use crate::devices::{FileSystem, LoopDevice};
 use crate::discards::{open, read_all};
-use crate::lab::{Lab, assert_same, assert_sound, eventually, guest_bytes, pattern};
+use crate::lab::{Lab, assert_same, assert_sound, eventually, guest_bytes, length, pattern};
 
 const SOON: Duration = Duration::from_secs(10);
 /// For what comes after pauses of its own.
@@ -23,8 +23,18 @@ const WRITERS: usize = 8;
 
 /// An ext4 file system at `images/NAME`.
 fn small_file_system(lab: &Lab, name: &str, size: &str) -> (LoopDevice, FileSystem) {
+    file_system_with(lab, name, size, "")
+}
+
+/// The same, made with further arguments.
+fn file_system_with(
+    lab: &Lab,
+    name: &str,
+    size: &str,
+    arguments: &str,
+) -> (LoopDevice, FileSystem) {
     let disk = lab.path(name);
-    sh!("truncate -s {size} {0} && mkfs.ext4 -q {0}", disk.display());
+    sh!("truncate -s {size} {0} && mkfs.ext4 -q {arguments} {0}", disk.display());
     let device = LoopDevice::attach(&disk, "");
     let point = lab.subdirectory(&format!("images/{name}"));
     let mounted = FileSystem::mount(device.path(), point);
@@ -134,6 +144,66 @@ fn a_full_disk_loses_nothing_and_a_discard_makes_room() {
     assert_same(&found[128 * MIB..132 * MIB], &data[..4 * MIB], "written when there was room");
     mount.umount();
     small.umount();
+    device.detach();
+}
+
+#[test]
+fn changes_within_one_second_are_seen_on_a_host_whose_times_are_whole_seconds() {
+    const MIB: u64 = 1 << 20;
+    let lab = Lab::new();
+    // Inodes without room for parts of seconds.
+    let (device, host) = file_system_with(&lab, "coarse", "64M", "-I 128 -b 4096");
+    let image = lab.create("coarse/disk.qcow2", "1M", "");
+    sh!("qemu-io -f qcow2 -c 'write 0 64k' {}", image.display());
+    let mount = lab.mount();
+    let raw = mount.path("coarse/disk.raw");
+    for round in 1..=5_u64 {
+        sh!("truncate -s {}M {}", 2 * round, raw.display());
+        assert_eq!(length(&raw), 2 * round * MIB, "set through the mount");
+        let resize = || attempt!("qemu-img resize -f qcow2 {} {}M", image.display(), 2 * round + 1);
+        eventually(SOON, || resize().ok(), || "it is locked".into());
+        assert_eq!(length(&raw), (2 * round + 1) * MIB, "set beside the mount");
+    }
+    for round in 1..=5_u8 {
+        let write = || attempt!("qemu-io -f qcow2 -c 'write -P {round} 0 64k' {}", image.display());
+        eventually(SOON, || write().ok(), || "it is locked".into());
+        assert_same(&read_all(&raw)[..65536], &[round; 65536], "written beside the mount");
+    }
+    mount.umount();
+    host.umount();
+    device.detach();
+}
+
+#[test]
+fn attributes_outlive_a_power_cut_once_they_are_synced() {
+    let lab = Lab::new();
+    let (device, host) = small_file_system(&lab, "host", "64M");
+    // Nothing reaches the disk by itself.
+    sh!("mount -o remount,commit=300 {}", host.point().display());
+    lab.create("host/disk.qcow2", "1M", "");
+    let mount = lab.mount();
+    let raw = mount.path("host/disk.raw");
+    let file = open(&raw);
+    file.write_all_at(b"data", 0).unwrap();
+    file.sync_all().unwrap();
+    sh!("chmod 0617 {0}; chown 12:34 {0}; touch -d @1000000000 {0}", raw.display());
+    sh!("setfattr -n user.key -v value {}", raw.display());
+    file.sync_all().unwrap();
+
+    let (copy, found) = (lab.path("copy"), lab.subdirectory("found"));
+    sh!("cp {} {}", lab.path("host").display(), copy.display());
+    let copied = LoopDevice::attach(&copy, "");
+    let after = FileSystem::mount(copied.path(), found);
+    let image = after.point().join("disk.qcow2");
+    let looks = sh!("stat -c '%a %u %g %Y' {}", image.display());
+    assert_eq!(looks.trim(), "617 12 34 1000000000");
+    let key = sh!("getfattr -n user.key --only-values {}", image.display());
+    assert_eq!(key.trim(), "value");
+    after.umount();
+    copied.detach();
+    drop(file);
+    mount.umount();
+    host.umount();
     device.detach();
 }
 

@@ -127,6 +127,46 @@ fn each_user_may_do_what_owner_and_mode_of_the_image_allow() {
     mount.umount();
 }
 
+/// `system.posix_acl_access` of a file that its owner and user 1002 may write, the owner's group not even
+/// read.
+const LIST: &str = "0x02000000\
+    01000600ffffffff02000600ea03000004000000ffffffff10000600ffffffff20000000ffffffff";
+
+#[test]
+fn the_owners_group_may_not_do_what_an_access_control_list_denies_it() {
+    let member = "setpriv --reuid=1003 --regid=1500 --clear-groups";
+    for overlay in [false, true] {
+        let lab = Lab::new();
+        let image = lab.create("disk.qcow2", "1M", "");
+        let host = image.display();
+        sh!("chown 1001:1500 {host}; setfattr -n system.posix_acl_access -v {LIST} {host}");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&image), 0o660, "the host shows the mask");
+        assert!(!attempt!("{member} head -c 512 {host}").ok(), "the host lets it");
+        let layered = format!("--overlay {}", lab.subdirectory("overlays").display());
+        let options = if overlay { layered.as_str() } else { "" };
+        let mount = lab.mount_with(&format!("-o allow_other {options}"));
+        let raw = mount.path("disk.raw");
+        let assert_denied = |when: &str| {
+            assert_eq!(mode(&raw), 0o600, "{when}");
+            assert!(!attempt!("{member} head -c 512 {}", raw.display()).ok(), "{when}");
+        };
+        assert_denied("closed");
+        let file = open(&raw);
+        assert_denied("open");
+        file.write_all_at(b"data", 0).unwrap();
+        assert_denied("written");
+        if !overlay {
+            sh!("chmod u+x {}", raw.display());
+            assert_eq!(mode(&image), 0o760, "the mask stays");
+            sh!("chmod g-w,g+r {}", raw.display());
+            assert_eq!(mode(&image), 0o740, "unless it is set");
+        }
+        drop(file);
+        mount.umount();
+    }
+}
+
 /// The program under test where mount(8) looks for it, which takes no PATH from its caller. Before
 /// /usr/local/bin, so that one installed there is left alone.
 struct Installed {

@@ -587,6 +587,68 @@ fn copies_and_archives_keep_holes() {
     assert_eq!(names(&lab.image("back")).len(), inside.len());
 }
 
+/// When a file was changed, in seconds.
+fn modified(path: &Path) -> i64 {
+    fs::metadata(path).unwrap().mtime()
+}
+
+#[test]
+fn copies_keep_the_times_that_were_set() {
+    const THEN: i64 = 1_000_000_000;
+    let lab = Lab::new();
+    let (out, mount) = (lab.subdirectory("out"), lab.mount());
+    fs::write(out.join("untarred.raw"), pattern(1, 4 * MIB)).unwrap();
+    let (from, to) = (out.display(), mount.point().display());
+    sh!("touch -d @{THEN} {from}/untarred.raw && tar -C {from} -cf {from}/a.tar untarred.raw");
+    sh!("cp -p {from}/untarred.raw {to}/copied.raw && tar -C {to} -xf {from}/a.tar");
+    let mut names = vec!["copied", "untarred"];
+    if attempt!("command -v rsync").ok() {
+        sh!("rsync -a {from}/untarred.raw {to}/synced.raw");
+        sh!("rsync -a --inplace {from}/untarred.raw {to}/inplace.raw");
+        names.extend(["synced", "inplace"]);
+    }
+    let closed = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
+    eventually(Duration::from_secs(10), closed, || mount.status().to_string());
+    for name in &names {
+        assert_eq!(modified(&mount.path(&format!("{name}.raw"))), THEN, "{name}");
+    }
+    mount.umount();
+    for name in &names {
+        let image = lab.image(&format!("{name}.qcow2"));
+        assert_eq!(modified(&image), THEN, "{name}");
+        assert_sound(&image);
+    }
+}
+
+#[test]
+fn a_time_that_was_set_holds_until_the_guest_writes_again() {
+    const THEN: i64 = 1_000_000_000;
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let (raw, image) = (mount.path("disk.raw"), lab.image("disk.qcow2"));
+    let file = make(&raw, &pattern(1, 4 * MIB));
+    let set = || sh!("touch -d @{THEN} {}", raw.display());
+    for change in [
+        "dd if=/dev/zero bs=4k count=1 conv=notrunc of=",
+        "fallocate -p -l 64k ",
+        "truncate -s 8M ",
+    ] {
+        set();
+        file.sync_all().unwrap();
+        eventually(Duration::from_secs(10), || modified(&image) > THEN, || change.into());
+        // Longer than the kernel takes what it was told for true.
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(modified(&raw), THEN, "what was written before is written out");
+        sh!("{change}{}", raw.display());
+        thread::sleep(Duration::from_millis(1500));
+        assert!(modified(&raw) > THEN, "{change}");
+    }
+    set();
+    drop(file);
+    mount.umount();
+    assert_eq!(modified(&image), THEN);
+}
+
 #[test]
 fn a_file_under_a_temporary_name_is_the_one_that_gets_the_name() {
     let lab = Lab::new();

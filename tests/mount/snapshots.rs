@@ -62,6 +62,8 @@ fn a_name_created_in_snap_is_a_snapshot_that_keeps_what_the_disk_held() {
     assert_eq!(errno(fs::metadata(mount.path(".snap/missing.raw"))), libc::ENOENT);
 
     let reading = File::open(&kept).unwrap();
+    reading.sync_all().unwrap();
+    reading.sync_data().unwrap();
     assert_eq!(errno(fs::remove_file(&kept)), libc::EBUSY);
     drop(reading);
     crate::lab::eventually(

@@ -758,14 +758,17 @@ impl Image {
         // asked need wait), and what this one was not out for. What stays behind the end for no such
         // reason does so until more is freed.
         compaction.failed = None;
-        compaction.retry = None;
         let has_reached_its_end = prospect.end <= pass.end && pass.slack.unwrap_or(0) == 0;
         let is_unfinished =
             has_reached_its_end || pass.moved > win || compaction.is_unfinished(pass);
         compaction.asked &= win > 0 && is_unfinished;
         let was_alone = !writer.recycler.has_allocated_since(pass.began);
-        let may_have_missed = !was_alone && compaction.pinned.is_none();
-        let worth_another = win > 0 && (is_unfinished || may_have_missed);
+        let worth_another = win > 0 && (is_unfinished || !was_alone);
+        // Where something stays at the end and others go on allocating, one after the other may move
+        // nothing.
+        let pause = compaction.retry.map_or(FIRST_RETRY, |(_, last)| (last * 2).min(LAST_RETRY));
+        compaction.retry = (worth_another && !is_unfinished && pass.moved == 0)
+            .then(|| (Instant::now() + pause, pause));
         compaction.looked_at = (!worth_another).then(|| (self.freed(writer), win));
         Ok(())
     }

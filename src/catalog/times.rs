@@ -1,0 +1,63 @@
+//! Times that somebody has set on an image which is open.
+//!
+//! What is written to the guest's disk reaches the image file later, at a flush, by the recycler, or when
+//! it is closed. A time that was set in between, as `cp -p` does before it closes a file, is shown until
+//! the guest writes again, and the image file has it once it is closed.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::host::{self, SetTime};
+
+/// Times of a file; `None` where none was set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Of the last access.
+    pub accessed: Option<SystemTime>,
+    /// Of the last change.
+    pub modified: Option<SystemTime>,
+}
+
+/// The times that were set since the image was opened and since the guest wrote last.
+#[derive(Debug, Default)]
+pub(super) struct KeptTimes {
+    /// Spares writes the lock.
+    any: AtomicBool,
+    times: Mutex<Times>,
+}
+
+impl KeptTimes {
+    /// Those of `times` that are there were set.
+    pub(super) fn keep(&self, times: Times) {
+        let mut kept = self.times.lock();
+        kept.accessed = times.accessed.or(kept.accessed);
+        kept.modified = times.modified.or(kept.modified);
+        self.any.store(*kept != Times::default(), Ordering::Release);
+    }
+
+    /// The guest writes, or the image is opened.
+    pub(super) fn forget(&self) {
+        if self.any.load(Ordering::Acquire) {
+            let mut kept = self.times.lock();
+            *kept = Times::default();
+            self.any.store(false, Ordering::Release);
+        }
+    }
+
+    pub(super) fn get(&self) -> Times {
+        *self.times.lock()
+    }
+
+    /// Sets them on the image file.
+    pub(super) fn apply(&self, file: &File) -> io::Result<()> {
+        let kept = self.get();
+        if kept == Times::default() {
+            return Ok(());
+        }
+        host::set_times(file, [kept.accessed, kept.modified].map(|time| time.map(SetTime::At)))
+    }
+}
