@@ -15,17 +15,10 @@ pub enum Rule {
     /// The contents of refcount blocks are durable before the refcount table or the header names
     /// them.
     BlocksBeforeLinks,
-    /// A refcount block is linked only after the block, durably, that counts its place.
-    LinksInTurn,
-    /// A refcount block does not move before the one, durably, whose place it counts and which has
-    /// moved.
-    BlocksMoveInTurn,
     /// What an entry of a table depends on is durable before the entry is written.
     BarrierBeforeEntries,
     /// The refcount table names a block no more, durably, before its place is used again.
     LinksBeforePlaces,
-    /// The place that a refcount block or table has left is given to nobody before the flush.
-    LeftPlacesWait,
     /// A flush ends with a sync after tables.
     TablesSynced,
     /// A flush syncs what was written in place, though no table has changed.
@@ -68,12 +61,6 @@ pub enum Rule {
     MoveBeforeWord,
     /// What changes within the snapshot table is in the file before the table is copied.
     WordsBeforeTableMove,
-    /// What compaction has changed of snapshots is in the file before it reads them anew.
-    WordsBeforePass,
-    /// What a pass has moved is in the file before the structures that lead there move.
-    TablesBeforeStructures,
-    /// And before the list of snapshots is read anew.
-    WordsBeforeReread,
     /// A new L1 table, and what it refers to, is durable before the header names it.
     L1BeforeHeader,
     /// The header names the new L1 table, durably, before the old one's place is used again.
@@ -84,8 +71,6 @@ pub enum Rule {
     SizeSynced,
     /// What lies past the end is unmapped, durably, before the disk is longer.
     ClearBeforeGrowth,
-    /// What a snapshot will share is in the file before it is counted.
-    DiskBeforeSnapshot,
     /// COPIED has gone from what will be shared, durably, before anything shares it.
     FlagsBeforeSharing,
     /// A snapshot table, and the counts of what its snapshots share, are durable before the header
@@ -127,14 +112,11 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 53] = [
+    pub const ALL: [Rule; 46] = [
         Rule::DataFileBeforeTables,
         Rule::BlocksBeforeLinks,
-        Rule::LinksInTurn,
-        Rule::BlocksMoveInTurn,
         Rule::BarrierBeforeEntries,
         Rule::LinksBeforePlaces,
-        Rule::LeftPlacesWait,
         Rule::TablesSynced,
         Rule::DataSynced,
         Rule::StatesSynced,
@@ -155,15 +137,11 @@ impl Rule {
         Rule::TableMoveBeforeEntry,
         Rule::MoveBeforeWord,
         Rule::WordsBeforeTableMove,
-        Rule::WordsBeforePass,
-        Rule::TablesBeforeStructures,
-        Rule::WordsBeforeReread,
         Rule::L1BeforeHeader,
         Rule::L1SwitchBeforeReuse,
         Rule::CutBeforeSize,
         Rule::SizeSynced,
         Rule::ClearBeforeGrowth,
-        Rule::DiskBeforeSnapshot,
         Rule::FlagsBeforeSharing,
         Rule::SnapshotsBeforeHeader,
         Rule::SnapshotSwitchBeforeReuse,

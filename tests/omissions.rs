@@ -97,7 +97,7 @@ fn ground(rule: Rule) -> Ground {
         | Rule::AllocatedBeforeEntry
         | Rule::FileReachesAllocated
         | Rule::CopyBeforeEntry => Kind::Writes,
-        Rule::MoveBeforeEntry | Rule::LinksInTurn | Rule::BlocksMoveInTurn => Kind::Moves,
+        Rule::MoveBeforeEntry => Kind::Moves,
         Rule::L1BeforeHeader
         | Rule::L1SwitchBeforeReuse
         | Rule::CutBeforeSize
@@ -111,15 +111,10 @@ fn ground(rule: Rule) -> Ground {
         | Rule::SnapshotsBeforeHeader
         | Rule::SnapshotSwitchBeforeReuse
         | Rule::AppliedBeforeHeader
-        | Rule::DiskBeforeSnapshot
         | Rule::DiskBeforeApplied
         | Rule::DropsBeforeApplied
         | Rule::AppliedSwitchBeforeReuse => Kind::Snapshots,
-        Rule::MoveBeforeWord
-        | Rule::WordsBeforeTableMove
-        | Rule::WordsBeforePass
-        | Rule::WordsBeforeReread
-        | Rule::TablesBeforeStructures => Kind::MovesOfSnapshots,
+        Rule::MoveBeforeWord | Rule::WordsBeforeTableMove => Kind::MovesOfSnapshots,
         Rule::DataFileBeforeTables => Kind::DataFile,
         Rule::RawMappingFirst => Kind::RawDataFile,
         Rule::SubclusterBeforeBit => Kind::Subclusters,
@@ -130,7 +125,6 @@ fn ground(rule: Rule) -> Ground {
         Rule::LinksBeforePlaces | Rule::UnlinkedPlacesWait => {
             return Ground::Compaction(Layout::TablesFirst, Other::Writes);
         }
-        Rule::LeftPlacesWait => return Ground::Compaction(Layout::TablesFirst, Other::Frees),
         Rule::UnlinkedPlacesInFile => {
             return Ground::Compaction(Layout::TablesFirst, Other::Cuts);
         }
@@ -279,7 +273,6 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::Bitmap,
         Ground::Autoclear,
         Ground::Repair,
-        Ground::Compaction(Layout::TablesFirst, Other::Frees),
     ];
     let mut tally = Tally::default();
     for ground in random.into_iter().chain(directed) {

@@ -506,10 +506,7 @@ impl Refcounts {
         let mut turns = Vec::new();
         let mut left = entries.clone();
         while !left.is_empty() {
-            let depends = |i: &usize| {
-                let counting = self.counted_by(state, *i);
-                Rule::LinksInTurn.is_kept() && counting.is_some_and(|c| left.contains(&c))
-            };
+            let depends = |i: &usize| self.counted_by(state, *i).is_some_and(|c| left.contains(&c));
             let mut turn: Vec<_> = left.iter().copied().filter(|i| !depends(i)).collect();
             if turn.is_empty() {
                 // Blocks that count each other: who moves them sees to it that there are none.

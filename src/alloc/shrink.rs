@@ -178,8 +178,7 @@ impl Refcounts {
         }
         for index in 0..state.table.len() {
             let place = state.table[index] >> self.geometry.cluster_bits();
-            let waits = Rule::BlocksMoveInTurn.is_kept() && self.counts_unlinked(&state, index);
-            if place >= from && waits {
+            if place >= from && self.counts_unlinked(&state, index) {
                 continue;
             }
             if place >= from && self.move_block(&mut state, index, place, from)? {

@@ -228,9 +228,7 @@ pub enum Layout {
 pub enum Other {
     Writes,
     Flushes,
-    /// Has the recycler free what it may.
-    Frees,
-    /// Has it cut the end of the file as well.
+    /// Has the recycler cut the end of the file as well.
     Cuts,
 }
 
@@ -261,7 +259,6 @@ pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(),
         client.file.interrupt(&[At::Write, At::Sync], number, move || match other {
             Other::Writes => by.write(30..280),
             Other::Flushes => by.flush(),
-            Other::Frees => by.recycle(now),
             Other::Cuts => by.recycle(now + Duration::from_secs(500)),
         });
         client.image.compact(|_| true).unwrap();

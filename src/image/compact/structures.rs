@@ -72,9 +72,7 @@ impl Image {
         pass: &mut Pass,
     ) -> Result<()> {
         let _flush = self.hold_flush(writer);
-        if Rule::TablesBeforeStructures.is_kept() {
-            self.flush_held(writer)?;
-        }
+        self.flush_held(writer)?;
         self.move_l1(writer, compaction, pass)?;
         for snapshot in &mut pass.snapshots {
             let old = snapshot.clusters(&self.geometry);
@@ -98,9 +96,7 @@ impl Image {
             compaction.pin(|| format!("the LUKS header at {at}, which stays where it is"));
         }
         writer.refcounts.shrink_structure(pass.end)?;
-        if Rule::WordsBeforeReread.is_kept() {
-            self.flush_held(writer)?;
-        }
+        self.flush_held(writer)?;
         self.reread_snapshots()
     }
 

@@ -85,9 +85,6 @@ impl Image {
         l1.resize(l1.len().max(1), 0);
         l1.iter_mut().for_each(|entry| *entry &= !COPIED);
 
-        if Rule::DiskBeforeSnapshot.is_kept() {
-            self.flush_held(writer)?;
-        }
         if self.geometry.refcount_order() < WIDE_ENOUGH {
             // Where it does not fit, nothing has changed.
             self.raise_references(writer, &l1)?;

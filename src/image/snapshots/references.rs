@@ -58,7 +58,7 @@ impl Image {
     }
 
     /// Shows `visit` the clusters that `l1` refers to, one run for each reference, those of an L2
-    /// table before the table itself; at most `limit` runs. What is in the tables must be on disk.
+    /// table before the table itself; at most `limit` runs.
     fn for_each_reference(
         &self,
         l1: &[u64],
