@@ -219,7 +219,8 @@ def publish(options, where, results, checked):
             "checks": checked,
         }
         write = {".json": json.dumps(figures, indent=1) + "\n", ".md": text + "\n",
-                 ".svg": chart.draw(results, f"times the better of the other two; {described}")}
+                 ".svg": chart.draw(results, [
+                     "speed, as a multiple of the better of the other two", described])}
         for suffix, content in write.items():
             pathlib.Path(f"{options.out}{suffix}").write_text(content, encoding="utf-8")
 

@@ -5,16 +5,16 @@ from html import escape
 from contenders import PEERS
 from report import best_peer, median, ratio
 
-WIDTH, LEFT, RIGHT = 760, 330, 60
+WIDTH, LEFT, RIGHT = 860, 390, 60
 BAR, GAP, GROUP = 9, 1, 40
-TOP, BOTTOM = 44, 34
+TOP, BOTTOM = 44, 50
 # What is longer is cut, and its figure says how long it is.
 LONGEST = 6.0
 COLOURS = {"qcow2fs": "#2563a8", PEERS[0]: "#d58a2b", PEERS[1]: "#9a9a9a"}
 
 
 def draw(results, note):
-    """`results`: jobs with their rounds. Returns the SVG's text."""
+    """`results`: jobs with their rounds; `note`: lines below them. Returns the SVG's text."""
     shown = [(job, rounds) for job, rounds in results
              if job.chart and ratio(rounds, best_peer) is not None]
     height = TOP + GROUP * len(shown) + BOTTOM
@@ -51,6 +51,7 @@ def draw(results, note):
             if name == "qcow2fs":
                 parts.append(f'<text x="{LEFT + length + 5:.0f}" y="{y + 9}" fill="{colour}" '
                              f'font-weight="bold">{times:.1f}x</text>')
-    parts.append(f'<text x="{WIDTH - 10}" y="{height - 12}" fill="#666666" font-size="10" '
-                 f'text-anchor="end">{escape(note)}</text>')
+    for line, text in enumerate(note):
+        parts.append(f'<text x="{WIDTH - 10}" y="{height - 28 + 14 * line}" fill="#666666" '
+                     f'font-size="10" text-anchor="end">{escape(text)}</text>')
     return "\n".join(parts) + "\n</svg>\n"

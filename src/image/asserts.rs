@@ -4,8 +4,8 @@
 //! After each step of the recycler the states of clusters are disjoint. After a pass of compaction
 //! and before the image is closed, nothing leaks and nothing is free that is referenced: the
 //! references in the file, counted by the independent verifier, are as many as the refcounts in
-//! memory say, but for clusters that are on their way. An image that a crash has left with leaks is
-//! only asserted to have no count that is too low.
+//! memory say, but for clusters that are on their way. An image that a crash has left with leaks, or
+//! whose host has failed since, is only asserted to have no count that is too low.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -36,7 +36,7 @@ impl Image {
     pub(super) fn note_leaks_at_open(&self, writer: &Writer) -> Result<()> {
         if writer.runtime_asserts {
             let leaks = self.compare_counts(writer)?.is_some();
-            writer.opened_with_leaks.store(leaks, Ordering::Relaxed);
+            writer.may_have_leaked.store(leaks, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -56,7 +56,7 @@ impl Image {
             let guard = self.locks.exclusive(0..u64::MAX);
             self.flush_held(writer)?;
             found = self.compare_counts(writer)?;
-            if found.is_none() || writer.opened_with_leaks.load(Ordering::Relaxed) {
+            if found.is_none() || writer.may_have_leaked.load(Ordering::Relaxed) {
                 return Ok(());
             }
             drop((guard, flush));

@@ -148,10 +148,12 @@ impl Image {
 
     /// Passes a result on; corruption that shows in it makes the image read-only.
     pub(super) fn note<T>(&self, result: Result<T>) -> Result<T> {
-        result.inspect_err(|e| {
-            if e.kind() == ErrorKind::Corrupt {
-                self.found_corrupt(e);
+        result.inspect_err(|e| match (e.kind(), &self.writer) {
+            (ErrorKind::Corrupt, _) => self.found_corrupt(e),
+            (ErrorKind::Io, Some(writer)) => {
+                writer.may_have_leaked.store(true, Ordering::Relaxed);
             }
+            _ => {}
         })
     }
 

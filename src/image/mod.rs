@@ -189,8 +189,8 @@ struct Writer {
     /// Those that are consistent with the disk, or can become so.
     bitmaps: Option<bitmaps::Bitmaps>,
     runtime_asserts: bool,
-    /// So that they are not taken for ours.
-    opened_with_leaks: AtomicBool,
+    /// There were leaks when it was opened, or the host has failed since, which may leave some.
+    may_have_leaked: AtomicBool,
     /// Nothing is mapped past the end of the disk, on disk neither: it can grow without more ado.
     clear_past_end: AtomicBool,
     /// The header is as the first write wants it.

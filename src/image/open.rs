@@ -228,7 +228,7 @@ impl Image {
                 bitmaps,
                 clear_past_end: AtomicBool::new(false),
                 runtime_asserts: options.runtime_asserts,
-                opened_with_leaks: AtomicBool::new(false),
+                may_have_leaked: AtomicBool::new(false),
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
                 agenda: Mutex::new(Agenda::new(options.flush_after, options.recycle_rate)),
