@@ -134,8 +134,10 @@ fn keep_only(streams: [RawFd; 2]) -> io::Result<[UnixStream; 2]> {
             return Err(io::Error::last_os_error());
         }
     }
+    // Not every C library has a function for it.
+    let (first, last) = (FIRST as libc::c_uint + 2, libc::c_uint::MAX);
     // SAFETY: nothing that owns one of these is used or dropped in this process any more.
-    if unsafe { libc::close_range(FIRST as libc::c_uint + 2, libc::c_uint::MAX, 0) } != 0 {
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: both were made above, and nobody else owns them.

@@ -166,7 +166,7 @@ const OLDER: &[c_long] = &[
 const OLDER: &[c_long] = &[libc::SYS_renameat];
 
 /// Of what a terminal is asked for, how wide it is and whether it is one.
-const TERMINAL: [u64; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
+const TERMINAL: [libc::Ioctl; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
 
 /// The last system call that was there when the list was made, `fchmodat2` of Linux 6.6: from 424 on
 /// they have the same numbers on all machines.
@@ -241,7 +241,8 @@ fn rules() -> Result<Rules, seccompiler::BackendError> {
     only(libc::SYS_mmap, 2, executable.clone(), &[0])?;
     only(libc::SYS_mprotect, 2, executable, &[0])?;
     only(libc::SYS_socket, 0, SeccompCmpOp::Eq, &[libc::AF_UNIX as u64])?;
-    only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &TERMINAL)?;
+    let terminal = TERMINAL.map(|request| u64::from(request as u32));
+    only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &terminal)?;
     // Names of threads and of memory.
     let names = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];
     only(libc::SYS_prctl, 0, SeccompCmpOp::Eq, &names)?;
