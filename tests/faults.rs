@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use qcow2fs::image::{CompactAfter, Image, Options};
+use qcow2fs::image::{CompactAfter, CreateOptions, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
     self, FailingStorage, Fate, Fault, MemoryStorage, Operation as Host, RecordingStorage,
@@ -331,6 +331,22 @@ fn a_failed_change_is_reported_and_leaves_the_image_sound() {
 #[test]
 fn a_failed_sync_ends_all_writing() {
     fail_each("failed syncs", &[Host::Sync], 8);
+}
+
+/// The host tells of an error once, whoever has asked.
+#[test]
+fn a_failed_sync_of_attributes_ends_all_writing() {
+    let storage = Arc::new(MemoryStorage::default());
+    let created = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+    Image::create(&*storage, &created).unwrap();
+    let image = Image::open(storage, &Options { writable: true, ..Options::default() }).unwrap();
+    image.sync_with(|| Ok(())).unwrap();
+    image.write(0, &[1; 512]).unwrap();
+    let failed = image.sync_with(|| Err(io::Error::from_raw_os_error(libc::EIO))).unwrap_err();
+    assert_eq!(failed.errno(), libc::EIO);
+    assert_eq!(image.flush().unwrap_err().errno(), libc::EIO);
+    assert!(!image.is_writable());
+    let _says_so_again = image.close();
 }
 
 #[test]

@@ -152,15 +152,17 @@ impl Catalog {
             return Ok(());
         }
         // What is open may be the image below an overlay that has them.
-        let synced = match node.open_file().filter(|_| self.overlays.is_none()) {
-            Some(open) => open.file().sync_all(),
-            None => {
-                host::open_file(&self.place_of(node)?.0, false).and_then(|file| file.sync_all())
+        match node.open_file().filter(|_| self.overlays.is_none()) {
+            Some(open) => {
+                node.with_image(|image| image.sync_with(|| open.file().sync_all()))?;
             }
-        };
-        synced.map_err(|e| {
-            Error::io(format!("syncing the attributes of {}", node.path().display()), e)
-        })?;
+            None => host::open_file(&self.place_of(node)?.0, false)
+                .and_then(|file| file.sync_all())
+                .map_err(|e| {
+                    let name = node.path();
+                    Error::io(format!("syncing the attributes of {}", name.display()), e)
+                })?,
+        }
         *unsynced = false;
         Ok(())
     }

@@ -26,7 +26,8 @@ pub(super) const DIRECTORY_MODE: u32 = 0o3777;
 
 /// Seconds between two times of the coarsest host (FAT).
 const COARSEST: u64 = 2;
-/// Nanoseconds that the times of coarse hosts are multiples of; those of others hardly ever are.
+/// Nanoseconds that the times of coarse hosts are multiples of; those of others, be they as coarse as a
+/// tick of the kernel's clock, hardly ever are.
 const FINE: i64 = 10_000_000;
 
 /// Which file it is, whatever its name. The time of birth tells a new file from an old one whose
@@ -71,8 +72,8 @@ impl Stamp {
         now.abs_diff(self.changed.0.unsigned_abs()) > COARSEST
     }
 
-    /// Whether the host has times so fine that who opens and changes the file from now on cannot be done
-    /// before they go on.
+    /// Whether the host's times look so fine, a tick at most, that who opens and changes the file from now
+    /// on is hardly done before they go on.
     pub(super) fn is_fine(&self) -> bool {
         self.changed.1 % FINE != 0
     }

@@ -166,6 +166,20 @@ impl Image {
         })
     }
 
+    /// Runs `sync`, which syncs the image file in another way than a flush does, while no flush is under
+    /// way. The host tells of an error once: after a failure no flush succeeds either.
+    ///
+    /// # Errors
+    /// That of `sync`.
+    pub fn sync_with(&self, sync: impl FnOnce() -> std::io::Result<()>) -> Result<()> {
+        let _flush = self.writer.as_ref().map(|writer| self.hold_flush(writer));
+        sync().map_err(|e| {
+            let error = Error::io("syncing the image file", e);
+            self.health.latch_unknown(&error.to_string());
+            error
+        })
+    }
+
     /// Something was written to the image file: the next flush syncs it.
     pub(super) fn mark_unsynced(&self) {
         if let Some(writer) = &self.writer {

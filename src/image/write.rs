@@ -169,7 +169,7 @@ impl Image {
     }
 
     /// Sees to it that a guest cluster has an L2 table that may be changed: a new one, or a copy of
-    /// one that a snapshot shares.
+    /// one that is shared.
     pub(super) fn ensure_table(&self, writer: &Writer, cluster: GuestCluster) -> Result<()> {
         loop {
             let state = self.tables.table_state(cluster)?;

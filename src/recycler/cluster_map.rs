@@ -166,7 +166,7 @@ impl ClusterMap {
     }
 
     /// One of several references to a cluster is gone from the tables on disk, and is still counted.
-    /// It is the last one to be taken: what has failed keeps no other one waiting.
+    /// It is the last of them to be taken.
     pub fn release_shared(&mut self, cluster: u64) {
         self.shared_released.insert(0, cluster);
     }

@@ -440,12 +440,20 @@ impl Recycler {
 
     fn free_next(&self) -> Result<bool> {
         let shared = self.map.lock().take_shared();
-        if let Some(cluster) = shared {
-            return self
-                .drop_one_of_several(cluster)
-                .inspect_err(|_| self.map.lock().release_shared(cluster))
-                .map(|()| true);
-        }
+        let failed = match shared.map(|cluster| (cluster, self.drop_one_of_several(cluster))) {
+            None => None,
+            Some((_, Ok(()))) => return Ok(true),
+            Some((cluster, Err(e))) => {
+                self.map.lock().release_shared(cluster);
+                Some(e)
+            }
+        };
+        // What has failed keeps nothing else waiting.
+        let freed = self.free_released();
+        failed.map_or(freed, Err)
+    }
+
+    fn free_released(&self) -> Result<bool> {
         let max = (PUNCH_BYTES >> self.geometry.cluster_bits()).max(1);
         let Some(clusters) = self.map.lock().take_released(max) else { return Ok(false) };
         let mut done = clusters.start;

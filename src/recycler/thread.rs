@@ -49,7 +49,7 @@ pub struct Agenda {
     flush_due: Option<Instant>,
     last_pool_flush: Option<Instant>,
     not_before: Option<Instant>,
-    /// Something could not be freed: that is tried again, and keeps nothing else waiting.
+    /// Something could not be freed: until then the thread goes on to what else there is to do.
     free_again_at: Option<Instant>,
     /// Changes wait at most so long for a flush, much junk less.
     flush_after: Duration,
@@ -95,7 +95,9 @@ fn work<T: Recycled>(image: &Weak<T>, agenda: &mut Agenda) -> Option<Option<Inst
         match agenda.step(&*image, now) {
             Ok(Next::Again) => {}
             Ok(Next::SleepUntil(deadline)) => {
-                image.recycler_is_done();
+                if agenda.free_again_at.is_none() {
+                    image.recycler_is_done();
+                }
                 return Some(deadline);
             }
             Err(e) => {
@@ -120,7 +122,7 @@ impl Agenda {
     /// thread, the caller has the recycler work. Whether there was anything to do.
     ///
     /// # Errors
-    /// Those of the step; it is due again.
+    /// Those of the step, which is due again; what could not be freed is told to the image alone.
     pub fn work(&mut self, image: &impl Recycled, now: Instant) -> Result<bool> {
         self.step(image, now).map(|next| matches!(next, Next::Again))
     }
@@ -149,8 +151,12 @@ impl Agenda {
         let free_again_at = self.free_again_at.filter(|at| *at > now);
         if free_again_at.is_none() {
             match recycler.free_some() {
-                Ok(false) => {}
-                Ok(true) => return Ok(Next::Again),
+                Ok(any) => {
+                    self.free_again_at = None;
+                    if any {
+                        return Ok(Next::Again);
+                    }
+                }
                 Err(e) => {
                     image.recycler_failed(e);
                     self.free_again_at = Some(now + PAUSE_AFTER_ERROR);

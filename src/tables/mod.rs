@@ -337,7 +337,8 @@ impl Tables {
 
     /// Makes `table`, whose refcount is 1, the own L2 table of a guest cluster in place of what
     /// `replaces` says; `false` when something else stands there meanwhile. In place of none it
-    /// must read as zeros, in place of a shared one it is a copy, or that one itself.
+    /// must read as zeros, in place of a shared one (or of one that is wrongly marked as our own) it is a
+    /// copy, or that one itself.
     ///
     /// # Errors
     /// `Corrupt`; `Invalid` past the L1 table.

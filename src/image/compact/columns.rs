@@ -42,7 +42,6 @@ impl Image {
     pub(super) fn survey_some(
         &self,
         writer: &Writer,
-        compaction: &mut Compaction,
         pass: &mut Pass,
         occupancy: &mut Occupancy,
     ) -> Result<bool> {
@@ -64,7 +63,7 @@ impl Image {
             }
         }
         if is_empty {
-            self.drop_empty_table(writer, compaction, pass, column)?;
+            self.drop_empty_table(writer, pass, column)?;
         }
         Ok(true)
     }
@@ -94,7 +93,7 @@ impl Image {
         let Some((column, tables)) = self.next_column(pass)? else { return Ok(false) };
         let is_empty;
         (pass.entries, is_empty) = self.entries_to_move(&tables, pass)?;
-        if is_empty && self.drop_empty_table(writer, compaction, pass, column)? {
+        if is_empty && self.drop_empty_table(writer, pass, column)? {
             return Ok(true);
         }
         if pass.entries.is_empty() && tables.iter().any(|t| pass.moves(t.cluster)) {
@@ -157,13 +156,7 @@ impl Image {
 
     /// Lets go of the L2 table of a column where it maps nothing and is nobody else's: without one the
     /// column reads the same. Whether it did.
-    fn drop_empty_table(
-        &self,
-        writer: &Writer,
-        compaction: &mut Compaction,
-        pass: &mut Pass,
-        column: u64,
-    ) -> Result<bool> {
+    fn drop_empty_table(&self, writer: &Writer, pass: &mut Pass, column: u64) -> Result<bool> {
         let _guard = self.locks.exclusive(self.tables.clusters_of(column));
         let Some(table) = self.tables.table_at(column)?.and_then(|entry| entry.table) else {
             return Ok(false);
@@ -171,7 +164,7 @@ impl Image {
         let is_only_one = matches!(self.tables_of(pass, column)?[..], [Table { paths: 1, .. }]);
         if !is_only_one
             || !is_all_zero(&self.tables.read_table(table)?)
-            || !self.is_all_of(writer, compaction, table, 1)?
+            || writer.refcounts.get(table)? != 1
         {
             return Ok(false);
         }

@@ -10,7 +10,8 @@
 //!
 //! **Narrow refcounts.** A host cluster counts a reference for each piece in it, and a snapshot doubles
 //! them. So that one can still be taken, packing fills a cluster with no more references than half of
-//! what its refcount can count, nor with more than the cluster had that a piece comes from.
+//! what its refcount can count; or with as many as the cluster had that a piece comes from, if that is
+//! more.
 
 use std::ops::Range;
 

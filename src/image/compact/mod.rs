@@ -19,6 +19,8 @@
 //! to cancel; before the flush the old cluster is junk, and a crash finds the old entry with the old
 //! content. (The recycler that this one learned from had no lock on a mapping, and needed both.)
 //!
+//! An L2 table that maps nothing, and is nobody else's, is let go of on the way.
+//!
 //! A host cluster that holds compressed data is in use as long as one piece in it is. So a pass
 //! looks first how full those are, and packs what lives in the sparse ones together; what that frees
 //! is won by the pass after it.
@@ -150,7 +152,8 @@ pub(super) struct Compaction {
     /// The compressed bytes dropped that were known when it was last looked how full host clusters
     /// are.
     surveyed_at: Option<u64>,
-    /// The last pass ran out of room and this is the first time: the next one leaves so many clusters.
+    /// The last pass ran out of room and this is the first time: the next one leaves so many clusters,
+    /// perhaps none.
     cramped: Option<u64>,
     /// There may be compressed data: none ever comes to an open image.
     has_compressed: bool,
@@ -176,7 +179,7 @@ struct Pass {
     dissolved: Option<Occupancy>,
     /// Something found no room before the end: others have taken it.
     is_out_of_room: bool,
-    /// Or it was compressed data, which needs it in one piece.
+    /// And it was compressed data, which needs it in one piece.
     is_fragmented: bool,
     /// The pass before it ran out of room, and this one leaves so many clusters.
     slack: Option<u64>,
@@ -691,7 +694,7 @@ impl Image {
         pass: &mut Pass,
     ) -> Result<Step> {
         let mut occupancy = pass.survey.take().unwrap_or_else(|| Occupancy::new(&self.geometry));
-        if self.survey_some(writer, compaction, pass, &mut occupancy)? {
+        if self.survey_some(writer, pass, &mut occupancy)? {
             pass.survey = Some(occupancy);
             return Ok(Step::Taken);
         }
