@@ -159,7 +159,12 @@ impl Image {
 
     fn sync_file(&self, writer: &Writer, file: &dyn Storage, what: &str) -> Result<()> {
         writer.flush.count_sync();
-        file.sync().map_err(|e| {
+        self.synced(what, file.sync())
+    }
+
+    /// What a sync came to. After a failure nobody knows what is durable.
+    fn synced(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
+        result.map_err(|e| {
             let error = Error::io(what, e);
             self.health.latch_unknown(&error.to_string());
             error
@@ -173,11 +178,7 @@ impl Image {
     /// That of `sync`.
     pub fn sync_with(&self, sync: impl FnOnce() -> std::io::Result<()>) -> Result<()> {
         let _flush = self.writer.as_ref().map(|writer| self.hold_flush(writer));
-        sync().map_err(|e| {
-            let error = Error::io("syncing the image file", e);
-            self.health.latch_unknown(&error.to_string());
-            error
-        })
+        self.synced("syncing the image file", sync())
     }
 
     /// Something was written to the image file: the next flush syncs it.

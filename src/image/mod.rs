@@ -322,9 +322,15 @@ impl Image {
     /// The run at guest offset `at` and the offset where it ends, at most `end`, subclusters told
     /// apart; the guest clusters are held.
     fn run_at(&self, at: u64, end: u64) -> Result<(Run, u64)> {
-        match self.mapping_at(at, end)? {
-            (Mapping::Uniform(run), end) => Ok((run, end)),
-            (Mapping::Mixed(mixed), end) => Ok(self.piece_at(&mixed, at, end)),
+        let (mapping, end) = self.mapping_at(at, end)?;
+        Ok(self.run_of(mapping, at, end))
+    }
+
+    /// The run that a mapping is at guest offset `at`, and where it ends, at most `end`.
+    fn run_of(&self, mapping: Mapping, at: u64, end: u64) -> (Run, u64) {
+        match mapping {
+            Mapping::Uniform(run) => (run, end),
+            Mapping::Mixed(mixed) => self.piece_at(&mixed, at, end),
         }
     }
 

@@ -77,10 +77,8 @@ impl Image {
 
     /// [`Image::run_at`] in the same way.
     pub(super) fn run_to_change(&self, writer: &Writer, at: u64, end: u64) -> Result<(Run, u64)> {
-        match self.mapping_to_change(writer, at, end)? {
-            (Mapping::Uniform(run), end) => Ok((run, end)),
-            (Mapping::Mixed(mixed), end) => Ok(self.piece_at(&mixed, at, end)),
-        }
+        let (mapping, end) = self.mapping_to_change(writer, at, end)?;
+        Ok(self.run_of(mapping, at, end))
     }
 
     /// Whether the first of `clusters`, which are marked as ours alone, is that, and how many from
