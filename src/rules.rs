@@ -15,10 +15,14 @@ pub enum Rule {
     /// The contents of refcount blocks are durable before the refcount table or the header names
     /// them.
     BlocksBeforeLinks,
+    /// A refcount block is linked only after the block, durably, that counts its place.
+    LinksInTurn,
     /// What an entry of a table depends on is durable before the entry is written.
     BarrierBeforeEntries,
     /// The refcount table names a block no more, durably, before its place is used again.
     LinksBeforePlaces,
+    /// The place that a refcount block or table has left is given to nobody before the flush.
+    LeftPlacesWait,
     /// A flush ends with a sync after tables.
     TablesSynced,
     /// A flush syncs what was written in place, though no table has changed.
@@ -61,6 +65,8 @@ pub enum Rule {
     MoveBeforeWord,
     /// What changes within the snapshot table is in the file before the table is copied.
     WordsBeforeTableMove,
+    /// What has moved of snapshots is in the file before compaction reads there what to move.
+    WordsBeforePass,
     /// A new L1 table, and what it refers to, is durable before the header names it.
     L1BeforeHeader,
     /// The header names the new L1 table, durably, before the old one's place is used again.
@@ -112,11 +118,13 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 46] = [
+    pub const ALL: [Rule; 49] = [
         Rule::DataFileBeforeTables,
         Rule::BlocksBeforeLinks,
+        Rule::LinksInTurn,
         Rule::BarrierBeforeEntries,
         Rule::LinksBeforePlaces,
+        Rule::LeftPlacesWait,
         Rule::TablesSynced,
         Rule::DataSynced,
         Rule::StatesSynced,
@@ -137,6 +145,7 @@ impl Rule {
         Rule::TableMoveBeforeEntry,
         Rule::MoveBeforeWord,
         Rule::WordsBeforeTableMove,
+        Rule::WordsBeforePass,
         Rule::L1BeforeHeader,
         Rule::L1SwitchBeforeReuse,
         Rule::CutBeforeSize,

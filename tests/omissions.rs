@@ -43,6 +43,8 @@ enum Ground {
     Random(Kind),
     /// Somebody else is at work in the midst of compaction.
     Compaction(Layout, Other),
+    /// Two compact at once.
+    CompactionByTwo,
     /// The pool is filled and used at once.
     Pool,
     /// A flush falls into the filling of the pool.
@@ -131,6 +133,10 @@ fn ground(rule: Rule) -> Ground {
         Rule::TableMoveBeforeEntry => {
             return Ground::Compaction(Layout::TablesAmongData, Other::Flushes);
         }
+        Rule::LinksInTurn | Rule::LeftPlacesWait => {
+            return Ground::Compaction(Layout::BlocksLast, Other::Frees);
+        }
+        Rule::WordsBeforePass => return Ground::CompactionByTwo,
         Rule::ErasedWaits => return Ground::Pool,
         Rule::StatesSynced => return Ground::PoolOfOldData,
         Rule::BitmapsMarkedFirst => return Ground::Bitmap,
@@ -208,6 +214,7 @@ fn search(ground: Ground, seed: u64, tally: &mut Tally) -> Option<String> {
             campaign.examine(seed, &shape, tally).map_err(|trouble| trouble.complaint)
         }
         Ground::Compaction(layout, other) => interrupted::compaction(layout, other, tally),
+        Ground::CompactionByTwo => interrupted::compaction_by_two(tally),
         Ground::Pool => interrupted::pool(tally),
         Ground::PoolOfOldData => interrupted::pool_of_old_data(tally),
         Ground::Bitmap => interrupted::bitmap(tally),
@@ -268,6 +275,8 @@ fn nothing_is_found_on_these_grounds_while_all_rules_are_kept() {
         Ground::Compaction(Layout::TablesFirst, Other::Writes),
         Ground::Compaction(Layout::TablesFirst, Other::Cuts),
         Ground::Compaction(Layout::TablesAmongData, Other::Flushes),
+        Ground::Compaction(Layout::BlocksLast, Other::Frees),
+        Ground::CompactionByTwo,
         Ground::Pool,
         Ground::PoolOfOldData,
         Ground::Bitmap,

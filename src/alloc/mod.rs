@@ -174,11 +174,7 @@ impl Refcounts {
             }
         }
         for (index, &entry) in state.table.iter().enumerate().filter(|(_, e)| **e != 0) {
-            if entry & !REFCOUNT_TABLE_OFFSET_MASK != 0 || !self.geometry.is_aligned(entry) {
-                return Err(Error::corrupt(format!(
-                    "refcount table entry {index} ({entry:#x}) is malformed"
-                )));
-            }
+            self.check_entry(index, entry)?;
             let block = self.geometry.host_cluster(HostOffset(entry));
             if !self.metadata.is_in_file(&(block.0..block.0 + 1)) {
                 return Err(Error::corrupt(format!(
@@ -194,6 +190,14 @@ impl Refcounts {
             }
         }
         Ok(())
+    }
+
+    /// Whether a block can lie where an entry of the refcount table says.
+    fn check_entry(&self, index: usize, entry: u64) -> Result<()> {
+        if entry & !REFCOUNT_TABLE_OFFSET_MASK == 0 && self.geometry.is_aligned(entry) {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!("refcount table entry {index} ({entry:#x}) is malformed")))
     }
 
     /// The refcount of a cluster.
@@ -506,10 +510,13 @@ impl Refcounts {
         let mut turns = Vec::new();
         let mut left = entries.clone();
         while !left.is_empty() {
-            let depends = |i: &usize| self.counted_by(state, *i).is_some_and(|c| left.contains(&c));
+            let depends = |i: &usize| {
+                let counting = self.counted_by(state, *i);
+                Rule::LinksInTurn.is_kept() && counting.is_some_and(|c| left.contains(&c))
+            };
             let mut turn: Vec<_> = left.iter().copied().filter(|i| !depends(i)).collect();
             if turn.is_empty() {
-                // Blocks that count each other: who moves them sees to it that there are none.
+                // Blocks that count each other, of which there are none: `shrink_structure`.
                 turn = left.iter().copied().collect();
             }
             turn.iter().for_each(|i| {

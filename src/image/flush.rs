@@ -118,7 +118,10 @@ impl Image {
         });
         let left = writer.refcounts.collected(dirty, result.is_ok());
         // Junk like any other: released once the next flush has made the switch durable for sure.
-        let dropped = left.into_iter().try_for_each(|place| writer.recycler.drop_used(place));
+        let dropped = left.into_iter().try_for_each(|place| match Rule::LeftPlacesWait.is_kept() {
+            true => writer.recycler.drop_used(place),
+            false => writer.recycler.release_used(place),
+        });
         result.and(dropped).map(|()| any)
     }
 

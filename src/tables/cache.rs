@@ -106,7 +106,7 @@ impl SliceCache {
     /// Puts a whole metadata cluster here, to be written whole. Nothing of it may be in the cache.
     pub fn insert_dirty_cluster(&mut self, offset: u64, bytes: &[u8]) {
         let size = self.slice_size as usize;
-        for (key, piece) in (offset..).step_by(size).zip(bytes.chunks(size)) {
+        for (piece, key) in bytes.chunks(size).zip((offset..).step_by(size)) {
             debug_assert!(!self.slices.contains_key(&key), "stale slice at {key:#x}");
             self.add(key, piece.into(), sectors(&(0..size)));
             self.dirty.insert(key);
@@ -118,7 +118,8 @@ impl SliceCache {
     pub fn read_cluster(&self, offset: u64, bytes: &mut [u8]) -> bool {
         let size = self.slice_size as usize;
         let mut all = true;
-        for (key, piece) in (offset..).step_by(size).zip(bytes.chunks_mut(size)) {
+        // The pieces first: behind the last one there may be no offset.
+        for (piece, key) in bytes.chunks_mut(size).zip((offset..).step_by(size)) {
             match self.slices.get(&key) {
                 Some(slice) => piece.copy_from_slice(&slice.bytes),
                 None => all = false,

@@ -11,11 +11,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use qcow2fs::check::check;
 use qcow2fs::image::{Beside, CompactAfter, Image, Options};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{self, Entry, Fate, MemoryStorage, RecordingStorage};
 
-use crate::crash_search::history::{MOVES, Recorded, Step};
+use crate::crash_search::history::{MOVES, Recorded, Snapshots, Step, whole_disk};
 use crate::crash_search::search::{Search, Tally};
 use crate::support::made::Made;
 use crate::support::oracle::{Kind, Operation, data};
@@ -41,7 +42,8 @@ struct Interrupting {
     inner: Arc<RecordingStorage>,
     /// What comes before how many more operations of which kinds.
     next: Mutex<Option<(Vec<At>, u64, Act)>>,
-    acting: Mutex<Option<JoinHandle<()>>>,
+    /// Who acts, or has, and how long the recording was when that began.
+    acting: Mutex<Option<(usize, JoinHandle<()>)>>,
 }
 
 impl Interrupting {
@@ -58,13 +60,12 @@ impl Interrupting {
         *self.next.lock() = Some((kinds.to_vec(), number, Box::new(act)));
     }
 
-    /// Waits for what was let happen; whether it happened.
-    fn is_over(&self) -> bool {
-        let happened = self.next.lock().take().is_none();
-        if let Some(acting) = self.acting.lock().take() {
-            acting.join().unwrap();
-        }
-        happened
+    /// Waits for what was let happen; at which entry of the recording it did, if it did.
+    fn happened(&self) -> Option<usize> {
+        *self.next.lock() = None;
+        let (entry, acting) = self.acting.lock().take()?;
+        acting.join().unwrap();
+        Some(entry)
     }
 
     fn before(&self, at: At) {
@@ -81,10 +82,12 @@ impl Interrupting {
         };
         let Some(act) = act else { return };
         let (over, is_over) = mpsc::channel();
-        *self.acting.lock() = Some(thread::spawn(move || {
+        let entry = self.inner.log().len();
+        let acting = thread::spawn(move || {
             act();
             let _nobody_waits = over.send(());
-        }));
+        });
+        *self.acting.lock() = Some((entry, acting));
         let _or_it_waits_for_us = is_over.recv_timeout(PATIENCE);
     }
 }
@@ -177,6 +180,18 @@ impl Client {
         first: usize,
         states: u64,
     ) -> Result<(), String> {
+        self.search_with(made, &Vec::new(), tally, first, states)
+    }
+
+    /// The same for an image that has these snapshots.
+    fn search_with(
+        &self,
+        made: &Made,
+        snapshots: &Snapshots,
+        tally: &mut Tally,
+        first: usize,
+        states: u64,
+    ) -> Result<(), String> {
         let recorded = Recorded {
             image: self.file.inner.clone(),
             data: None,
@@ -189,7 +204,7 @@ impl Client {
             made,
             &recorded,
             &made.contents,
-            &Vec::new(),
+            snapshots,
             MOVES,
             rng,
             directory.path(),
@@ -214,6 +229,31 @@ fn made_by_qemu(directory: &Path) -> Made {
     made
 }
 
+/// The image of [`made_by_qemu`] with its refcount blocks behind all else: rebuilt, which puts them there,
+/// and the table put back to where it was.
+fn with_blocks_last(made: &Made) -> MemoryStorage {
+    const TABLE: usize = 48;
+    let file = Arc::new(made.file());
+    crate::mark_dirty(&file);
+    let options = Options { writable: true, threads: false, ..Options::default() };
+    made.open_on(file.clone(), None, &options).unwrap().close().unwrap();
+    let mut bytes = file.contents();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let (old, new) = (word(&bytes, TABLE) as usize, 512);
+    let set_count = |bytes: &mut [u8], cluster: usize, count: u64| {
+        let block = word(bytes, new + cluster / 64 * 8) as usize + cluster % 64 * 8;
+        bytes[block..block + 8].copy_from_slice(&count.to_be_bytes());
+    };
+    bytes.copy_within(old..old + 512, new);
+    bytes[TABLE..TABLE + 8].copy_from_slice(&(new as u64).to_be_bytes());
+    set_count(&mut bytes, 1, 1);
+    set_count(&mut bytes, old / 512, 0);
+    let file = MemoryStorage::new(bytes);
+    let report = check(&file).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    file
+}
+
 /// Where the tables of an image lie that is compacted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
@@ -221,6 +261,9 @@ pub enum Layout {
     TablesFirst,
     /// Among the data.
     TablesAmongData,
+    /// Before all data, but for the refcount blocks, which lie behind it, as rebuilding leaves them:
+    /// several move in one flush, to places that one of them counts.
+    BlocksLast,
 }
 
 /// What somebody else does in the midst of compaction.
@@ -228,6 +271,8 @@ pub enum Layout {
 pub enum Other {
     Writes,
     Flushes,
+    /// Has the recycler free what it may, and fill the pool.
+    Frees,
     /// Has the recycler cut the end of the file as well.
     Cuts,
 }
@@ -236,21 +281,31 @@ pub enum Other {
 pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(), String> {
     let directory = scratch();
     let made = match layout {
-        Layout::TablesFirst => made_by_qemu(directory.path()),
+        Layout::TablesFirst | Layout::BlocksLast => made_by_qemu(directory.path()),
         Layout::TablesAmongData => {
             let shape = Shape::new(9, 64, 300 * SECTOR);
             Made::empty(Shape { preallocation: "full", ..shape }, directory.path())
         }
     };
     for number in 0.. {
-        let client = Client::open(&made, made.file(), 0);
+        let file = match layout {
+            Layout::BlocksLast => with_blocks_last(&made),
+            _ => made.file(),
+        };
+        let client = Client::open(&made, file, 0);
         let now = Instant::now();
-        if layout == Layout::TablesAmongData && other == Other::Flushes {
-            // So that the last table is not empty when it moves.
-            client.write(280..290);
-            client.discard(30..280);
-        } else {
-            client.discard(30..300);
+        match (layout, other) {
+            (Layout::TablesAmongData, Other::Flushes) => {
+                // So that the last table is not empty when it moves.
+                client.write(280..290);
+                client.discard(30..280);
+            }
+            (Layout::BlocksLast, _) => {
+                // Room in what the second block counts, for all that is left behind.
+                // No table goes, whose place would be another one.
+                [70..120, 180..190, 193..250, 257..300].into_iter().for_each(|s| client.discard(s));
+            }
+            _ => client.discard(30..300),
         }
         client.flush();
         client.recycle(now);
@@ -259,18 +314,70 @@ pub fn compaction(layout: Layout, other: Other, tally: &mut Tally) -> Result<(),
         client.file.interrupt(&[At::Write, At::Sync], number, move || match other {
             Other::Writes => by.write(30..280),
             Other::Flushes => by.flush(),
+            Other::Frees => by.recycle(now),
             Other::Cuts => by.recycle(now + Duration::from_secs(500)),
         });
         client.image.compact(|_| true).unwrap();
-        let happened = client.file.is_over();
+        let happened = client.file.happened();
         client.flush();
         client.image.close().unwrap();
-        client.search(&made, tally, first, 300)?;
-        if !happened {
+        // What comes before is looked at where it happens later, or not at all.
+        client.search(&made, tally, happened.unwrap_or(first), 300)?;
+        if happened.is_none() {
             break;
         }
     }
     Ok(())
+}
+
+/// Somebody asks for compaction while the recycler has begun with it, and takes a step between what the
+/// two do.
+pub fn compaction_by_two(tally: &mut Tally) -> Result<(), String> {
+    let directory = scratch();
+    let mut made = Made::empty(Shape::new(9, 64, 300 * SECTOR), directory.path());
+    let now = Instant::now();
+    // A snapshot with tables of its own lies behind what is free.
+    let (file, snapshots) = {
+        let client = Client::open(&made, made.file(), 0);
+        client.write(0..128);
+        client.write(256..300);
+        client.discard(0..128);
+        client.image.take_snapshot(b"one").unwrap();
+        let snapshot = whole_disk(&client.image).unwrap();
+        client.write(256..258);
+        client.flush();
+        client.recycle(now);
+        made.contents = whole_disk(&client.image).unwrap();
+        client.image.close().unwrap();
+        (client.file.inner.current().fork(), vec![("one".to_string(), snapshot)])
+    };
+    let client = Client::open(&made, file, 0);
+    let later = now + Duration::from_secs(100);
+    let is_compacting = |client: &Client| client.image.status().unwrap().compaction.running;
+    client.recycle(now);
+    client.image.ask_to_compact(true).unwrap();
+    while !is_compacting(&client) && client.image.recycle(later).unwrap() {}
+    assert!(is_compacting(&client), "the recycler has not begun");
+    // Whoever compacts flushes first, twice; meanwhile something is written that the second one syncs,
+    // and while it does the recycler moves the snapshot.
+    client.write(256..257);
+    let by = client.clone();
+    client.file.interrupt(&[At::Sync], 0, move || {
+        by.write(256..257);
+        let file = by.file.clone();
+        file.interrupt(&[At::Sync], 0, move || {
+            let has_moved = || by.image.status().unwrap().compaction.moved.0 > 0;
+            while !has_moved() && by.image.recycle(later).unwrap() {}
+        });
+    });
+    client.image.compact(|_| true).map_err(|e| e.to_string())?;
+    assert!(client.file.happened().is_some(), "nobody was at work in between");
+    client.image.close().map_err(|e| e.to_string())?;
+    let report = check(client.file.inner.current()).unwrap();
+    if (report.corruptions, report.leaks) != (0, 0) {
+        return Err(format!("{report:?}"));
+    }
+    client.search_with(&made, &snapshots, tally, 0, 400)
 }
 
 /// What the pool hands out before a flush is not counted yet.
@@ -331,7 +438,7 @@ pub fn pool_of_old_data(tally: &mut Tally) -> Result<(), String> {
     let other = client.clone();
     client.file.interrupt(&[At::Punch], 0, move || other.flush());
     client.recycle(now);
-    assert!(client.file.is_over(), "the pool was not filled");
+    assert!(client.file.happened().is_some(), "the pool was not filled");
     client.flush();
     client.write(210..216);
     client.flush();

@@ -119,6 +119,39 @@ fn suffer(made: &Made, change: (&str, Change, &[u8], u8), fault: Fault) -> bool 
     struck
 }
 
+/// Compaction moves the snapshots, and one of its syncs fails: what it has moved is where the file says,
+/// though nobody can ask for a flush any more.
+#[test]
+fn snapshots_that_have_moved_are_read_after_a_failed_sync() {
+    let directory = scratch();
+    let made = Made::empty(Shape::new(9, 16, 2 * SIZE as u64), directory.path());
+    let second_half = SIZE as u64..2 * SIZE as u64;
+    for after in 0.. {
+        let file = Arc::new(FailingStorage::new(Arc::new(made.file())));
+        let options = Options { writable: true, threads: false, ..Options::default() };
+        let image = made.open_on(file.clone(), None, &options).unwrap();
+        image.write(0, &vec![b'x'; SIZE]).unwrap();
+        image.write(second_half.start, &content(b'c')).unwrap();
+        image.discard(0..second_half.start).unwrap();
+        image.take_snapshot(b"a").unwrap();
+        image.write_zeroes(second_half.clone()).unwrap();
+        image.flush().unwrap();
+        let fault =
+            Fault { on: vec![Host::Sync], after, lasting: false, errno: libc::EIO, short: false };
+        file.arm(fault);
+        let compacted = image.compact(|_| true);
+        file.disarm();
+        let view = image.open_snapshot(b"a").unwrap();
+        let mut found = vec![0; SIZE];
+        view.read(second_half.start, &mut found).unwrap();
+        assert_eq!(difference(&found, &content(b'c')), None, "after sync {after}");
+        if compacted.is_ok() {
+            assert!(after > 3, "nothing was moved");
+            return;
+        }
+    }
+}
+
 #[test]
 fn whatever_fails_while_snapshots_change_leaves_them_whole() {
     let mut kinds = Host::CHANGES.to_vec();

@@ -46,6 +46,7 @@ use super::{Image, Writer};
 use crate::alloc::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
+use crate::rules::Rule;
 use crate::tables::MetadataMap;
 
 /// Somebody who never stops allocating does not keep the file long for ever: after so many times
@@ -615,7 +616,9 @@ impl Image {
         }
         let flush = self.hold_flush(writer);
         // What is read from the file below is as the last flush left it, or newer.
-        self.flush_held(writer)?;
+        if Rule::WordsBeforePass.is_kept() {
+            self.flush_held(writer)?;
+        }
         let snapshots = self.snapshot_l1s()?;
         drop(flush);
         compaction.pinned = None;

@@ -203,20 +203,20 @@ impl Image {
     }
 
     /// Ends what moves clusters, until the lock is let go, and makes the tables on disk say where
-    /// everything is now.
+    /// everything is now. Where nothing can be written any more, everything is where they say.
     fn hold_moves<'a>(&self, writer: &'a Writer) -> Result<MutexGuard<'a, Compaction>> {
         let mut compaction = writer.compaction.lock();
-        if self.end_moves(writer, &mut compaction)
-            && let Err(e) = self.flush().and_then(|()| self.reread_snapshots())
-        {
-            compaction.note_moved();
-            return Err(e);
+        if self.end_moves(writer, &mut compaction) {
+            let flushed = if self.health.is_good() { self.flush() } else { Ok(()) };
+            flushed
+                .and_then(|()| self.reread_snapshots())
+                .inspect_err(|_| compaction.note_moved())?;
         }
         Ok(compaction)
     }
 
     /// The snapshot table may have moved, and the L1 tables: what is known of them is what stands in
-    /// the file, where a flush has just brought it. The lock of compaction is held.
+    /// the file, where a flush has just brought it, or nothing is brought any more.
     pub(super) fn reread_snapshots(&self) -> Result<()> {
         let header = read_header(&*self.storage)?;
         let table = Table::read(&*self.storage, &header)?;

@@ -74,10 +74,7 @@ impl Image {
         which: impl Into<SnapshotKey<'a>>,
     ) -> Result<Arc<SnapshotView>> {
         // A view reads the tables in the file: nothing is on its way to another place.
-        let _held = match &self.writer {
-            Some(writer) if self.health.is_good() => Some(self.hold_moves(writer)?),
-            _ => None,
-        };
+        let _held = self.writer.as_ref().map(|writer| self.hold_moves(writer)).transpose()?;
         let mut state = self.snapshots.state.lock();
         let entry = &state.table.entries[state.find(which)?];
         let view = Arc::new(SnapshotView {
