@@ -404,9 +404,7 @@ impl Plan {
         if self.options.allow_other {
             config.acl = SessionACL::All;
         }
-        // A few more than processors are best; many get in each other's way.
-        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-        config.n_threads = Some((processors + 1).min(8));
+        config.n_threads = Some(crate::fs::WORKERS);
         config
     }
 

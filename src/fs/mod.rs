@@ -1,6 +1,7 @@
 //! FUSE requests to verbs of the catalog and the images, and the replies.
 //!
-//! Reads, writes and looks at names are answered by the FUSE workers themselves. What may block
+//! Reads, writes and looks at names are answered by the FUSE workers themselves ([`WORKERS`], of which
+//! most rest where requests queue up). What may block
 //! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
 //! flush; one flush at a time is done by the worker that took it. What opens an image that may be
@@ -34,6 +35,7 @@ use fuser::{
 
 mod ahead;
 mod control;
+mod crew;
 mod pool;
 mod reply;
 mod snap;
@@ -44,6 +46,8 @@ mod verbs;
 use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
 use crate::error::Result;
 use ahead::Ahead;
+use crew::Crew;
+pub use crew::WORKERS;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Verbs};
@@ -68,6 +72,7 @@ const UNKNOWN_INO: INodeNo = INodeNo(0xffff_ffff);
 pub struct Filesys {
     verbs: Arc<Verbs>,
     ahead: Ahead,
+    crew: Crew,
     pool: Pool,
     /// Started with the first such image.
     unlocking: Pool,
@@ -79,9 +84,8 @@ impl Filesys {
     /// # Errors
     /// Those of the host when it cannot start a thread.
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
-        let verbs = Arc::new(Verbs::new(catalog, mountpoint));
-        let unlocking = Pool::without_threads(UNLOCKING_THREADS);
-        Ok(Filesys { verbs, ahead: Ahead::new(), pool: Pool::new(SLOW_THREADS)?, unlocking })
+        let pool = Pool::new(SLOW_THREADS)?;
+        Ok(Filesys { pool, ..Filesys::without_threads(catalog, mountpoint) })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
@@ -89,7 +93,8 @@ impl Filesys {
     pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint));
         let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
-        Filesys { verbs, ahead: Ahead::new(), pool, unlocking }
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+        Filesys { verbs, ahead: Ahead::new(), crew: Crew::new(processors), pool, unlocking }
     }
 
     /// The pool for what opens the image that `ino` stands for.
@@ -416,7 +421,7 @@ impl Filesystem for Filesys {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.verbs.handle(handle.0).as_deref() {
+        self.crew.serve(size as usize, || match self.verbs.handle(handle.0).as_deref() {
             Ok(Handle::Image { node, .. }) if node.is_busy() => {
                 let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
                 self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));
@@ -435,7 +440,7 @@ impl Filesystem for Filesys {
             Ok(Handle::Control { .. }) => reply.error(Errno::EBADF),
             Ok(Handle::Names(_) | Handle::Directory { .. }) => reply.error(Errno::EISDIR),
             Err(e) => reply.error(fail(None, e)),
-        }
+        });
     }
 
     fn write(
@@ -468,12 +473,14 @@ impl Filesystem for Filesys {
                 answer_written(done, &node, length, reply);
             });
         }
-        let written = self.verbs.write(&node, offset, data);
-        if written.is_err() || !synchronous {
-            return answer_written(written, &node, length, reply);
-        }
-        let verbs = Arc::clone(&self.verbs);
-        self.pool.run_here(move || answer_written(verbs.sync(&node), &node, length, reply));
+        self.crew.serve(length, || {
+            let written = self.verbs.write(&node, offset, data);
+            if written.is_err() || !synchronous {
+                return answer_written(written, &node, length, reply);
+            }
+            let verbs = Arc::clone(&self.verbs);
+            self.pool.run_here(move || answer_written(verbs.sync(&node), &node, length, reply));
+        });
     }
 
     fn flush(
