@@ -351,7 +351,7 @@ impl Node {
     }
 
     /// As [`Node::peek`], but nothing while the image is being opened or closed.
-    pub(super) fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
+    pub fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
         let slot = self.slot.try_read()?;
         Some(look(slot.open.as_ref()?.image()))
     }

@@ -30,11 +30,13 @@ const QUIET: u32 = WINDOW / 80;
 const REST: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// Which worker this thread is, and the requests since it last looked.
-    static SELF: (usize, Cell<u32>) = {
+    /// Which worker this thread is.
+    static SELF: usize = {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        (NEXT.fetch_add(1, Ordering::Relaxed) % WORKERS, Cell::new(0))
+        NEXT.fetch_add(1, Ordering::Relaxed) % WORKERS
     };
+    /// Its requests since it last looked.
+    static SINCE: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The workers of one mount.
@@ -72,20 +74,20 @@ impl Crew {
 
     /// Has this worker answer a request of so many bytes, and rest where it is one too many.
     pub(super) fn serve(&self, bytes: usize, answer: impl FnOnce()) {
-        SELF.with(|(index, requests)| {
-            let me = &self.workers[*index];
-            me.is_serving.store(true, Ordering::Relaxed);
-            let mut since = requests.get() + (bytes / SMALL) as u32 + 1;
-            if since >= LOOK {
-                let others = self.workers.iter().enumerate().filter(|(other, _)| other != index);
-                let meets = others.map(|(_, w)| &w.is_serving).any(|s| s.load(Ordering::Relaxed));
-                self.note(since, meets);
-                since = 0;
-            }
-            requests.set(since);
-            answer();
-            me.is_serving.store(false, Ordering::Relaxed);
-        });
+        let me = SELF.with(|me| *me);
+        let is_serving = &self.workers[me].is_serving;
+        is_serving.store(true, Ordering::Relaxed);
+        let since = SINCE.get() + (bytes / SMALL) as u32 + 1;
+        if since < LOOK {
+            SINCE.set(since);
+        } else {
+            let others = self.workers.iter().enumerate().filter(|(other, _)| *other != me);
+            let meets = others.map(|(_, w)| &w.is_serving).any(|s| s.load(Ordering::Relaxed));
+            self.note(since, meets);
+            SINCE.set(0);
+        }
+        answer();
+        is_serving.store(false, Ordering::Relaxed);
         self.unless_needed(|| std::thread::sleep(REST));
     }
 

@@ -44,7 +44,7 @@ mod tests;
 mod verbs;
 
 use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use ahead::Ahead;
 use crew::Crew;
 pub use crew::WORKERS;
@@ -115,11 +115,7 @@ impl Filesys {
 
     /// The image that an open handle stands for.
     fn image_node(&self, handle: FileHandle) -> Result<Arc<Node>, Errno> {
-        match &*self.verbs.handle(handle.0).map_err(|e| fail(None, &e))? {
-            Handle::Image { node, .. } => Ok(Arc::clone(node)),
-            Handle::Snapshot { .. } => Err(Errno::EROFS),
-            _ => Err(Errno::EINVAL),
-        }
+        self.verbs.with_handle(handle.0, |open| image_of(open).cloned())
     }
 
     /// The node of a directory in which `name` can be changed.
@@ -260,6 +256,15 @@ fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyD
         Ok(bytes) => reply.data(bytes),
         Err(e) => reply.error(fail(Some(node), &e)),
     });
+}
+
+/// The image that a handle stands for.
+fn image_of<'a>(open: Result<&'a Arc<Handle>, &Error>) -> Result<&'a Arc<Node>, Errno> {
+    match open.map_err(|e| fail(None, e))?.as_ref() {
+        Handle::Image { node, .. } => Ok(node),
+        Handle::Snapshot { .. } => Err(Errno::EROFS),
+        _ => Err(Errno::EINVAL),
+    }
 }
 
 impl Filesystem for Filesys {
@@ -421,25 +426,29 @@ impl Filesystem for Filesys {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.crew.serve(size as usize, || match self.verbs.handle(handle.0).as_deref() {
-            Ok(Handle::Image { node, .. }) if node.is_busy() => {
-                let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
-                self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));
-            }
-            Ok(Handle::Image { node, .. }) => answer_read(&self.verbs, node, offset, size, reply),
-            Ok(Handle::Text(text)) => {
-                let rest = text.get(offset as usize..).unwrap_or_default();
-                reply.data(&rest[..rest.len().min(size as usize)]);
-            }
-            Ok(Handle::Snapshot { node, view }) => {
-                self.verbs.read_snapshot(node, view, offset, size, |read| match read {
-                    Ok(bytes) => reply.data(bytes),
-                    Err(e) => reply.error(fail(Some(node), &e)),
-                });
-            }
-            Ok(Handle::Control { .. }) => reply.error(Errno::EBADF),
-            Ok(Handle::Names(_) | Handle::Directory { .. }) => reply.error(Errno::EISDIR),
-            Err(e) => reply.error(fail(None, e)),
+        self.crew.serve(size as usize, || {
+            self.verbs.with_handle(handle.0, |open| match open.map(|open| &**open) {
+                Ok(Handle::Image { node, .. }) if node.is_busy() => {
+                    let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
+                    self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));
+                }
+                Ok(Handle::Image { node, .. }) => {
+                    answer_read(&self.verbs, node, offset, size, reply);
+                }
+                Ok(Handle::Text(text)) => {
+                    let rest = text.get(offset as usize..).unwrap_or_default();
+                    reply.data(&rest[..rest.len().min(size as usize)]);
+                }
+                Ok(Handle::Snapshot { node, view }) => {
+                    self.verbs.read_snapshot(node, view, offset, size, |read| match read {
+                        Ok(bytes) => reply.data(bytes),
+                        Err(e) => reply.error(fail(Some(node), &e)),
+                    });
+                }
+                Ok(Handle::Control { .. }) => reply.error(Errno::EBADF),
+                Ok(Handle::Names(_) | Handle::Directory { .. }) => reply.error(Errno::EISDIR),
+                Err(e) => reply.error(fail(None, e)),
+            });
         });
     }
 
@@ -459,27 +468,32 @@ impl Filesystem for Filesys {
             let (verbs, text) = (Arc::clone(&self.verbs), data.to_vec());
             return self.pool.run(move || answer_orders(&verbs, handle, &text, reply));
         }
-        let node = match self.image_node(handle) {
-            Ok(node) => node,
-            Err(e) => return reply.error(e),
-        };
         let (synchronous, length) = (is_synchronous(how, flags), data.len());
-        if node.is_busy() || self.verbs.grows(&node, offset, length) {
-            let (verbs, data) = (Arc::clone(&self.verbs), data.to_vec());
-            return self.pool.run(move || {
-                let written = verbs.write(&node, offset, &data);
-                let done =
-                    if synchronous { written.and_then(|()| verbs.sync(&node)) } else { written };
-                answer_written(done, &node, length, reply);
-            });
-        }
-        self.crew.serve(length, || {
-            let written = self.verbs.write(&node, offset, data);
-            if written.is_err() || !synchronous {
-                return answer_written(written, &node, length, reply);
+        let answer = |node: &Arc<Node>, reply: ReplyWrite| {
+            if !self.verbs.is_within(node, offset, length) {
+                let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
+                let data = data.to_vec();
+                return self.pool.run(move || {
+                    let written = verbs.write(&node, offset, &data);
+                    let done = match synchronous {
+                        true => written.and_then(|()| verbs.sync(&node)),
+                        false => written,
+                    };
+                    answer_written(done, &node, length, reply);
+                });
             }
-            let verbs = Arc::clone(&self.verbs);
+            let written = self.verbs.write(node, offset, data);
+            if written.is_err() || !synchronous {
+                return answer_written(written, node, length, reply);
+            }
+            let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
             self.pool.run_here(move || answer_written(verbs.sync(&node), &node, length, reply));
+        };
+        self.crew.serve(length, || {
+            self.verbs.with_handle(handle.0, |open| match image_of(open) {
+                Ok(node) => answer(node, reply),
+                Err(e) => reply.error(e),
+            });
         });
     }
 

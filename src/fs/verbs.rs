@@ -2,7 +2,7 @@
 //!
 //! A size is a multiple of 512 bytes: what is asked for is rounded up, as `qemu-img` does.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
@@ -33,7 +33,12 @@ const CREATE_ATTEMPTS: u32 = 8;
 thread_local! {
     /// Each worker's own; it grows to the largest read and stays.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// The image handle that it used last.
+    static LAST_HANDLE: Cell<Option<(u64, Arc<Handle>)>> = const { Cell::new(None) };
 }
+
+/// No number is ever used for another handle.
+static NEXT_HANDLE: AtomicU64 = AtomicU64::new(1);
 
 /// What an open file handle stands for.
 pub(super) enum Handle {
@@ -83,14 +88,11 @@ pub(super) struct Verbs {
     pub(super) snaps: Snaps,
     mountpoint: PathBuf,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
-    next_handle: AtomicU64,
 }
 
 impl Verbs {
     pub(super) fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Self {
-        let handles = RwLock::default();
-        let (snaps, next_handle) = (Snaps::default(), AtomicU64::new(1));
-        Verbs { catalog, snaps, mountpoint, handles, next_handle }
+        Verbs { catalog, snaps: Snaps::default(), mountpoint, handles: RwLock::default() }
     }
 
     /// The handle of that number.
@@ -102,8 +104,29 @@ impl Verbs {
         handle.ok_or_else(|| errno("using a file that is not open", libc::EBADF))
     }
 
+    /// Does `verb` with the handle of that number, or the error of [`Verbs::handle`]. A worker remembers
+    /// the image that it used last: it shares no memory with others to find it again, which is what
+    /// small requests wait for otherwise.
+    pub(super) fn with_handle<R>(
+        &self,
+        number: u64,
+        verb: impl FnOnce(std::result::Result<&Arc<Handle>, &Error>) -> R,
+    ) -> R {
+        let last = LAST_HANDLE.take().filter(|(last, _)| *last == number);
+        match last.map_or_else(|| self.handle(number), |(_, handle)| Ok(handle)) {
+            Ok(handle) => {
+                let done = verb(Ok(&handle));
+                if matches!(*handle, Handle::Image { .. }) {
+                    LAST_HANDLE.set(Some((number, handle)));
+                }
+                done
+            }
+            Err(e) => verb(Err(&e)),
+        }
+    }
+
     pub(super) fn add_handle(&self, handle: Handle) -> u64 {
-        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        let number = NEXT_HANDLE.fetch_add(1, Ordering::Relaxed);
         self.handles.write().insert(number, Arc::new(handle));
         number
     }
@@ -307,10 +330,10 @@ impl Verbs {
         })
     }
 
-    /// Whether a write makes the disk larger.
-    pub(super) fn grows(&self, node: &Node, offset: u64, length: usize) -> bool {
+    /// Whether a write waits for nobody who opens or closes the image, and lies within the disk.
+    pub(super) fn is_within(&self, node: &Node, offset: u64, length: usize) -> bool {
         let end = offset.saturating_add(length as u64);
-        node.with_image(|image| Ok(end > image.virtual_size())).unwrap_or(false)
+        node.try_peek(|image| end <= image.virtual_size()) == Some(true)
     }
 
     /// fallocate(2): reserves, discards, or zeroes.
