@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use qcow2fs::image::{Backing, Beside, Image, Options, RawBacking};
 use qcow2fs::storage::Storage;
-use qcow2fs::storage::testing::{self, Fate, MemoryStorage, RecordingStorage};
+use qcow2fs::storage::testing::{
+    self, Change, Entry, FailingStorage, Fate, Fault, MemoryStorage, Operation, RecordingStorage,
+};
 
 const CLUSTER: u64 = 65536;
 
@@ -550,5 +552,93 @@ fn a_snapshot_is_deleted_after_compaction_was_stopped_in_the_midst_of_moving_it(
         image.delete_snapshot(b"now").unwrap();
         image.close().unwrap();
         assert_eq!(checked(&file.contents()).0, Some(0), "stopped after {steps} steps");
+    }
+}
+
+/// An image whose L1 table lies behind what compaction takes away: four L2 tables, of which the last
+/// one stays, were there before the disk became so large that it got another one.
+fn with_l1_last(image: &Image) {
+    (0..4).for_each(|table| image.write(table << 21, &[1; 4096]).unwrap());
+    image.resize(3 << 30).unwrap();
+    (0..3).for_each(|table| image.discard(table << 21..(table << 21) + 4096).unwrap());
+    image.flush().unwrap();
+}
+
+/// Whether a change of an image file makes the header name another L1 table.
+fn switches_l1(change: &Change) -> bool {
+    matches!(change, Change::Write { offset: 36..=40, .. })
+}
+
+/// What an L2 table leads to in a data file is durable before the L1 table is that leads to a moved
+/// one: the switch of the L1 table waits for no flush.
+#[test]
+fn data_in_a_data_file_is_durable_before_the_l1_table_switches() {
+    let directory = tempfile::tempdir().unwrap();
+    let data_path = directory.path().join("data");
+    let options = format!("cluster_size=4096,data_file={}", data_path.display());
+    let file = Arc::new(RecordingStorage::new(MemoryStorage::new(created(&["-o", &options]))));
+    let data = Arc::new(file.beside(1, MemoryStorage::new(vec![0; 8 << 20])));
+    let beside = Beside { data: Some(data), ..Beside::default() };
+    let options = Options { threads: false, ..quiet() };
+    let image = Image::open_with(file.clone(), &options, beside).unwrap();
+    with_l1_last(&image);
+    let first = file.log().len();
+    let mut at = 6 << 20;
+    image
+        .compact(|_| {
+            at += 4096;
+            image.write(at, &[2; 4096]).unwrap();
+            true
+        })
+        .unwrap();
+    image.close().unwrap();
+    let (mut unsynced, mut switches) = (false, 0);
+    for entry in file.log().split_off(first) {
+        match entry {
+            (1, Entry::Change(Change::Write { .. })) => unsynced = true,
+            (1, Entry::Sync { .. }) => unsynced = false,
+            (0, Entry::Change(change)) if switches_l1(&change) => {
+                assert!(!unsynced, "the header names tables that lead to data on its way");
+                switches += 1;
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(switches, 1, "the L1 table has not moved");
+}
+
+/// The host tells of a failed sync once. What compaction had moved before it may be lost, so that nothing
+/// may become durable that leads there.
+#[test]
+fn compaction_syncs_nothing_after_a_failed_sync() {
+    for steps in 1.. {
+        let made = MemoryStorage::new(created(&["-o", "cluster_size=4096"]));
+        let recorded = Arc::new(RecordingStorage::new(made));
+        let file = Arc::new(FailingStorage::new(recorded.clone()));
+        let options = Options { threads: false, ..quiet() };
+        let image = Image::open(file.clone(), &options).unwrap();
+        with_l1_last(&image);
+        let (mut left, mut failed_at) = (steps, None);
+        let compacted = image.compact(|_| {
+            left -= 1;
+            if left == 0 {
+                let on = vec![Operation::Sync];
+                file.arm(Fault { on, after: 0, lasting: false, errno: libc::EIO, short: false });
+                image.write(6 << 20, &[2; 4096]).unwrap();
+                image.flush().unwrap_err();
+                failed_at = Some(recorded.log().len());
+            }
+            true
+        });
+        let Some(failed_at) = failed_at else {
+            compacted.unwrap();
+            assert!(steps > 5, "nothing was moved");
+            return;
+        };
+        compacted.unwrap_err();
+        image.close().unwrap_err();
+        for (_, entry) in recorded.log().split_off(failed_at) {
+            assert!(!matches!(entry, Entry::Sync { .. }), "a sync after that of step {steps}");
+        }
     }
 }

@@ -696,3 +696,27 @@ impl Refcounts {
         )))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, Image};
+    use crate::storage::testing::MemoryStorage;
+
+    /// Found by fuzzing: the status of an image that was found corrupt looks at all blocks.
+    #[test]
+    fn no_block_is_read_at_a_malformed_offset() {
+        let file = Arc::new(MemoryStorage::default());
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        Image::create(&*file, &options).unwrap();
+        let mut start = [0; 512];
+        file.read_at(&mut start, 0).unwrap();
+        let header = Header::parse(&start).unwrap();
+        let second_entry = header.refcount_table_offset.0 + 8;
+        file.write_at(&REFCOUNT_TABLE_OFFSET_MASK.to_be_bytes(), second_entry).unwrap();
+        let metadata = Arc::new(MetadataMap::new(u64::MAX));
+        let refcounts = Refcounts::open(file, &header, metadata).unwrap();
+        let error = refcounts.usage().unwrap_err().to_string();
+        assert!(error.contains("malformed"), "{error}");
+    }
+}

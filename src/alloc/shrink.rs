@@ -160,7 +160,8 @@ impl Refcounts {
     ///
     /// The caller holds the flush lock, and nothing of an earlier call waits for a flush: so blocks
     /// never come to lie in clusters that count each other in a circle, and can be linked in turns.
-    /// (Blocks move in ascending order to ascending places, and new ones count themselves.)
+    /// (Blocks move in ascending order to ascending places, and new ones are counted by themselves or by
+    /// one before them.)
     ///
     /// # Errors
     /// Host errors; `Corrupt` where metadata is found free.

@@ -20,6 +20,9 @@ pub const WORKERS: usize = 8;
 const LOOK: u32 = 16;
 /// each of which counts for as many as it has this many bytes.
 const SMALL: usize = 16 << 10;
+/// A request of so many bytes is better answered by few in any case: their buffers stay in the
+/// processors' caches.
+const LARGE: usize = 256 << 10;
 /// What they have seen counts after so many requests.
 const WINDOW: u32 = 2048;
 /// They are too many when so many of those requests meet another one,
@@ -58,6 +61,22 @@ struct Worker {
     is_serving: AtomicBool,
 }
 
+/// Marks a worker as serving until it is dropped, however the request ends.
+struct Serving<'a>(&'a Worker);
+
+impl<'a> Serving<'a> {
+    fn new(worker: &'a Worker) -> Self {
+        worker.is_serving.store(true, Ordering::Relaxed);
+        Serving(worker)
+    }
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.is_serving.store(false, Ordering::Relaxed);
+    }
+}
+
 impl Crew {
     /// As many as there are, on a machine with so many processors.
     pub(super) fn new(processors: usize) -> Self {
@@ -75,23 +94,22 @@ impl Crew {
     /// Has this worker answer a request of so many bytes, and rest where it is one too many.
     pub(super) fn serve(&self, bytes: usize, answer: impl FnOnce()) {
         let me = SELF.with(|me| *me);
-        let is_serving = &self.workers[me].is_serving;
-        is_serving.store(true, Ordering::Relaxed);
+        let serving = Serving::new(&self.workers[me]);
         let since = SINCE.get() + (bytes / SMALL) as u32 + 1;
         if since < LOOK {
             SINCE.set(since);
         } else {
             let others = self.workers.iter().enumerate().filter(|(other, _)| *other != me);
             let meets = others.map(|(_, w)| &w.is_serving).any(|s| s.load(Ordering::Relaxed));
-            self.note(since, meets);
+            self.note(since, meets || bytes >= LARGE);
             SINCE.set(0);
         }
         answer();
-        is_serving.store(false, Ordering::Relaxed);
+        drop(serving);
         self.unless_needed(|| std::thread::sleep(REST));
     }
 
-    /// Requests were answered, and met another one or not.
+    /// Requests were answered, and met another one, or count as if they had, or not.
     fn note(&self, requests: u32, met: bool) {
         let added = u64::from(if met { requests } else { 0 }) << 32 | u64::from(requests);
         let before = self.window.fetch_add(added, Ordering::Relaxed) as u32;
@@ -150,7 +168,9 @@ mod tests {
 
     #[test]
     fn requests_that_meet_are_noticed_large_ones_sooner() {
-        for (bytes, requests) in [(4096, WINDOW), (1 << 20, WINDOW / 64)] {
+        for (bytes, requests, when_alone) in
+            [(4096, WINDOW, false), (64 << 10, WINDOW / 4, false), (1 << 20, WINDOW / 64, true)]
+        {
             for meet in [true, false] {
                 let crew = Crew::new(2);
                 let one = || crew.serve(bytes, || ());
@@ -160,7 +180,8 @@ mod tests {
                     crew.workers.iter().for_each(beside);
                     one();
                 }
-                assert_eq!(may_rest(&crew), meet, "{requests} of {bytes} bytes");
+                let rests = meet || when_alone;
+                assert_eq!(may_rest(&crew), rests, "{requests} of {bytes} bytes, {meet}");
             }
         }
     }

@@ -53,8 +53,8 @@ impl Pool {
 
     /// Runs `job` on the calling thread, unless another caller does so now: then on the pool. Two
     /// changes of thread are dear beside a flush of little (a third of a 4 KiB write and its
-    /// `fdatasync` on tmpfs, `scripts/bench --jobs fdatasync`), and one blocked caller is what
-    /// there is one FUSE worker more than processors for.
+    /// `fdatasync` on tmpfs, `scripts/bench --jobs fdatasync`), and one blocked caller leaves as many
+    /// FUSE workers as there are processors.
     pub(super) fn run_here(&self, job: impl FnOnce() + Send + 'static) {
         match self.here.try_lock() {
             Some(_held) => run(Box::new(job)),

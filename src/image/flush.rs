@@ -45,14 +45,7 @@ impl Image {
 
     /// Flushes; the caller holds the flush lock.
     pub(super) fn flush_held(&self, writer: &Writer) -> Result<()> {
-        if self.health.is_unknown() {
-            let reason = self.health.reason().unwrap_or_default();
-            let latched = std::io::Error::from_raw_os_error(libc::EIO);
-            return Err(Error::io(
-                format!("the image cannot be flushed any more: {reason}"),
-                latched,
-            ));
-        }
+        self.refuse_unknown()?;
         let unsynced = writer.flush.unsynced.take();
         let (mut settles, mut data_unsynced) = (false, false);
         let raw_mappings = writer.flush.raw_mappings.made();
@@ -61,9 +54,7 @@ impl Image {
             // Under the tables' lock: the data that an entry leads to was written before it.
             data_unsynced = writer.flush.data_unsynced.take();
         });
-        let must_sync_data = data_unsynced && Rule::DataFileBeforeTables.is_kept();
-        let synced = if must_sync_data { self.sync_data(writer) } else { Ok(()) };
-        let result = synced.and_then(|()| {
+        let result = self.sync_data_if(writer, data_unsynced).and_then(|()| {
             let unsynced = unsynced && Rule::DataSynced.is_kept();
             let settles = settles && Rule::StatesSynced.is_kept();
             self.write_out(writer, &dirty.writes, dirty.barrier, unsynced || settles)
@@ -81,6 +72,24 @@ impl Image {
             }
         }
         result
+    }
+
+    /// Makes durable, in the external data file, what the tables in memory lead to: before one of them
+    /// is on another way than by a flush. The tables' lock is held.
+    pub(super) fn sync_data_before_tables(&self, writer: &Writer) -> Result<()> {
+        let unsynced = writer.flush.data_unsynced.take();
+        self.sync_data_if(writer, unsynced).inspect_err(|_| writer.flush.data_unsynced.mark())
+    }
+
+    /// Refuses to go on after a failed sync. The host tells of the failure once: the next sync would
+    /// succeed, and what depends on what was lost would become durable.
+    fn refuse_unknown(&self) -> Result<()> {
+        if !self.health.is_unknown() {
+            return Ok(());
+        }
+        let reason = self.health.reason().unwrap_or_default();
+        let latched = std::io::Error::from_raw_os_error(libc::EIO);
+        Err(Error::io(format!("the image cannot be flushed any more: {reason}"), latched))
     }
 
     fn write_out(
@@ -103,6 +112,7 @@ impl Image {
     /// Writes all refcounts; where `before` names a rule, they and everything before are durable
     /// afterwards. Whether there were any.
     pub(super) fn write_refcounts(&self, writer: &Writer, before: Option<Rule>) -> Result<bool> {
+        self.refuse_unknown()?;
         let dirty = writer.refcounts.collect();
         let any = !dirty.blocks.is_empty() || !dirty.links.is_empty();
         let result = self.write_all(&dirty.blocks, "writing a refcount block").and_then(|()| {
@@ -155,12 +165,16 @@ impl Image {
         if rule.is_kept() { self.sync(writer) } else { Ok(()) }
     }
 
-    /// The same for the external data file.
-    fn sync_data(&self, writer: &Writer) -> Result<()> {
-        self.sync_file(writer, &*self.data.storage, "syncing the data file")
+    /// The same for the external data file, if anything was written there.
+    fn sync_data_if(&self, writer: &Writer, unsynced: bool) -> Result<()> {
+        match unsynced && Rule::DataFileBeforeTables.is_kept() {
+            true => self.sync_file(writer, &*self.data.storage, "syncing the data file"),
+            false => Ok(()),
+        }
     }
 
     fn sync_file(&self, writer: &Writer, file: &dyn Storage, what: &str) -> Result<()> {
+        self.refuse_unknown()?;
         writer.flush.count_sync();
         self.synced(what, file.sync())
     }
@@ -181,6 +195,7 @@ impl Image {
     /// That of `sync`.
     pub fn sync_with(&self, sync: impl FnOnce() -> std::io::Result<()>) -> Result<()> {
         let _flush = self.writer.as_ref().map(|writer| self.hold_flush(writer));
+        self.refuse_unknown()?;
         self.synced("syncing the image file", sync())
     }
 

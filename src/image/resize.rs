@@ -150,6 +150,7 @@ impl Image {
     pub(super) fn switch_l1(&self, writer: &Writer, place: Range<u64>, entries: u32) -> Result<()> {
         let offset = self.geometry.host_offset(HostCluster(place.start));
         let switched = self.tables.relocate_l1(offset, entries, |bytes| {
+            self.sync_data_before_tables(writer)?;
             self.storage
                 .write_at(bytes, offset.0)
                 .map_err(|e| Error::io(format!("writing the new L1 table at {offset}"), e))?;

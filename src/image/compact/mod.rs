@@ -719,7 +719,8 @@ impl Image {
         Ok(Step::Taken)
     }
 
-    /// When all that was dropped is free, lets go of what describes the end of the file, and cuts.
+    /// When all that was dropped is free, lets go of the refcount blocks that describe the end of the file,
+    /// moves those that lie there, and cuts.
     fn cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Step> {
         if writer.recycler.awaits_flush() && pass.flushes < MOST_LAST_FLUSHES {
             pass.flushes += 1;
@@ -734,7 +735,6 @@ impl Image {
                 false => Step::Waits,
             });
         }
-        // Blocks behind the end describe nothing any more.
         let flush = self.hold_flush(writer);
         if writer.refcounts.shrink_structure(pass.end)? > 0 {
             self.flush_held(writer)?;

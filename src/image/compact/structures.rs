@@ -1,4 +1,4 @@
-//! Moving what is not in a column: the L1 tables, the snapshot table, the refcount structure.
+//! Moving what is not in a column: the L1 tables, the snapshot table, bitmaps.
 
 use std::ops::Range;
 
@@ -65,8 +65,9 @@ impl Image {
     }
 
     /// Moves the structures that lie behind the end, but those of the refcounts. Only a few clusters, so
-    /// it is one step. Each is written as it is in memory, and what leads there comes with the next
-    /// flush, after a sync: nothing else need be in the file before.
+    /// it is one step. What a copy is made of is in memory, or in the file and nothing on its way there;
+    /// what the copy leads to is durable before anything leads to the copy: the L1 table's switch sees to
+    /// that itself, and the words that lead to others come with a flush.
     pub(super) fn move_structures(
         &self,
         writer: &Writer,

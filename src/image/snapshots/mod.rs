@@ -198,16 +198,18 @@ impl Image {
             self.health.latch("its search for leaks ended by a defect in this program");
         }
         let held = self.hold_moves(writer)?;
+        // What moved clusters may have failed.
+        let writer = self.writer()?;
         self.snapshots.state.lock().sound()?;
         Ok((writer, held))
     }
 
     /// Ends what moves clusters, until the lock is let go, and makes the tables on disk say where
-    /// everything is now. Where nothing can be written any more, everything is where they say.
+    /// everything is now. Where nothing can be flushed any more, everything is where they say.
     fn hold_moves<'a>(&self, writer: &'a Writer) -> Result<MutexGuard<'a, Compaction>> {
         let mut compaction = writer.compaction.lock();
         if self.end_moves(writer, &mut compaction) {
-            let flushed = if self.health.is_good() { self.flush() } else { Ok(()) };
+            let flushed = if self.health.is_unknown() { Ok(()) } else { self.flush() };
             flushed
                 .and_then(|()| self.reread_snapshots())
                 .inspect_err(|_| compaction.note_moved())?;
@@ -216,7 +218,7 @@ impl Image {
     }
 
     /// The snapshot table may have moved, and the L1 tables: what is known of them is what stands in
-    /// the file, where a flush has just brought it, or nothing is brought any more.
+    /// the file, where a flush has just brought it, or none brings anything any more.
     pub(super) fn reread_snapshots(&self) -> Result<()> {
         let header = read_header(&*self.storage)?;
         let table = Table::read(&*self.storage, &header)?;
