@@ -630,15 +630,22 @@ fn compaction_syncs_nothing_after_a_failed_sync() {
             }
             true
         });
+        let switches = |entry: &(usize, Entry)| match entry {
+            (_, Entry::Change(change)) => switches_l1(change),
+            _ => false,
+        };
         let Some(failed_at) = failed_at else {
             compacted.unwrap();
-            assert!(steps > 5, "nothing was moved");
+            let log = recorded.log();
+            assert_eq!(log.iter().filter(|e| switches(e)).count(), 2, "grown, and not moved");
             return;
         };
         compacted.unwrap_err();
+        image.sync_with(|| Ok(())).unwrap_err();
         image.close().unwrap_err();
-        for (_, entry) in recorded.log().split_off(failed_at) {
-            assert!(!matches!(entry, Entry::Sync { .. }), "a sync after that of step {steps}");
+        for entry in recorded.log().split_off(failed_at) {
+            assert!(!switches(&entry), "the L1 table switches after the failure of step {steps}");
+            assert!(!matches!(entry.1, Entry::Sync { .. }), "a sync after that of step {steps}");
         }
     }
 }

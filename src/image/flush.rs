@@ -75,7 +75,7 @@ impl Image {
     }
 
     /// Makes durable, in the external data file, what the tables in memory lead to: before one of them
-    /// is on another way than by a flush. The tables' lock is held.
+    /// is on another way than by a flush. For all of it the tables' lock is held.
     pub(super) fn sync_data_before_tables(&self, writer: &Writer) -> Result<()> {
         let unsynced = writer.flush.data_unsynced.take();
         self.sync_data_if(writer, unsynced).inspect_err(|_| writer.flush.data_unsynced.mark())
@@ -174,14 +174,13 @@ impl Image {
     }
 
     fn sync_file(&self, writer: &Writer, file: &dyn Storage, what: &str) -> Result<()> {
-        self.refuse_unknown()?;
-        writer.flush.count_sync();
-        self.synced(what, file.sync())
+        writer.flush.sync_alone(|| self.synced(what, || file.sync()))
     }
 
-    /// What a sync came to. After a failure nobody knows what is durable.
-    fn synced(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
-        result.map_err(|e| {
+    /// Syncs, unless a sync has failed before. After a failure nobody knows what is durable.
+    fn synced(&self, what: &str, sync: impl FnOnce() -> std::io::Result<()>) -> Result<()> {
+        self.refuse_unknown()?;
+        sync().map_err(|e| {
             let error = Error::io(what, e);
             self.health.latch_unknown(&error.to_string());
             error
@@ -192,11 +191,12 @@ impl Image {
     /// way. The host tells of an error once: after a failure no flush succeeds either.
     ///
     /// # Errors
-    /// That of `sync`.
+    /// That of `sync`; `EIO` after an earlier failure.
     pub fn sync_with(&self, sync: impl FnOnce() -> std::io::Result<()>) -> Result<()> {
-        let _flush = self.writer.as_ref().map(|writer| self.hold_flush(writer));
-        self.refuse_unknown()?;
-        self.synced("syncing the image file", sync())
+        let sync = || self.synced("syncing the image file", sync);
+        let Some(writer) = &self.writer else { return sync() };
+        let _flush = self.hold_flush(writer);
+        writer.flush.sync_alone(sync)
     }
 
     /// Something was written to the image file: the next flush syncs it.

@@ -14,6 +14,8 @@ pub(super) struct FlushLock {
     /// Of the external data file.
     pub(super) data_unsynced: Unsynced,
     pub(super) raw_mappings: RawMappings,
+    /// Lock order: a leaf.
+    syncing: Mutex<()>,
     flushes: AtomicU64,
     syncs: AtomicU64,
 }
@@ -40,6 +42,14 @@ impl FlushLock {
         self.covered.lock()
     }
 
+    /// Does `sync`, one at a time: the host tells one of those who sync at once of a failure, and the
+    /// others must know of it before they go on.
+    pub(super) fn sync_alone<R>(&self, sync: impl FnOnce() -> R) -> R {
+        let _alone = self.syncing.lock();
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        sync()
+    }
+
     /// Flushes so far.
     pub(super) fn flushes(&self) -> u64 {
         self.flushes.load(Ordering::Relaxed)
@@ -52,10 +62,6 @@ impl FlushLock {
     /// Syncs so far.
     pub(super) fn syncs(&self) -> u64 {
         self.syncs.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn count_sync(&self) {
-        self.syncs.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -291,11 +291,8 @@ impl Image {
             let patch = cleared.patch();
             self.storage
                 .write_at(&patch.bytes, patch.offset.0)
-                .and_then(|()| match Rule::AutoclearFirst.is_kept() {
-                    true => self.storage.sync(),
-                    false => Ok(()),
-                })
                 .map_err(|e| Error::io("clearing autoclear feature bits in the header", e))?;
+            self.sync_for(writer, Rule::AutoclearFirst)?;
             *features = cleared;
         }
         writer.prepared.store(true, Ordering::Release);

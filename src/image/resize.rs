@@ -39,6 +39,8 @@ impl Image {
             ));
         }
         let _flush = self.hold_flush(writer);
+        // The flush that was waited for may have failed.
+        let writer = self.writer()?;
         let old = self.virtual_size();
         if size != old {
             self.begin_resize(writer, &(old.min(size)..old.max(size)))?;
@@ -149,6 +151,8 @@ impl Image {
     /// flush lock is held.
     pub(super) fn switch_l1(&self, writer: &Writer, place: Range<u64>, entries: u32) -> Result<()> {
         let offset = self.geometry.host_offset(HostCluster(place.start));
+        // Most of it now: inside everybody waits.
+        self.sync_data_before_tables(writer)?;
         let switched = self.tables.relocate_l1(offset, entries, |bytes| {
             self.sync_data_before_tables(writer)?;
             self.storage

@@ -205,14 +205,19 @@ impl Image {
     }
 
     /// Ends what moves clusters, until the lock is let go, and makes the tables on disk say where
-    /// everything is now. Where nothing can be flushed any more, everything is where they say.
+    /// everything is now. Where an image takes no writes any more, everything is still where they say.
     fn hold_moves<'a>(&self, writer: &'a Writer) -> Result<MutexGuard<'a, Compaction>> {
         let mut compaction = writer.compaction.lock();
         if self.end_moves(writer, &mut compaction) {
-            let flushed = if self.health.is_unknown() { Ok(()) } else { self.flush() };
-            flushed
-                .and_then(|()| self.reread_snapshots())
-                .inspect_err(|_| compaction.note_moved())?;
+            let flushed = self.flush().or_else(|e| match self.health.is_good() {
+                true => Err(e),
+                false => Ok(()),
+            });
+            let reread = flushed.and_then(|()| self.reread_snapshots());
+            if reread.is_err() || !self.health.is_good() {
+                compaction.note_moved();
+            }
+            reread?;
         }
         Ok(compaction)
     }
