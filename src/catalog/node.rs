@@ -350,7 +350,8 @@ impl Node {
         verb(&served.image)
     }
 
-    /// As [`Node::peek`], but nothing while the image is being opened or closed.
+    /// What `look` finds at the image while that is open; nothing while it is being opened or closed,
+    /// since this waits for nobody.
     pub fn try_peek<R>(&self, look: impl FnOnce(&Image) -> R) -> Option<R> {
         let slot = self.slot.try_read()?;
         Some(look(slot.open.as_ref()?.image()))
