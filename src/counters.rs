@@ -23,7 +23,7 @@ fn line() -> usize {
 /// Alone in what processors fetch at once.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Line<T>(T);
+pub(crate) struct Line<T>(pub(crate) T);
 
 /// A number that only grows.
 #[derive(Debug, Default)]
