@@ -259,8 +259,8 @@ fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyD
 }
 
 /// The image that a handle stands for.
-fn image_of<'a>(open: Result<&'a Arc<Handle>, &Error>) -> Result<&'a Arc<Node>, Errno> {
-    match open.map_err(|e| fail(None, e))?.as_ref() {
+fn image_of<'a>(open: Result<&'a Handle, &Error>) -> Result<&'a Arc<Node>, Errno> {
+    match open.map_err(|e| fail(None, e))? {
         Handle::Image { node, .. } => Ok(node),
         Handle::Snapshot { .. } => Err(Errno::EROFS),
         _ => Err(Errno::EINVAL),
@@ -427,7 +427,7 @@ impl Filesystem for Filesys {
         reply: ReplyData,
     ) {
         self.crew.serve(size as usize, || {
-            self.verbs.with_handle(handle.0, |open| match open.map(|open| &**open) {
+            self.verbs.with_handle(handle.0, |open| match open {
                 Ok(Handle::Image { node, .. }) if node.is_busy() => {
                     let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
                     self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));

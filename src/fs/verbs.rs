@@ -27,14 +27,18 @@ const SECTOR: u64 = 512;
 /// The most bytes that one read may ask for; the kernel asks for 1 MiB.
 const MAX_READ: u32 = 16 << 20;
 
+/// So many image handles a worker remembers.
+const REMEMBERED: usize = 8;
+
 /// How often a file is made or opened that others make and remove.
 const CREATE_ATTEMPTS: u32 = 8;
 
 thread_local! {
     /// Each worker's own; it grows to the largest read and stays.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-    /// The image handle that it used last.
-    static LAST_HANDLE: Cell<Option<(u64, Arc<Handle>)>> = const { Cell::new(None) };
+    /// The image handles that it used last, each in the place that its number says.
+    static LAST_HANDLES: [Cell<Option<(u64, Arc<Handle>)>>; REMEMBERED] =
+        const { [const { Cell::new(None) }; REMEMBERED] };
 }
 
 /// No number is ever used for another handle.
@@ -105,24 +109,27 @@ impl Verbs {
     }
 
     /// Does `verb` with the handle of that number, or the error of [`Verbs::handle`]. A worker remembers
-    /// the image that it used last: it shares no memory with others to find it again, which is what
+    /// the images that it used last: it shares no memory with others to find one again, which is what
     /// small requests wait for otherwise.
     pub(super) fn with_handle<R>(
         &self,
         number: u64,
-        verb: impl FnOnce(std::result::Result<&Arc<Handle>, &Error>) -> R,
+        verb: impl FnOnce(std::result::Result<&Handle, &Error>) -> R,
     ) -> R {
-        let last = LAST_HANDLE.take().filter(|(last, _)| *last == number);
-        match last.map_or_else(|| self.handle(number), |(_, handle)| Ok(handle)) {
-            Ok(handle) => {
-                let done = verb(Ok(&handle));
-                if matches!(*handle, Handle::Image { .. }) {
-                    LAST_HANDLE.set(Some((number, handle)));
+        LAST_HANDLES.with(|last| {
+            let place = &last[number as usize % REMEMBERED];
+            let known = place.take().filter(|(known, _)| *known == number);
+            match known.map_or_else(|| self.handle(number), |(_, handle)| Ok(handle)) {
+                Ok(handle) => {
+                    let done = verb(Ok(&handle));
+                    if matches!(*handle, Handle::Image { .. }) {
+                        place.set(Some((number, handle)));
+                    }
+                    done
                 }
-                done
+                Err(e) => verb(Err(&e)),
             }
-            Err(e) => verb(Err(&e)),
-        }
+        })
     }
 
     pub(super) fn add_handle(&self, handle: Handle) -> u64 {

@@ -7,9 +7,11 @@
 //!
 //! The cache does no I/O and has no lock of its own.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use foldhash::{HashMap, HashMapExt};
 
 /// What one metadata write is: this content at this host offset, whole sectors.
 pub type Write = (u64, Vec<u8>);

@@ -5,10 +5,10 @@
 //! ever handed out (invariant 5). The map is built from the L1 and refcount tables at open and kept
 //! up to date; a look-up is one hash and one bit. Its lock is a leaf.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use foldhash::HashMap;
 use parking_lot::{RwLock, RwLockWriteGuard};
 
 use crate::error::{Error, ErrorKind, Result};
