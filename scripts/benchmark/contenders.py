@@ -150,9 +150,11 @@ class Qcow2fs(Contender):
     name = "qcow2fs"
 
     def start(self, image, point, processes):
-        keys = ("--keys", image.parent) if key_of(image) else ()
+        more = ("--keys", image.parent) if key_of(image) else ()
+        if image.with_suffix(".data").exists():
+            more += ("--passthrough",)
         server = self.spawn(processes, self.programs / "qcow2fs", "mount", "--foreground", "-q",
-                            *keys, image.parent, point)
+                            *more, image.parent, point)
         self.await_mount(server, point)
         return point / (image.stem + ".raw")
 

@@ -116,6 +116,14 @@ class Images:
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
         return {"raw": raw, "qcow2": image}
 
+    def make_mapped(self):
+        """All of its data in a raw data file beside it."""
+        raw, image = self.once("full", "raw"), self.path("mapped.qcow2")
+        data = image.with_suffix(".data")
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o",
+            f"data_file={data},data_file_raw=on", raw, image)
+        return {"qcow2": image, "data": data, "raw": raw}
+
     def make_encrypted(self):
         image = self.path("encrypted.qcow2")
         encrypt(image, self.once("full", "raw"))

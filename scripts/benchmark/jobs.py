@@ -35,11 +35,17 @@ def luks(*what, **rest):
     return fio(*what, without=("floor", "raw"), **rest)
 
 
+def passed(*what, **rest):
+    """On an image whose data file the kernel reads and writes itself."""
+    return fio(*what, without=("nbdfuse", "floor"), **rest)
+
+
 RANDOM = {"peer": 2.2, "floor": 0.9}
 ALLOCATING = {"peer": 2.0, "floor": 0.75}
 READS = {"peer": 2.0, "floor": 0.9}
 WRITES = {"peer": 1.2, "floor": 0.9}
 ENCRYPTED = {"peer": 1.5}
+PASSED = {"raw": 0.9}
 NEVER_BEHIND = {"peer": 1.0}
 # Buffered I/O through a new mount starts with nothing in the page cache.
 WARM = ("--pre_read=1",)
@@ -115,6 +121,14 @@ JOBS = (
          "4k", goals=NEVER_BEHIND),
     luks("luks-randwrite-32", "LUKS: 4 KiB random writes, 32 at once", "encrypted", "randwrite",
          "4k", 32, goals=NEVER_BEHIND),
+    passed("passed-randread-1", "passthrough: 4 KiB random reads, one at a time", "mapped",
+           "randread", "4k", goals=PASSED),
+    passed("passed-randwrite-32", "passthrough: 4 KiB random writes, 32 at once", "mapped",
+           "randwrite", "4k", 32, goals=PASSED),
+    passed("passed-read-1m", "passthrough: 1 MiB sequential reads, O_DIRECT", "mapped", "read",
+           "1m", 4, goals=PASSED),
+    passed("passed-buffered-write-1m", "passthrough: 1 MiB buffered sequential writes", "mapped",
+           "write", "1m", direct=False, goals=PASSED),
     Job("untar", "ext4 on a loop device: small files unpacked", "empty", "untar",
         goals=NEVER_BEHIND),
     Job("ext4-fsync", "ext4 on a loop device: 4 KiB random writes, each with fsync", "empty",

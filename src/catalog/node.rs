@@ -357,6 +357,12 @@ impl Node {
         Some(look(slot.open.as_ref()?.image()))
     }
 
+    /// The external data file while that is open.
+    pub fn data_file(&self) -> Option<Arc<HostFile>> {
+        let slot = self.slot.read();
+        slot.open.as_ref()?.files.data.as_ref().map(|data| Arc::clone(&data.file))
+    }
+
     /// What the host says of the external data file while that is open.
     pub(super) fn look_at_data_file(&self) -> Option<Metadata> {
         let slot = self.slot.try_read()?;
@@ -442,7 +448,7 @@ impl Node {
     }
 
     /// The kernel did not hear of the [`HandleMode`] that it was to get.
-    pub(super) fn was_not_told(&self) {
+    pub fn was_not_told(&self) {
         self.slot.write().stale = true;
     }
 
@@ -480,7 +486,9 @@ impl Node {
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
         if opened.is_idle_by(deadline) {
-            return opened.finish(&self.times).and(opened.unlock());
+            // A data file stays locked as long as it is open: the kernel itself may have it, for whom it
+            // outlives this process.
+            return opened.finish(&self.times).and(unlock(opened.file.file()));
         }
         // What is still under way must not meet the end of the file while that is cut off.
         opened.image().flush().and(Err(not_done()))

@@ -74,6 +74,11 @@ pub(super) struct Args {
     /// with it), landlock, seccomp, or all of them (repeatable)
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
     unconfined: Vec<&'static [Layer]>,
+    /// Let the kernel itself read and write a disk that is a raw data file, all of it mapped: as fast as
+    /// the file, but while it is open it gets no smaller, writes past its end do not make it larger,
+    /// and the process keeps CAP_SYS_ADMIN
+    #[arg(long)]
+    passthrough: bool,
     #[command(flatten)]
     keys: keys::Args,
     /// Take keys that another command was told from the standard input
@@ -99,7 +104,7 @@ pub(super) struct Args {
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, metadata_cache=SIZE,
     /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
     /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
+    /// ephemeral, passthrough, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
     /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
@@ -216,6 +221,7 @@ impl Plan {
         let mut options = MountOptions::default();
         args.options.iter().try_for_each(|list| options.add(list))?;
         options.read_only |= args.read_only;
+        options.passthrough |= args.passthrough;
         let Source { shown: source, directory: images, only } = Source::find(&args.source)?;
         let mountpoint = directory(&args.mountpoint, "the mount point")?;
         refuse_nesting(&images, &mountpoint)?;
@@ -241,6 +247,13 @@ impl Plan {
         keys.keys = keys.keys.or(options.keys.take());
         let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
         let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
+        if options.passthrough && overlay.is_some() {
+            return Err(
+                "--passthrough and --overlay exclude each other: the kernel would write to the \
+                        image itself"
+                    .into(),
+            );
+        }
         if let Some(overlay) = &overlay {
             refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;
         }
@@ -323,10 +336,10 @@ impl Plan {
 
     /// The file system. Its threads would keep what is given up after they have started.
     fn files(&self, catalog: Arc<Catalog>) -> Result<Filesys, String> {
-        let place = self.mountpoint.clone();
+        let (place, passthrough) = (self.mountpoint.clone(), self.options.passthrough);
         match self.confine {
-            Some(_) => Ok(Filesys::without_threads(catalog, place)),
-            None => Filesys::new(catalog, place).map_err(starting_a_thread),
+            Some(_) => Ok(Filesys::without_threads(catalog, place, passthrough)),
+            None => Filesys::new(catalog, place, passthrough).map_err(starting_a_thread),
         }
     }
 
@@ -349,7 +362,7 @@ impl Plan {
         // Where the standard descriptors lead once the terminal is let go of.
         places.push(Place { path: "/dev/null".into(), write: true });
         places.retain(|place| place.path.exists());
-        confine::confine(without, &places);
+        confine::confine(without, &places, self.options.passthrough);
     }
 
     fn start_log(&self, in_background: bool) -> Result<(), String> {

@@ -30,6 +30,7 @@ pub(super) struct MountOptions {
     pub(super) create_compression: Option<CompressionType>,
     pub(super) overlay: Option<String>,
     pub(super) ephemeral: bool,
+    pub(super) passthrough: bool,
     pub(super) log_file: Option<String>,
     /// What is for the kernel.
     pub(super) kernel: Vec<MountOption>,
@@ -112,6 +113,7 @@ impl MountOptions {
             }
             ("overlay", Some(value)) => self.overlay = Some(value.to_owned()),
             ("ephemeral", None) => self.ephemeral = true,
+            ("passthrough", None) => self.passthrough = true,
             ("log_file", Some(value)) => self.log_file = Some(value.to_owned()),
             // Who mounted it and what it is called: mount(8) adds these.
             ("fsname" | "subtype" | "user" | "comment", Some(_)) => {}
@@ -175,7 +177,7 @@ mod tests {
             "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,metadata_cache=3M,log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
-                   overlay=/o,ephemeral,keys=/k,key_file=a=/f,\
+                   overlay=/o,ephemeral,passthrough,keys=/k,key_file=a=/f,\
                    unconfined=landlock",
         );
         let wanted = MountOptions {
@@ -198,6 +200,7 @@ mod tests {
             create_compression: Some(CompressionType::Zstd),
             overlay: Some("/o".into()),
             ephemeral: true,
+            passthrough: true,
             log_file: Some("/l".into()),
             kernel: vec![],
         };

@@ -10,12 +10,16 @@ const NEEDED: [Capability; 4] = [
     Capability::CAP_FSETID,
 ];
 
+/// What it takes to have the kernel read and write a file itself.
+const FOR_PASSTHROUGH: Capability = Capability::CAP_SYS_ADMIN;
+
 /// Gives up all others, for good.
 ///
 /// # Errors
 /// A line that says what failed.
-pub(super) fn drop_all_but_needed() -> Result<(), String> {
-    let needed = CapsHashSet::from(NEEDED);
+pub(super) fn drop_all_but_needed(passthrough: bool) -> Result<(), String> {
+    let mut needed = CapsHashSet::from(NEEDED);
+    needed.extend(passthrough.then_some(FOR_PASSTHROUGH));
     let had = caps::read(None, CapSet::Permitted).map_err(|e| e.to_string())?;
     let kept: CapsHashSet = had.intersection(&needed).copied().collect();
     // While the right to do so is there.

@@ -3,7 +3,7 @@
 //!
 //! | layer | what is left |
 //! |---|---|
-//! | capabilities | those that reading and changing other users' files needs, none for who is not root |
+//! | capabilities | those that reading and changing other users' files needs, none for who is not root; `CAP_SYS_ADMIN` where the kernel is to serve files itself |
 //! | no_new_privs | no program that is started gains anything |
 //! | Landlock | files beneath the image directory and the allowed ones; no network, no signals to others |
 //! | seccomp | the system calls that serving makes; no program is started, no memory is executable |
@@ -102,10 +102,10 @@ const SWITCHED_OFF: &str = "switched off";
 /// A process is confined once.
 static REPORT: OnceLock<Report> = OnceLock::new();
 
-/// Gives up everything but the layers in `without`; only `places` stay within reach. The caller is
-/// the only thread.
-pub fn confine(without: &[Layer], places: &[Place]) -> &'static Report {
-    let report = give_up(without, places);
+/// Gives up everything but the layers in `without`; only `places` stay within reach, and with
+/// `passthrough` what it takes to have the kernel serve files itself. The caller is the only thread.
+pub fn confine(without: &[Layer], places: &[Place], passthrough: bool) -> &'static Report {
+    let report = give_up(without, places, passthrough);
     for (layer, state) in report.layers() {
         match state {
             ON => log::debug!("{layer}: {state}"),
@@ -116,7 +116,7 @@ pub fn confine(without: &[Layer], places: &[Place]) -> &'static Report {
     REPORT.get_or_init(|| report)
 }
 
-fn give_up(without: &[Layer], places: &[Place]) -> Report {
+fn give_up(without: &[Layer], places: &[Place], passthrough: bool) -> Report {
     let asked = |layer: Layer, done: &dyn Fn() -> Result<(), String>| match without.contains(&layer)
     {
         true => SWITCHED_OFF.to_owned(),
@@ -130,8 +130,10 @@ fn give_up(without: &[Layer], places: &[Place]) -> Report {
     // In this order: each may forbid what those before it do.
     let no_new_privs = asked(Layer::NoNewPrivs, &set_no_new_privs);
     let landlock = asked(Layer::Landlock, &|| needs_no_new_privs(&|| files::restrict(places)));
-    let capabilities = asked(Layer::Capabilities, &capabilities::drop_all_but_needed);
-    let seccomp = asked(Layer::Seccomp, &|| needs_no_new_privs(&system_calls::restrict));
+    let capabilities =
+        asked(Layer::Capabilities, &|| capabilities::drop_all_but_needed(passthrough));
+    let seccomp =
+        asked(Layer::Seccomp, &|| needs_no_new_privs(&|| system_calls::restrict(passthrough)));
     Report { capabilities, no_new_privs, landlock, seccomp }
 }
 

@@ -168,6 +168,10 @@ const OLDER: &[c_long] = &[libc::SYS_renameat];
 /// Of what a terminal is asked for, how wide it is and whether it is one.
 const TERMINAL: [libc::Ioctl; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
 
+/// Tells the kernel of a file that it is to read and write itself, and that it need not any more:
+/// `FUSE_DEV_IOC_BACKING_OPEN` and `_CLOSE` of linux/fuse.h.
+const PASSTHROUGH: [libc::Ioctl; 2] = [libc::_IOW::<[u64; 2]>(229, 1), libc::_IOW::<u32>(229, 2)];
+
 /// The last system call that was there when the list was made, `fchmodat2` of Linux 6.6: from 424 on
 /// they have the same numbers on all machines.
 const NEWEST: u32 = 452;
@@ -177,8 +181,8 @@ const NEWEST: u32 = 452;
 ///
 /// # Errors
 /// A line that says what failed.
-pub(super) fn restrict() -> Result<(), String> {
-    let program = program().map_err(|e| e.to_string())?;
+pub(super) fn restrict(passthrough: bool) -> Result<(), String> {
+    let program = program(passthrough).map_err(|e| e.to_string())?;
     match apply_logged(&program) {
         // Linux before 4.14 does not know the flag.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
@@ -202,10 +206,10 @@ fn apply_logged(program: &BpfProgram) -> io::Result<()> {
     }
 }
 
-fn program() -> Result<BpfProgram, seccompiler::BackendError> {
+fn program(passthrough: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let machine = TargetArch::try_from(std::env::consts::ARCH)?;
     let forbidden = SeccompAction::Errno(libc::EPERM as u32);
-    let filter = SeccompFilter::new(rules()?, forbidden, SeccompAction::Allow, machine)?;
+    let filter = SeccompFilter::new(rules(passthrough)?, forbidden, SeccompAction::Allow, machine)?;
     let listed: BpfProgram = filter.try_into()?;
     Ok(newer_are_unknown().into_iter().chain(listed).collect())
 }
@@ -226,7 +230,7 @@ fn newer_are_unknown() -> [sock_filter; 3] {
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-fn rules() -> Result<Rules, seccompiler::BackendError> {
+fn rules(passthrough: bool) -> Result<Rules, seccompiler::BackendError> {
     let mut rules: Rules = ALLOWED.iter().chain(OLDER).map(|call| (*call, Vec::new())).collect();
     let mut only = |call: c_long, argument: u8, rule: SeccompCmpOp, values: &[u64]| {
         let one = |value: &u64| {
@@ -241,8 +245,9 @@ fn rules() -> Result<Rules, seccompiler::BackendError> {
     only(libc::SYS_mmap, 2, executable.clone(), &[0])?;
     only(libc::SYS_mprotect, 2, executable, &[0])?;
     only(libc::SYS_socket, 0, SeccompCmpOp::Eq, &[libc::AF_UNIX as u64])?;
-    let terminal = TERMINAL.map(|request| u64::from(request as u32));
-    only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &terminal)?;
+    let requests = TERMINAL.into_iter().chain(PASSTHROUGH.into_iter().filter(|_| passthrough));
+    let requests: Vec<_> = requests.map(|request| u64::from(request as u32)).collect();
+    only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &requests)?;
     // Names of threads and of memory.
     let names = [libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];
     only(libc::SYS_prctl, 0, SeccompCmpOp::Eq, &names)?;

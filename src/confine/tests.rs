@@ -14,7 +14,7 @@ use super::*;
 /// Runs `attempts` in a thread of its own, confined to `places`.
 fn confined(without: &[Layer], places: Vec<Place>, attempts: impl FnOnce(Report) + Send) {
     std::thread::scope(|scope| {
-        let run = || attempts(give_up(without, &places));
+        let run = || attempts(give_up(without, &places, false));
         // Its own message says what went wrong.
         scope.spawn(run).join().unwrap();
     });

@@ -20,6 +20,7 @@
 //! before it sends a bypassing write, not after, and a reader may bring them back in between.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use fuser::{
 mod ahead;
 mod control;
 mod crew;
+mod passthrough;
 mod pool;
 mod reply;
 mod snap;
@@ -50,7 +52,7 @@ use crew::Crew;
 pub use crew::WORKERS;
 use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
-use verbs::{Created, Handle, Verbs};
+use verbs::{Created, Handle, Opened, Verbs};
 
 /// Threads for what may block.
 const SLOW_THREADS: usize = 8;
@@ -79,19 +81,28 @@ pub struct Filesys {
 }
 
 impl Filesys {
-    /// Serves `catalog`. Threads are started here: not before the daemon has forked.
+    /// Serves `catalog`. Threads are started here: not before the daemon has forked. With `passthrough`
+    /// the kernel reads and writes disks itself where it can.
     ///
     /// # Errors
     /// Those of the host when it cannot start a thread.
-    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> io::Result<Filesys> {
+    pub fn new(
+        catalog: Arc<Catalog>,
+        mountpoint: PathBuf,
+        passthrough: bool,
+    ) -> io::Result<Filesys> {
         let pool = Pool::new(SLOW_THREADS)?;
-        Ok(Filesys { pool, ..Filesys::without_threads(catalog, mountpoint) })
+        Ok(Filesys { pool, ..Filesys::without_threads(catalog, mountpoint, passthrough) })
     }
 
     /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
     /// gives its privileges up while it has no threads.
-    pub fn without_threads(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Filesys {
-        let verbs = Arc::new(Verbs::new(catalog, mountpoint));
+    pub fn without_threads(
+        catalog: Arc<Catalog>,
+        mountpoint: PathBuf,
+        passthrough: bool,
+    ) -> Filesys {
+        let verbs = Arc::new(Verbs::new(catalog, mountpoint, passthrough));
         let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
         Filesys { verbs, ahead: Ahead::new(), crew: Crew::new(processors), pool, unlocking }
@@ -213,9 +224,15 @@ fn answer_orders(verbs: &Verbs, handle: FileHandle, text: &[u8], reply: ReplyWri
 
 fn answer_created(made: Result<Created>, reply: ReplyCreate) {
     match made {
-        Ok(Created { attributes, handle, mode }) => {
-            let attr = file_attr(&attributes);
-            reply.created(&ENTRY_TTL, &attr, GENERATION, FileHandle(handle), open_flags(mode));
+        Ok(Created { attributes, opened: Opened { handle, mode, passthrough } }) => {
+            let (attr, handle) = (file_attr(&attributes), FileHandle(handle));
+            match passthrough {
+                Some(file) => {
+                    let flags = FopenFlags::empty();
+                    reply.created_passthrough(&ENTRY_TTL, &attr, GENERATION, handle, flags, &file);
+                }
+                None => reply.created(&ENTRY_TTL, &attr, GENERATION, handle, open_flags(mode)),
+            }
         }
         Err(e) => reply.error(fail(None, &e)),
     }
@@ -281,6 +298,14 @@ impl Filesystem for Filesys {
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ] {
             let _ = config.add_capabilities(wanted);
+        }
+        if let Some(passthrough) = &self.verbs.passthrough {
+            // The files that it is to read and write lie on no stack of file systems.
+            let _ = config.set_max_stack_depth(1);
+            match config.add_capabilities(InitFlags::FUSE_PASSTHROUGH) {
+                Ok(()) => passthrough.is_offered(),
+                Err(_) => log::warn!("this kernel knows no passthrough: all is served here"),
+            }
         }
         Ok(())
     }
@@ -405,8 +430,12 @@ impl Filesystem for Filesys {
                     Err(e) => reply.error(fail(None, &e)),
                 };
             }
-            match verbs.open(ino.0, Opening { write, direct: bypasses(flags.0) }) {
-                Ok((handle, mode)) => {
+            let how = Opening { write, direct: bypasses(flags.0) };
+            match verbs.open(ino.0, how, &|file| reply.open_backing(file)) {
+                Ok(Opened { handle, passthrough: Some(file), .. }) => {
+                    reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &file);
+                }
+                Ok(Opened { handle, mode, .. }) => {
                     reply.opened(FileHandle(handle), open_flags(mode));
                 }
                 // Logged where it was opened.
@@ -751,7 +780,9 @@ impl Filesystem for Filesys {
                 Err(e) => return reply.error(e),
             };
             return self.pool.run(move || {
-                answer_created(verbs.create(&parent, &name, mode, creator, flags), reply);
+                let register = |file: &File| reply.open_backing(file);
+                let created = verbs.create(&parent, &name, mode, creator, flags, &register);
+                answer_created(created, reply);
             });
         }
         self.pool_for_opening(parent).run(move || match verbs.snap_create(parent, &name) {

@@ -5,15 +5,18 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use fuser::BackingId;
 use parking_lot::{Mutex, RwLock};
 
 use super::bypasses;
 use super::control::{self, Order};
+use super::passthrough::Passthrough;
 use super::snap::Snaps;
 use crate::catalog::{
     AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
@@ -81,10 +84,20 @@ pub(super) enum Handle {
 /// A file that was opened by the name that it was to have.
 pub(super) struct Created {
     pub(super) attributes: Attributes,
-    /// The number of its handle.
+    pub(super) opened: Opened,
+}
+
+/// A new handle of an image.
+pub(super) struct Opened {
+    /// Its number.
     pub(super) handle: u64,
     pub(super) mode: HandleMode,
+    /// The kernel reads and writes this file itself.
+    pub(super) passthrough: Option<Arc<BackingId>>,
 }
+
+/// Tells the kernel of a file that it is to read and write itself.
+pub(super) type Register<'a> = &'a dyn Fn(&File) -> io::Result<BackingId>;
 
 /// All that the handlers share.
 pub(super) struct Verbs {
@@ -92,11 +105,19 @@ pub(super) struct Verbs {
     pub(super) snaps: Snaps,
     mountpoint: PathBuf,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
+    /// Where the kernel may serve disks itself.
+    pub(super) passthrough: Option<Passthrough>,
 }
 
 impl Verbs {
-    pub(super) fn new(catalog: Arc<Catalog>, mountpoint: PathBuf) -> Self {
-        Verbs { catalog, snaps: Snaps::default(), mountpoint, handles: RwLock::default() }
+    pub(super) fn new(catalog: Arc<Catalog>, mountpoint: PathBuf, passthrough: bool) -> Self {
+        Verbs {
+            catalog,
+            snaps: Snaps::default(),
+            mountpoint,
+            handles: RwLock::default(),
+            passthrough: passthrough.then(Passthrough::default),
+        }
     }
 
     /// The handle of that number.
@@ -139,10 +160,69 @@ impl Verbs {
     }
 
     /// Opens a node's image; [`Verbs::release`] ends it.
-    pub(super) fn open(&self, ino: u64, how: Opening) -> Result<(u64, HandleMode)> {
+    pub(super) fn open(&self, ino: u64, how: Opening, register: Register<'_>) -> Result<Opened> {
         let node = self.catalog.node(ino)?;
         let mode = self.catalog.open(&node, how)?;
-        Ok((self.add_handle(Handle::Image { node, write: how.write }), mode))
+        let passthrough = self.pass_through(&node, how, register);
+        let passthrough = passthrough.inspect_err(|_| self.catalog.release_untold(&node))?;
+        let handle = self.add_handle(Handle::Image { node, write: how.write });
+        Ok(Opened { handle, mode, passthrough })
+    }
+
+    /// The file that the kernel is to read and write itself for a new handle; [`Verbs::close_image`] ends
+    /// it.
+    fn pass_through(
+        &self,
+        node: &Node,
+        how: Opening,
+        register: Register<'_>,
+    ) -> Result<Option<Arc<BackingId>>> {
+        let Some(passthrough) = &self.passthrough else { return Ok(None) };
+        // What is decided holds for the size that the disk has now.
+        let _size = node.size_change.lock();
+        let file = passthrough.enter(node.ino(), || {
+            let is_its_data_file = node.with_image(|image| image.is_its_data_file());
+            // What cannot be read now can be none that is used.
+            if !is_its_data_file.inspect_err(|e| node.log(e)).unwrap_or(false) {
+                return None;
+            }
+            let file = node.data_file()?;
+            let registered = register(file.file()).inspect_err(|e| {
+                let name = node.raw_path();
+                log::warn!("{}: the kernel does not take its data file: {e}", name.display());
+            });
+            registered.ok()
+        });
+        if file.is_some() && how.write {
+            let begun = node.with_image(|image| image.begin_passthrough());
+            begun.inspect_err(|_| passthrough.leave(node.ino()))?;
+        }
+        Ok(file)
+    }
+
+    /// Whether the kernel reads and writes this disk itself.
+    fn is_passed_through(&self, node: &Node) -> bool {
+        self.passthrough.as_ref().is_some_and(|passthrough| passthrough.is_on(node.ino()))
+    }
+
+    /// Takes account of what the kernel may have written itself.
+    fn note_passthrough(&self, node: &Node) -> Result<()> {
+        match self.is_passed_through(node) {
+            true => node.with_image(|image| image.note_passthrough()),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends a handle of an image.
+    fn close_image(&self, node: &Node) {
+        // Who has mapped the file may have written to it after its last close(2).
+        if let Err(e) = self.note_passthrough(node) {
+            node.log(&e);
+        }
+        if let Some(passthrough) = &self.passthrough {
+            passthrough.leave(node.ino());
+        }
+        self.catalog.release(node);
     }
 
     /// Makes an image and opens it, as open(2) with `O_CREAT` and the other `flags` does.
@@ -153,6 +233,7 @@ impl Verbs {
         mode: u32,
         creator: Creator,
         flags: i32,
+        register: Register<'_>,
     ) -> Result<Created> {
         // Who makes a file may write to it whatever its mode says, and so may we who open it next.
         let (owner, asked) = (0o600, mode & 0o777);
@@ -164,7 +245,7 @@ impl Verbs {
         };
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let how = Opening { write, direct: bypasses(flags) };
-        let opened = self.open(node.ino(), how).and_then(|(handle, mode)| {
+        let created = self.open(node.ino(), how, register).and_then(|opened| {
             let change = AttributeChange { mode: Some(asked), ..Default::default() };
             let finished = match is_new {
                 true if asked & owner != owner => self.catalog.change_attributes(&node, change),
@@ -175,13 +256,14 @@ impl Verbs {
             };
             let attributes = finished.and_then(|()| self.catalog.attributes(&node));
             let attributes = attributes.inspect_err(|_| {
-                self.handles.write().remove(&handle);
-                self.catalog.release_untold(&node);
+                self.handles.write().remove(&opened.handle);
+                node.was_not_told();
+                self.close_image(&node);
             })?;
-            Ok(Created { attributes, handle, mode })
+            Ok(Created { attributes, opened })
         });
         // The kernel does not know of it then.
-        opened.inspect_err(|_| self.catalog.forget(node.ino(), 1))
+        created.inspect_err(|_| self.catalog.forget(node.ino(), 1))
     }
 
     /// What `make` makes, or what somebody else was faster to make; and whether it is the first. The
@@ -235,19 +317,20 @@ impl Verbs {
 
     /// Makes what was written durable.
     pub(super) fn sync(&self, node: &Node) -> Result<()> {
-        node.sync()
+        let noted = self.note_passthrough(node);
+        node.sync().and(noted)
     }
 
     /// The same, and attributes that were set.
     pub(super) fn sync_all(&self, node: &Node) -> Result<()> {
-        node.sync().and(self.catalog.sync_attributes(node))
+        self.sync(node).and(self.catalog.sync_attributes(node))
     }
 
     /// Ends a handle.
     pub(super) fn release(&self, number: u64) {
         let handle = self.handles.write().remove(&number);
         match handle.as_deref() {
-            Some(Handle::Image { node, .. }) => self.catalog.release(node),
+            Some(Handle::Image { node, .. }) => self.close_image(node),
             Some(Handle::Snapshot { node, .. }) => self.catalog.close_snapshot(node),
             Some(Handle::Control { held }) => {
                 for node in held.lock().drain(..) {
@@ -332,7 +415,7 @@ impl Verbs {
         let end = end_of(offset, data.len() as u64)?;
         node.is_changed();
         node.with_image(|image| {
-            grow_to(node, image, end)?;
+            self.grow_to(node, image, end)?;
             node.io().write.count(data.len() as u64, || image.write(offset, data))
         })
     }
@@ -357,7 +440,7 @@ impl Verbs {
         node.is_changed();
         node.with_image(|image| {
             if matches!(mode, 0 | ZERO) {
-                grow_to(node, image, end)?;
+                self.grow_to(node, image, end)?;
             }
             node.io().discard.count(length, || match mode {
                 0 | KEEP => image.preallocate(range),
@@ -399,15 +482,41 @@ impl Verbs {
             node.is_changed();
             self.catalog.with_opened(node, true, |image| match size == image.virtual_size() {
                 true => Ok(()),
-                false => image.resize(size),
+                false => self.resize(node, image, size),
             })?;
         }
         self.catalog.change_attributes(node, change)
     }
 
+    /// Makes the disk at least `end` bytes long.
+    fn grow_to(&self, node: &Node, image: &Image, end: u64) -> Result<()> {
+        if end <= image.virtual_size() {
+            return Ok(());
+        }
+        let _change = node.size_change.lock();
+        if end <= image.virtual_size() {
+            return Ok(());
+        }
+        self.resize(node, image, whole_sectors(end)?)
+    }
+
+    /// Changes the size of the disk, which nobody else does meanwhile.
+    ///
+    /// # Errors
+    /// `EBUSY` for a smaller one while the kernel reads and writes it itself: who truncates a file goes
+    /// on to write past its end, of which nobody would hear. Those of [`Image::resize`].
+    fn resize(&self, node: &Node, image: &Image, size: u64) -> Result<()> {
+        match self.is_passed_through(node) {
+            false => image.resize(size),
+            true if size > image.virtual_size() => image.grow_passed_through(size),
+            true => Err(errno("cutting a disk that the kernel itself has open", libc::EBUSY)),
+        }
+    }
+
     /// What close(2) should hear of: an image that stopped taking writes while it was written.
     pub(super) fn closing(&self, handle: &Handle) -> Result<()> {
         let Handle::Image { node, write: true } = handle else { return Ok(()) };
+        self.note_passthrough(node)?;
         node.with_image(|image| match image.is_writable() {
             true => Ok(()),
             false => Err(errno("closing a file whose image takes no more writes", libc::EIO)),
@@ -465,15 +574,6 @@ fn seek(
         libc::SEEK_HOLE => Ok(next_hole(offset)?.min(size)),
         _ => Err(errno("a way to seek that is not known", libc::EINVAL)),
     }
-}
-
-/// Makes the disk at least `end` bytes long.
-fn grow_to(node: &Node, image: &Image, end: u64) -> Result<()> {
-    if end <= image.virtual_size() {
-        return Ok(());
-    }
-    let _change = node.size_change.lock();
-    if end <= image.virtual_size() { Ok(()) } else { image.resize(whole_sectors(end)?) }
 }
 
 fn whole_sectors(size: u64) -> Result<u64> {

@@ -42,6 +42,8 @@ pub(super) struct DataFile {
     pub(super) is_external: bool,
     /// It reads as the disk by itself.
     pub(super) is_raw: bool,
+    /// It is raw, and nobody keeps account of what changes: who writes it need not say so.
+    pub(super) may_be_passed: bool,
     /// What encrypts the data, wherever it is.
     pub(super) cipher: Option<Arc<DataCipher>>,
 }

@@ -21,6 +21,7 @@ mod leaks;
 mod models;
 mod open;
 mod ownership;
+mod passthrough;
 mod read;
 mod resize;
 mod snapshots;

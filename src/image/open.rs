@@ -19,8 +19,9 @@ use crate::alloc::Refcounts;
 use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE,
-    Header, HostCluster, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, INCOMPATIBLE_KNOWN,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS,
+    EXTENSION_DATA_FILE, Header, HostCluster, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_KNOWN,
 };
 use crate::locks::GuestLocks;
 use crate::recycler::thread::Agenda;
@@ -148,9 +149,11 @@ impl Image {
         }
         let cipher = fitting(&header, cipher)?;
         let marked_raw = header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0;
+        let is_raw = marked_raw && data.is_some() && cipher.is_none();
         let data = DataFile {
             is_external: data.is_some(),
-            is_raw: marked_raw && data.is_some() && cipher.is_none(),
+            is_raw,
+            may_be_passed: is_raw && header.extension(EXTENSION_BITMAPS).is_none(),
             storage: data.unwrap_or_else(|| storage.clone()),
             cipher,
         };

@@ -38,6 +38,7 @@ mod memory;
 mod messages;
 mod options;
 mod overlays;
+mod passthrough;
 mod plain_files;
 mod readme;
 mod refusals;

@@ -167,6 +167,10 @@ fn arguments_that_make_no_sense_are_named() {
         ("detach".to_owned(), "IMAGE"),
         ("snapshot frob".to_owned(), "'frob'"),
         (format!("mount --ephemeral {images} {}", lab.point().display()), "--overlay"),
+        (
+            format!("mount --passthrough --overlay /tmp {images} {}", lab.point().display()),
+            "--passthrough and --overlay exclude each other",
+        ),
         (format!("mount --overlay {missing} {images} {}", lab.point().display()), "missing"),
         (format!("mount --keys {missing} {images} {}", lab.point().display()), "missing"),
         (format!("mount --key-file abc {images} {}", lab.point().display()), "NAME=FILE"),

@@ -1,0 +1,242 @@
+//! Disks that the kernel reads and writes itself: that it does where it may and only there, that what
+//! it has written is the disk, and that nothing is lost where the disk is more than its data file.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use crate::discards::{open, read_all};
+use crate::lab::{
+    Lab, Mount, allocated, assert_same, assert_sound, guest_bytes, length, pattern, signal,
+    wait_for_end, wait_until_free,
+};
+
+const MIB: usize = 1 << 20;
+/// A data file beside the image is called DATA.
+const RAW: &str = "data_file=DATA,data_file_raw=on";
+
+/// An image of 16 MiB that QEMU has made with `options`.
+fn create(lab: &Lab, options: &str) {
+    let data = lab.image("disk.data").display().to_string();
+    lab.create("disk.qcow2", "16M", &options.replace("DATA", &data));
+}
+
+/// A mount of it with passthrough.
+fn passed(lab: &Lab, options: &str) -> Mount {
+    create(lab, options);
+    lab.mount_with("--passthrough")
+}
+
+/// Reads and writes that came to the process that serves the mount.
+fn requests(mount: &Mount) -> u64 {
+    let status = mount.status();
+    let io = &status["images"][0]["io"];
+    ["read", "write"].iter().map(|kind| io[kind]["count"].as_u64().expect("a count")).sum()
+}
+
+fn is_passed(mount: &Mount, file: &File) -> bool {
+    let before = requests(mount);
+    file.write_all_at(b"some", 4096).unwrap();
+    file.sync_all().unwrap();
+    requests(mount) == before
+}
+
+#[test]
+fn what_the_kernel_writes_is_the_disk() {
+    let lab = Lab::new();
+    let mount = passed(&lab, RAW);
+    let (image, data) = (lab.image("disk.qcow2"), lab.image("disk.data"));
+    let raw = mount.path("disk.raw");
+    let file = open(&raw);
+    assert!(is_passed(&mount, &file));
+    let mut expected = vec![0; 16 * MIB];
+    expected[4096..4100].copy_from_slice(b"some");
+    let bytes = pattern(1, 5 * MIB);
+    file.write_all_at(&bytes, 3 * MIB as u64 + 77).unwrap();
+    expected[3 * MIB + 77..8 * MIB + 77].copy_from_slice(&bytes);
+    sh!("fallocate -p -o 4M -l 2M {}", raw.display());
+    sh!("fallocate -z -o 7M -l 512 {}", raw.display());
+    expected[4 * MIB..6 * MIB].fill(0);
+    expected[7 * MIB..7 * MIB + 512].fill(0);
+    assert!(allocated(&data) < 4 * MIB as u64, "{} after the discard", allocated(&data));
+    assert_same(&read_all(&raw), &expected, "through the mount");
+    // Where it was discarded it is written again, and nobody maps it anew.
+    file.write_all_at(&pattern(2, MIB), 5 * MIB as u64).unwrap();
+    expected[5 * MIB..6 * MIB].copy_from_slice(&pattern(2, MIB));
+    let syncs = || mount.status()["images"][0]["syncs"].as_u64().expect("a count");
+    let before = syncs();
+    file.sync_all().unwrap();
+    assert!(syncs() > before, "what the kernel wrote is not synced");
+    assert_same(&fs::read(&data).unwrap(), &expected, "the data file by itself");
+    // What is durable outlives the process, which had nothing to do with it.
+    signal(mount.pid(), libc::SIGKILL);
+    wait_for_end(mount.pid());
+    drop(file);
+    drop(mount);
+    assert_same(&guest_bytes(&image), &expected, "through qemu");
+    assert_sound(&image);
+}
+
+#[test]
+fn a_disk_that_is_more_than_its_data_file_is_served_here() {
+    let bitmap = "qemu-img bitmap --add disk.qcow2 one";
+    let hole = "qemu-io -f qcow2 -d unmap -c 'discard 8M 64k' disk.qcow2";
+    let longer = "truncate -s 17M disk.data";
+    for (options, then) in [
+        ("compat=1.1", "true"),
+        ("data_file=DATA", "true"),
+        (RAW, bitmap),
+        (RAW, hole),
+        (RAW, longer),
+    ] {
+        let lab = Lab::new();
+        create(&lab, options);
+        sh!("cd {} && {then}", lab.images().display());
+        let mount = lab.mount_with("--passthrough");
+        let file = open(&mount.path("disk.raw"));
+        assert!(!is_passed(&mount, &file), "{options} {then}");
+        drop(file);
+        mount.umount();
+        assert_same(&guest_bytes(&lab.image("disk.qcow2"))[4096..4100], b"some", options);
+    }
+    // Nor any disk where nobody asked for it.
+    let lab = Lab::new();
+    create(&lab, RAW);
+    let mount = lab.mount();
+    assert!(!is_passed(&mount, &open(&mount.path("disk.raw"))));
+}
+
+#[test]
+fn the_first_handle_decides_for_all_and_readers_see_what_writers_write() {
+    let lab = Lab::new();
+    let mount = passed(&lab, RAW);
+    let raw = mount.path("disk.raw");
+    let reader = File::open(&raw).unwrap();
+    let mut byte = [0; 1];
+    reader.read_exact_at(&mut byte, 9).unwrap();
+    let writer = open(&raw);
+    let direct = sh!(
+        "dd if=/dev/zero of={} bs=4096 count=1 seek=3 oflag=direct conv=notrunc \
+         status=none && echo done",
+        raw.display()
+    );
+    assert_eq!(direct.trim(), "done");
+    writer.write_all_at(b"x", 9).unwrap();
+    reader.read_exact_at(&mut byte, 9).unwrap();
+    assert_eq!(&byte, b"x");
+    assert!(is_passed(&mount, &writer));
+}
+
+#[test]
+fn what_the_kernel_has_cached_of_a_disk_that_it_serves_now_and_then_is_never_old() {
+    let lab = Lab::new();
+    create(&lab, RAW);
+    sh!("qemu-io -f qcow2 -d unmap -c 'discard 8M 64k' {}", lab.image("disk.qcow2").display());
+    let mount = lab.mount_with("--passthrough");
+    let raw = mount.path("disk.raw");
+    // Not all of it is mapped yet, so pages come here.
+    assert_same(&read_all(&raw)[MIB..][..5], &[0; 5], "the new disk");
+    sh!("printf mapped | dd of={} bs=1M seek=8 conv=notrunc", raw.display());
+    let file = open(&raw);
+    assert!(is_passed(&mount, &file));
+    file.write_all_at(b"hello", MIB as u64).unwrap();
+    drop(file);
+    wait_until_free(&lab.image("disk.qcow2"));
+    // Once it has a part that is not mapped it is served here again.
+    let longer = CString::new(raw.as_os_str().as_bytes()).unwrap();
+    // SAFETY: the path is a string that lives through the call.
+    assert_eq!(unsafe { libc::truncate(longer.as_ptr(), 17 << 20) }, 0);
+    assert_same(&read_all(&raw)[MIB..][..5], b"hello", "what the kernel has written");
+    assert!(!is_passed(&mount, &open(&raw)));
+}
+
+fn errno(done: io::Result<impl Sized>) -> Option<i32> {
+    done.err().and_then(|e| e.raw_os_error())
+}
+
+#[test]
+fn such_a_disk_grows_when_it_is_told_to_and_is_never_cut_unawares() {
+    let lab = Lab::new();
+    let mount = passed(&lab, RAW);
+    let (image, data) = (lab.image("disk.qcow2"), lab.image("disk.data"));
+    let raw = mount.path("disk.raw");
+    let file = open(&raw);
+    file.write_all_at(b"first", 0).unwrap();
+    let truncated = OpenOptions::new().write(true).truncate(true).open(&raw);
+    assert_eq!(errno(truncated), Some(libc::EBUSY));
+    assert_eq!(errno(file.set_len(MIB as u64)), Some(libc::EBUSY));
+    file.set_len(20 * MIB as u64).unwrap();
+    file.write_all_at(b"added", 20 * MIB as u64 - 5).unwrap();
+    sh!("fallocate -l 24M {}", raw.display());
+    file.write_all_at(b"again", 24 * MIB as u64 - 5).unwrap();
+    file.sync_all().unwrap();
+    assert!(is_passed(&mount, &file));
+    // Past the end: whoever makes sure of it hears of it, once, and the disk is as before.
+    file.write_all_at(b"-- too far", 24 * MIB as u64 - 2).unwrap();
+    assert_eq!(errno(file.sync_all()), Some(libc::EFBIG));
+    file.sync_all().unwrap();
+    assert_eq!(length(&data), 24 * MIB as u64);
+    let closed = attempt!("printf 'too far' | dd of={} bs=1M seek=24 conv=notrunc", raw.display());
+    assert!(!closed.ok() && closed.text().contains("File too large"), "{}", closed.text());
+    drop(file);
+    mount.umount();
+    assert_eq!(length(&data), 24 * MIB as u64);
+    let disk = guest_bytes(&image);
+    assert_eq!(disk.len(), 24 * MIB);
+    assert_same(&disk, &fs::read(&data).unwrap(), "image and data file");
+    assert_same(&disk[..5], b"first", "what was there");
+    assert_same(&disk[20 * MIB - 5..20 * MIB], b"added", "where it was made larger");
+    assert_same(&disk[24 * MIB - 5..], b"aga--", "where it was made larger once more");
+    assert_sound(&image);
+}
+
+#[test]
+fn the_process_keeps_what_it_takes_and_no_more() {
+    const SYS_ADMIN: u64 = 1 << 21;
+    let effective = |mount: &Mount| {
+        let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    let lab = Lab::new();
+    let with = passed(&lab, RAW);
+    let kept = effective(&with);
+    let raw = with.path("disk.raw");
+    // The kernel lets go of the file each time, so another decision can follow.
+    for _ in 0..3 {
+        assert!(is_passed(&with, &open(&raw)));
+    }
+    with.umount();
+    let without = lab.mount();
+    assert_eq!(kept & SYS_ADMIN, SYS_ADMIN);
+    assert_eq!(kept & !SYS_ADMIN, effective(&without));
+}
+
+#[test]
+fn nobody_else_gets_at_a_disk_while_the_kernel_has_it_for_whom_this_process_is_gone() {
+    for signals in [&[libc::SIGKILL][..], &[libc::SIGTERM, libc::SIGTERM]] {
+        let lab = Lab::new();
+        let mount = passed(&lab, RAW);
+        let image = lab.image("disk.qcow2");
+        let file = open(&mount.path("disk.raw"));
+        file.write_all_at(b"first", 0).unwrap();
+        let others = || attempt!("qemu-io -f qcow2 -c 'write 1M 512' {}", image.display());
+        for number in signals {
+            signal(mount.pid(), *number);
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        wait_for_end(mount.pid());
+        file.write_all_at(b"later", 4096).unwrap();
+        assert!(!others().ok(), "{signals:?}: two write one disk");
+        drop(file);
+        drop(mount);
+        wait_until_free(&image);
+        assert!(others().ok(), "{}", others().text());
+        let disk = guest_bytes(&image);
+        assert_eq!((&disk[..5], &disk[4096..4101]), (&b"first"[..], &b"later"[..]));
+        assert_sound(&image);
+    }
+}
