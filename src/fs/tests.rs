@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
+use super::verbs::Register;
 use super::*;
 
 const MIB: u64 = 1 << 20;
+/// There is no kernel.
+const NOBODY: Register<'_> = &|_| Err(io::Error::from(io::ErrorKind::Unsupported));
 
 /// Verbs on a directory with the image `disk.qcow2` of 1 MiB, which is open.
 struct Disk {
@@ -29,8 +32,7 @@ impl Disk {
         let node = catalog.node(ino).unwrap();
         let verbs = Verbs::new(catalog, PathBuf::from("/mnt"), false);
         let how = Opening { write: true, direct: false };
-        let handle =
-            verbs.open(ino, how, &|_| Err(io::ErrorKind::Unsupported.into())).unwrap().handle;
+        let handle = verbs.open(ino, how, NOBODY).unwrap().handle;
         Disk { _dir: dir, verbs, node, handle }
     }
 
@@ -162,8 +164,8 @@ fn what_others_were_faster_to_make_is_left_to_the_kernel_to_check() {
     let root = disk.verbs.catalog.node(crate::catalog::ROOT).unwrap();
     let create = |uid: u32, flags: i32| {
         let creator = Creator { uid, gid: uid };
-        let made = disk.verbs.create(&root, "disk.raw".as_ref(), 0o644, creator, flags);
-        made.map(|made| disk.verbs.release(made.handle)).map_err(|e| e.errno())
+        let made = disk.verbs.create(&root, "disk.raw".as_ref(), 0o644, creator, flags, NOBODY);
+        made.map(|made| disk.verbs.release(made.opened.handle)).map_err(|e| e.errno())
     };
     let set = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
     set(0o666);

@@ -207,10 +207,12 @@ impl Verbs {
 
     /// Takes account of what the kernel may have written itself.
     fn note_passthrough(&self, node: &Node) -> Result<()> {
-        match self.is_passed_through(node) {
-            true => node.with_image(|image| image.note_passthrough()),
-            false => Ok(()),
+        if !self.is_passed_through(node) {
+            return Ok(());
         }
+        // What somebody else adds to the disk now is not past its end.
+        let _size = node.size_change.lock();
+        node.with_image(|image| image.note_passthrough())
     }
 
     /// Ends a handle of an image.

@@ -42,7 +42,8 @@ impl Image {
         self.begin_change().map(|_| ())
     }
 
-    /// The kernel may have written to the data file: the next flush makes that durable.
+    /// The kernel may have written to the data file: the next flush makes that durable. Nobody changes
+    /// the size meanwhile.
     ///
     /// # Errors
     /// `EFBIG`, once, where it has written past the end of the disk: that is cut off again. Host errors.
