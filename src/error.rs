@@ -39,6 +39,16 @@ pub enum ErrorKind {
     TooBig,
 }
 
+/// A name of an image, which may be 64 KiB of anything, as a message shows it: in one line, of which
+/// that is a part.
+pub fn legible(name: &[u8]) -> String {
+    /// As long as a file's name with its path may be in an image.
+    const MOST: usize = 1023;
+    let start = &name[..name.len().min(MOST)];
+    let rest = if name.len() > MOST { "..." } else { "" };
+    format!("{}{rest}", String::from_utf8_lossy(start).escape_debug())
+}
+
 /// An error: see the module's documentation for how the text reads.
 #[derive(Debug)]
 pub struct Error {
@@ -122,5 +132,18 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_ref().map(|e| e as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_name_a_part_is_shown_in_one_line() {
+        assert_eq!(legible(b"a name\n"), "a name\\n");
+        let long = legible(&[0; 65535]);
+        assert!(long.len() < 8192 && long.ends_with("..."), "{} bytes", long.len());
+        assert_eq!(legible(&[b'a'; 1023]).len(), 1023);
     }
 }

@@ -18,7 +18,7 @@ use super::host::{self, HostId, Root, Stamp};
 use super::keys::Keys;
 use super::node::open_host_file;
 use crate::crypt::DataCipher;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, legible};
 use crate::image::{Backing, BackingFile, Beside, Encryption, Image, Options, RawBacking, Summary};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
@@ -298,7 +298,7 @@ impl Chains {
             image_lock::acquire(&file, None, access).map_err(|e| self.name_user(e, id))?;
             Ok(OpenedData { file: Arc::new(HostFile::new(file)), id, path })
         };
-        let name = String::from_utf8_lossy(name).escape_debug().to_string();
+        let name = legible(name);
         let opened = open().map_err(|e| e.context(format!("data file {name}")))?;
         seen.push(opened.id);
         Ok(opened)
@@ -328,7 +328,7 @@ impl Chains {
         options: &Options,
         opened: &mut Opened,
     ) -> Result<Arc<dyn Backing>> {
-        let name = String::from_utf8_lossy(&needed.name).escape_debug().to_string();
+        let name = legible(&needed.name);
         let in_file = |e: Error| e.context(format!("backing file {name}"));
         if opened.seen.len() > MAX_DEPTH {
             return Err(in_file(unsupported(format!(
@@ -372,7 +372,7 @@ impl Chains {
                 Ok(Image::open_with(file, &options, beside).map_err(in_file)?)
             }
             Some(other) => {
-                let other = other.escape_debug();
+                let other = legible(other.as_bytes());
                 Err(in_file(unsupported(format!(
                     "its format {other} is not served; raw and qcow2 are"
                 ))))

@@ -123,7 +123,7 @@ impl UnnamedData {
     /// The data file of a new image in `directory`, as long as the disk.
     fn new(directory: &Path, data: &NewDataFile, length: u64) -> Result<Self> {
         let path = directory.join(OsStr::from_bytes(&data.name));
-        let shown = String::from_utf8_lossy(&data.name).escape_debug().to_string();
+        let shown = crate::error::legible(&data.name);
         let failed = |e| Error::io(format!("data file {shown}: making it"), e);
         // For a long time of filling: publishing fails then as well.
         if path.symlink_metadata().is_ok() {

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::host::{self, HostId, Root};
 use super::{Catalog, Node, errno, names, read_only};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, legible};
 use crate::image::{Image, Summary};
 use crate::storage::{HostFile, IfTaken, NewFile};
 
@@ -465,7 +465,7 @@ fn stands_alone(found: &Found, depth: Option<usize>, what: &str) -> Result<()> {
             format!(
                 "{what}: its {kind} file {} is named relative to the directory that it lies in; \
                  `qemu-img {remedy}` with the whole path lets it go elsewhere",
-                String::from_utf8_lossy(&name).escape_debug()
+                legible(&name)
             ),
             libc::EPERM,
         )),
@@ -488,7 +488,7 @@ fn tell_of_data_file(found: &Found) {
         return;
     }
     if let Some(name) = summary_of(found).and_then(|summary| summary.data_file) {
-        let name = String::from_utf8_lossy(&name).escape_debug().to_string();
+        let name = legible(&name);
         let path = found.path.display();
         log::warn!("{path} is gone, its data file {name} is not: remove it if nobody needs it");
     }

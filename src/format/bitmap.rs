@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::header::{be32, be64};
 use super::{BadEntry, Geometry, Header, HostCluster, HostOffset, OFFSET_MASK};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, legible};
 
 /// The bitmap directory is at most this many bytes (QEMU's limit).
 const MAX_DIRECTORY_BYTES: u64 = 1024 * 65535;
@@ -141,7 +141,7 @@ impl BitmapEntry {
 /// As a person reads it: its name.
 impl fmt::Display for BitmapEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bitmap {}", String::from_utf8_lossy(&self.name).escape_debug())
+        write!(f, "bitmap {}", legible(&self.name))
     }
 }
 

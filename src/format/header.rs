@@ -5,7 +5,7 @@
 //! and a change is old or new, never half. Only a new image gets one written whole.
 
 use super::{Geometry, HostOffset};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, legible};
 
 const MAGIC: u32 = 0x5146_49fb;
 const V2_LENGTH: usize = 72;
@@ -405,7 +405,7 @@ impl Header {
         let entry = table.chunks_exact(48).find(|e| e[0] == 0 && u32::from(e[1]) == bit)?;
         let name = &entry[2..];
         let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
-        Some(String::from_utf8_lossy(&name[..end]).escape_debug().to_string())
+        Some(legible(&name[..end]))
     }
 
     /// The virtual size becomes `size`.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::HostOffset;
 use super::header::{be32, be64};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, legible};
 
 /// An image has at most this many internal snapshots (QEMU's limit).
 pub const MAX_SNAPSHOTS: u32 = 65536;
@@ -151,7 +151,7 @@ impl Snapshot {
 
     /// Its name, made safe to print.
     pub fn label(&self) -> String {
-        String::from_utf8_lossy(&self.name).escape_debug().to_string()
+        legible(&self.name)
     }
 }
 

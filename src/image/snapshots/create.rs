@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use super::table::l2_tables;
 use super::{Image, MAX_NAME, SnapshotInfo, Writer, info};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, legible};
 use crate::format::{COPIED, Header, HostCluster, MAX_SNAPSHOTS, Snapshot};
 use crate::rules::Rule;
 
@@ -62,7 +62,7 @@ impl Image {
         let state = self.snapshots.state.lock();
         let entries = &state.table.entries;
         if entries.iter().any(|entry| entry.name == name) {
-            let name = String::from_utf8_lossy(name);
+            let name = legible(name);
             return Err(Error::new(ErrorKind::Exists, format!("snapshot {name} is there already")));
         }
         if entries.len() >= MAX_SNAPSHOTS as usize {

@@ -52,7 +52,7 @@ use serde::Serialize;
 use super::compact::Compaction;
 use super::open::read_header;
 use super::{Image, Writer};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, legible};
 use crate::format::{Header, HostCluster, HostOffset, Snapshot};
 use crate::rules::Rule;
 use crate::storage::Storage;
@@ -155,7 +155,7 @@ impl State {
             }
         };
         found.ok_or_else(|| {
-            let which = String::from_utf8_lossy(which);
+            let which = legible(which);
             Error::new(ErrorKind::NotFound, format!("there is no snapshot {which}"))
         })
     }
