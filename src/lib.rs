@@ -55,6 +55,7 @@
 //! | processes that do everything to files at once find what they wrote | `tests/fsx`, `tests/model.rs`, `tests/concurrency.rs` |
 //! | the threads of one image get through in every order of their steps | `src/image/models.rs` |
 //! | a VM and a mount never write one image at once | `tests/mount/locks.rs` |
+//! | a disk that the kernel itself writes is its data file, and nobody else writes that | `tests/mount/passthrough.rs` |
 //! | an image that is not well is told of by `status`, by the log once, and by the exit code | `tests/mount/health.rs` |
 //! | loop devices are written though memory is short | `tests/mount/memory.rs` |
 //!

@@ -292,6 +292,13 @@ impl Node {
         self.times.forget();
     }
 
+    /// Somebody else may have written its data file: times that were set before that no longer hold.
+    pub fn may_be_written(&self) {
+        if let Some(written) = self.look_at_data_file().and_then(|data| data.modified().ok()) {
+            self.times.forget_before(written);
+        }
+    }
+
     /// Makes what was written durable.
     ///
     /// # Errors
@@ -486,8 +493,8 @@ impl Node {
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
         if opened.is_idle_by(deadline) {
-            // A data file stays locked as long as it is open: the kernel itself may have it, for whom it
-            // outlives this process.
+            // A data file stays locked as long as it is open: the kernel itself may have it, for somebody
+            // who goes on with it when this process is gone.
             return opened.finish(&self.times).and(unlock(opened.file.file()));
         }
         // What is still under way must not meet the end of the file while that is cut off.

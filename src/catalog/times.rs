@@ -27,15 +27,17 @@ pub struct Times {
 pub(super) struct KeptTimes {
     /// Spares writes the lock.
     any: AtomicBool,
-    times: Mutex<Times>,
+    /// And when that was.
+    times: Mutex<(Times, Option<SystemTime>)>,
 }
 
 impl KeptTimes {
     /// Those of `times` that are there were set.
     pub(super) fn keep(&self, times: Times) {
-        let mut kept = self.times.lock();
+        let (kept, when) = &mut *self.times.lock();
         kept.accessed = times.accessed.or(kept.accessed);
         kept.modified = times.modified.or(kept.modified);
+        *when = Some(SystemTime::now());
         self.any.store(*kept != Times::default(), Ordering::Release);
     }
 
@@ -43,13 +45,20 @@ impl KeptTimes {
     pub(super) fn forget(&self) {
         if self.any.load(Ordering::Acquire) {
             let mut kept = self.times.lock();
-            *kept = Times::default();
+            *kept = Default::default();
             self.any.store(false, Ordering::Release);
         }
     }
 
+    /// The file was written at this time.
+    pub(super) fn forget_before(&self, written: SystemTime) {
+        if self.times.lock().1.is_some_and(|when| when < written) {
+            self.forget();
+        }
+    }
+
     pub(super) fn get(&self) -> Times {
-        *self.times.lock()
+        self.times.lock().0
     }
 
     /// Sets them on the image file.

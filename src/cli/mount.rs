@@ -75,8 +75,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "LAYER", value_parser = Layer::parse, value_delimiter = ',')]
     unconfined: Vec<&'static [Layer]>,
     /// Let the kernel itself read and write a disk that is a raw data file, all of it mapped: as fast as
-    /// the file, but while it is open it gets no smaller, writes past its end do not make it larger,
-    /// and the process keeps CAP_SYS_ADMIN
+    /// the file, but while it is open it gets no smaller and writes past its end do not make it larger.
+    /// Needs root; the process keeps CAP_SYS_ADMIN
     #[arg(long)]
     passthrough: bool,
     #[command(flatten)]

@@ -10,8 +10,9 @@ const NEEDED: [Capability; 4] = [
     Capability::CAP_FSETID,
 ];
 
-/// What it takes to have the kernel read and write a file itself.
-const FOR_PASSTHROUGH: Capability = Capability::CAP_SYS_ADMIN;
+/// What it takes to have the kernel read and write a file itself, and to learn whether anybody still
+/// has a mapping of it.
+const FOR_PASSTHROUGH: [Capability; 2] = [Capability::CAP_SYS_ADMIN, Capability::CAP_LEASE];
 
 /// Gives up all others, for good.
 ///
@@ -19,7 +20,7 @@ const FOR_PASSTHROUGH: Capability = Capability::CAP_SYS_ADMIN;
 /// A line that says what failed.
 pub(super) fn drop_all_but_needed(passthrough: bool) -> Result<(), String> {
     let mut needed = CapsHashSet::from(NEEDED);
-    needed.extend(passthrough.then_some(FOR_PASSTHROUGH));
+    needed.extend(FOR_PASSTHROUGH.into_iter().filter(|_| passthrough));
     let had = caps::read(None, CapSet::Permitted).map_err(|e| e.to_string())?;
     let kept: CapsHashSet = had.intersection(&needed).copied().collect();
     // While the right to do so is there.

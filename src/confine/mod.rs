@@ -3,7 +3,7 @@
 //!
 //! | layer | what is left |
 //! |---|---|
-//! | capabilities | those that reading and changing other users' files needs, none for who is not root; `CAP_SYS_ADMIN` where the kernel is to serve files itself |
+//! | capabilities | those that reading and changing other users' files needs, none for who is not root; `CAP_SYS_ADMIN` and `CAP_LEASE` where the kernel is to serve files itself |
 //! | no_new_privs | no program that is started gains anything |
 //! | Landlock | files beneath the image directory and the allowed ones; no network, no signals to others |
 //! | seccomp | the system calls that serving makes; no program is started, no memory is executable |

@@ -114,8 +114,8 @@ impl Crew {
     }
 
     fn meets_another(&self, me: usize) -> bool {
-        let others = self.serving.iter().enumerate().filter(|(other, _)| *other != me);
-        others.map(|(_, is_serving)| is_serving.0.load(Ordering::Relaxed)).any(|serves| serves)
+        let mut others = self.serving.iter().enumerate().filter(|(other, _)| *other != me);
+        others.any(|(_, is_serving)| is_serving.0.load(Ordering::Relaxed))
     }
 
     /// Requests were answered, and met another one, or count as if they had, or not.

@@ -185,6 +185,9 @@ fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry)
 }
 
 fn answer_attributes(verbs: &Verbs, node: &Node, reply: ReplyAttr) {
+    if verbs.is_passed_through(node) {
+        node.may_be_written();
+    }
     match verbs.catalog.attributes(node) {
         Ok(found) => reply.attr(&attribute_ttl(&found), &file_attr(&found)),
         Err(e) => reply.error(fail(Some(node), &e)),
@@ -534,8 +537,17 @@ impl Filesystem for Filesys {
         _owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        let closing = self.verbs.handle(handle.0).and_then(|open| self.verbs.closing(&open));
-        answer(closing, None, reply);
+        let verbs = Arc::clone(&self.verbs);
+        let open = match verbs.handle(handle.0) {
+            Ok(open) => open,
+            Err(e) => return reply.error(fail(None, &e)),
+        };
+        let waits = image_of(Ok(&open)).is_ok_and(|node| verbs.is_passed_through(node));
+        let close = move || answer(verbs.closing(&open), None, reply);
+        match waits {
+            true => self.pool.run(close),
+            false => close(),
+        }
     }
 
     fn release(
@@ -550,7 +562,7 @@ impl Filesystem for Filesys {
     ) {
         let verbs = Arc::clone(&self.verbs);
         self.pool.run(move || {
-            verbs.release(handle.0);
+            verbs.release_unused(handle.0);
             reply.ok();
         });
     }

@@ -10,13 +10,15 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use fuser::BackingId;
 use parking_lot::{Mutex, RwLock};
 
 use super::bypasses;
 use super::control::{self, Order};
-use super::passthrough::Passthrough;
+use super::passthrough::{Passthrough, takes_sectors};
 use super::snap::Snaps;
 use crate::catalog::{
     AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
@@ -33,14 +35,21 @@ const MAX_READ: u32 = 16 << 20;
 /// So many image handles a worker remembers.
 const REMEMBERED: usize = 8;
 
+/// How often it is looked whether somebody still has a mapping of a file that was closed.
+const SHORTEST_LINGER: Duration = Duration::from_millis(1);
+const LONGEST_LINGER: Duration = Duration::from_millis(500);
+
 /// How often a file is made or opened that others make and remove.
 const CREATE_ATTEMPTS: u32 = 8;
+
+/// A handle and its number.
+type Numbered = (u64, Arc<Handle>);
 
 thread_local! {
     /// Each worker's own; it grows to the largest read and stays.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     /// The image handles that it used last, each in the place that its number says.
-    static LAST_HANDLES: [Cell<Option<(u64, Arc<Handle>)>>; REMEMBERED] =
+    static LAST_HANDLES: [Cell<Option<Numbered>>; REMEMBERED] =
         const { [const { Cell::new(None) }; REMEMBERED] };
 }
 
@@ -116,7 +125,7 @@ impl Verbs {
             snaps: Snaps::default(),
             mountpoint,
             handles: RwLock::default(),
-            passthrough: passthrough.then(Passthrough::default),
+            passthrough: passthrough.then(Passthrough::new),
         }
     }
 
@@ -180,44 +189,75 @@ impl Verbs {
         let Some(passthrough) = &self.passthrough else { return Ok(None) };
         // What is decided holds for the size that the disk has now.
         let _size = node.size_change.lock();
-        let file = passthrough.enter(node.ino(), || {
-            let is_its_data_file = node.with_image(|image| image.is_its_data_file());
-            // What cannot be read now can be none that is used.
-            if !is_its_data_file.inspect_err(|e| node.log(e)).unwrap_or(false) {
-                return None;
-            }
-            let file = node.data_file()?;
-            let registered = register(file.file()).inspect_err(|e| {
-                let name = node.raw_path();
-                log::warn!("{}: the kernel does not take its data file: {e}", name.display());
-            });
-            registered.ok()
-        });
-        if file.is_some() && how.write {
+        let Some(file) = passthrough.enter(node.ino(), || self.decide(passthrough, node, register))
+        else {
+            return Ok(None);
+        };
+        if how.write {
             let begun = node.with_image(|image| image.begin_passthrough());
             begun.inspect_err(|_| passthrough.leave(node.ino()))?;
         }
-        Ok(file)
+        // What the kernel caches of it nevertheless, reading ahead, is not to be believed later.
+        node.was_not_told();
+        Ok(Some(file))
+    }
+
+    /// What the kernel calls the data file of this image, if it is to read and write that itself.
+    fn decide(
+        &self,
+        passthrough: &Passthrough,
+        node: &Node,
+        register: Register<'_>,
+    ) -> Option<BackingId> {
+        let is_its_data_file = node.with_image(|image| image.is_its_data_file());
+        // What cannot be read now can be none that is used.
+        if !is_its_data_file.inspect_err(|e| node.log(e)).unwrap_or(false) {
+            return None;
+        }
+        let file = node.data_file().filter(|file| takes_sectors(file.file()))?;
+        let registered = register(file.file()).inspect_err(|e| {
+            if passthrough.is_refused() {
+                let name = node.raw_path();
+                log::warn!("{}: the kernel does not take its data file: {e}", name.display());
+            }
+        });
+        registered.ok()
     }
 
     /// Whether the kernel reads and writes this disk itself.
-    fn is_passed_through(&self, node: &Node) -> bool {
+    pub(super) fn is_passed_through(&self, node: &Node) -> bool {
         self.passthrough.as_ref().is_some_and(|passthrough| passthrough.is_on(node.ino()))
     }
 
     /// Takes account of what the kernel may have written itself.
+    ///
+    /// # Errors
+    /// `EFBIG` once it has written past the end of the disk, until nobody has that open; host errors.
     fn note_passthrough(&self, node: &Node) -> Result<()> {
         if !self.is_passed_through(node) {
             return Ok(());
         }
         // What somebody else adds to the disk now is not past its end.
         let _size = node.size_change.lock();
-        node.with_image(|image| image.note_passthrough())
+        node.with_image(|image| self.note_passthrough_of(node, image))
+    }
+
+    /// The same while the size is locked.
+    fn note_passthrough_of(&self, node: &Node, image: &Image) -> Result<()> {
+        let Some(passthrough) = &self.passthrough else { return Ok(()) };
+        node.may_be_written();
+        match passthrough.was_cut(node.ino(), image.note_passthrough()?) {
+            true => Err(errno(
+                "what was written past the end of the disk is gone, which does not grow by that \
+                 while the kernel itself has it open; close it, and open it again",
+                libc::EFBIG,
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Ends a handle of an image.
     fn close_image(&self, node: &Node) {
-        // Who has mapped the file may have written to it after its last close(2).
         if let Err(e) = self.note_passthrough(node) {
             node.log(&e);
         }
@@ -225,6 +265,37 @@ impl Verbs {
             passthrough.leave(node.ino());
         }
         self.catalog.release(node);
+    }
+
+    /// Ends a handle; the last one of a disk that the kernel serves as soon as nobody has a mapping of
+    /// it any more.
+    pub(super) fn release_unused(self: &Arc<Self>, number: u64) {
+        let (Some(passthrough), Ok(handle)) = (&self.passthrough, self.handle(number)) else {
+            return self.release(number);
+        };
+        let Handle::Image { node, .. } = &*handle else { return self.release(number) };
+        if passthrough.leave_unless_last(node.ino()) {
+            self.handles.write().remove(&number);
+            return self.catalog.release(node);
+        }
+        let node = Arc::clone(node);
+        let is_used = move || node.data_file().is_some_and(|file| file.is_open_elsewhere());
+        if !is_used() {
+            return self.release(number);
+        }
+        let verbs = Arc::clone(self);
+        let waiting = thread::Builder::new().name("linger".into()).spawn(move || {
+            let mut pause = SHORTEST_LINGER;
+            while is_used() {
+                thread::sleep(pause);
+                pause = (2 * pause).min(LONGEST_LINGER);
+            }
+            verbs.release(number);
+        });
+        if let Err(e) = waiting {
+            log::warn!("starting a thread: {e}: a disk that may be in use still is closed");
+            self.release(number);
+        }
     }
 
     /// Makes an image and opens it, as open(2) with `O_CREAT` and the other `flags` does.
@@ -510,7 +581,11 @@ impl Verbs {
     fn resize(&self, node: &Node, image: &Image, size: u64) -> Result<()> {
         match self.is_passed_through(node) {
             false => image.resize(size),
-            true if size > image.virtual_size() => image.grow_passed_through(size),
+            true if size > image.virtual_size() => {
+                // What is there by now was past the end, and is not to become a part of the disk.
+                self.note_passthrough_of(node, image)?;
+                image.grow_passed_through(size)
+            }
             true => Err(errno("cutting a disk that the kernel itself has open", libc::EBUSY)),
         }
     }

@@ -18,18 +18,17 @@ impl Image {
     /// As [`Image::read`].
     pub fn is_its_data_file(&self) -> Result<bool> {
         let size = self.virtual_size();
-        if !self.data.may_be_passed || self.data_file_length()? != size {
+        if !self.data.may_be_passed || size == 0 || self.data_file_length()? != size {
             return Ok(false);
         }
         let _guard = self.locks.shared(self.geometry.guest_clusters(&(0..size)));
         let mut at = 0;
         while at < size {
             let (run, end) = self.note(self.run_at(at, size))?;
-            // Who looks it up makes sure that it is in its own place.
-            if !matches!(run, Run::Data { .. }) {
-                return Ok(false);
+            match run {
+                Run::Data { first, .. } if self.host_offset(first, at) == at => at = end,
+                _ => return Ok(false),
             }
-            at = end;
         }
         Ok(true)
     }
@@ -39,30 +38,31 @@ impl Image {
     /// # Errors
     /// `ReadOnly`, host errors.
     pub fn begin_passthrough(&self) -> Result<()> {
-        self.begin_change().map(|_| ())
+        let writer = self.begin_change()?;
+        // Nobody flushes for what the kernel writes.
+        if writer.flush.raw_mappings.are_durable() { Ok(()) } else { self.flush() }
     }
 
-    /// The kernel may have written to the data file: the next flush makes that durable. Nobody changes
-    /// the size meanwhile.
+    /// The kernel may have written to the data file: the next flush makes that durable. Whether it has
+    /// written past the end of the disk, which is cut off. Nobody changes the size meanwhile.
     ///
     /// # Errors
-    /// `EFBIG`, once, where it has written past the end of the disk: that is cut off again. Host errors.
-    pub fn note_passthrough(&self) -> Result<()> {
+    /// Host errors.
+    pub fn note_passthrough(&self) -> Result<bool> {
+        if self.writer.is_none() {
+            return Ok(false);
+        }
         self.mark_data_unsynced();
         let size = self.virtual_size();
-        if self.data_file_length()? <= size {
-            return Ok(());
+        let is_longer = self.data_file_length()? > size;
+        if is_longer {
+            self.cut_data_file(size)?;
         }
-        self.cut_data_file(size)?;
-        let too_big = std::io::Error::from_raw_os_error(libc::EFBIG);
-        let what = format!(
-            "what was written past the end of the disk, at {size}, is gone: while the kernel itself has \
-             it open, only truncate(2) and fallocate(2) make it larger"
-        );
-        Err(Error::io(what, too_big))
+        Ok(is_longer)
     }
 
-    /// Makes the disk larger while the kernel may write to it, and maps what is added, durably.
+    /// Makes the disk larger while the kernel may write to it, and maps what is added, durably. What
+    /// the kernel writes there before this is over may be lost.
     ///
     /// # Errors
     /// Those of [`Image::resize`]. After an error the size is the old one.

@@ -28,6 +28,20 @@ impl HostFile {
         &self.file
     }
 
+    /// Whether anybody has it open by another opening, a mapping in memory included. Where the file
+    /// system or the kernel does not say (this needs the owner or `CAP_LEASE`), nobody has. Who opens
+    /// it meanwhile has the kernel send this process `SIGIO`.
+    pub fn is_open_elsewhere(&self) -> bool {
+        // SAFETY: F_SETLEASE takes no pointer; the descriptor is open as long as `self` lives.
+        let lease = |kind: i32| unsafe { libc::fcntl(self.fd(), libc::F_SETLEASE, kind) };
+        let granted = lease(libc::F_WRLCK);
+        let refused = io::Error::last_os_error().raw_os_error();
+        if granted == 0 {
+            lease(libc::F_UNLCK);
+        }
+        granted != 0 && refused == Some(libc::EAGAIN)
+    }
+
     fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }

@@ -163,13 +163,13 @@ fn writes_of_any_alignment_land_where_they_belong() {
 }
 
 /// A mapping of a whole file, unmapped when dropped.
-struct Mapping {
+pub struct Mapping {
     start: *mut libc::c_void,
     len: usize,
 }
 
 impl Mapping {
-    fn new(file: &File, len: usize, flags: i32) -> Mapping {
+    pub fn new(file: &File, len: usize, flags: i32) -> Mapping {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice; the file is open.
         let start = unsafe {
@@ -179,7 +179,7 @@ impl Mapping {
         Mapping { start, len }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: the mapping is `len` bytes, readable and writable, and ours alone.
         unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len) }
     }

@@ -5,13 +5,15 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
+use crate::devices::{FileSystem, LoopDevice};
 use crate::discards::{open, read_all};
+use crate::files::Mapping;
 use crate::lab::{
-    Lab, Mount, allocated, assert_same, assert_sound, guest_bytes, length, pattern, signal,
-    wait_for_end, wait_until_free,
+    Lab, Mount, allocated, assert_same, assert_sound, eventually, guest_bytes, length, pattern,
+    signal, wait_for_end, wait_until_free,
 };
 
 const MIB: usize = 1 << 20;
@@ -174,11 +176,24 @@ fn such_a_disk_grows_when_it_is_told_to_and_is_never_cut_unawares() {
     file.write_all_at(b"again", 24 * MIB as u64 - 5).unwrap();
     file.sync_all().unwrap();
     assert!(is_passed(&mount, &file));
-    // Past the end: whoever makes sure of it hears of it, once, and the disk is as before.
+    // Past the end: whoever makes sure of it hears of it, whoever was there before, and the disk is as
+    // it was.
     file.write_all_at(b"-- too far", 24 * MIB as u64 - 2).unwrap();
-    assert_eq!(errno(file.sync_all()), Some(libc::EFBIG));
-    file.sync_all().unwrap();
+    drop(File::open(&raw).unwrap());
+    for _ in 0..2 {
+        assert_eq!(errno(file.sync_all()), Some(libc::EFBIG));
+    }
     assert_eq!(length(&data), 24 * MIB as u64);
+    drop(file);
+    wait_until_free(&image);
+    let file = open(&raw);
+    file.sync_all().unwrap();
+    // Nor does it become a part of the disk when that grows.
+    file.write_all_at(b"too far", 25 * MIB as u64).unwrap();
+    assert_eq!(errno(file.set_len(26 * MIB as u64)), Some(libc::EFBIG));
+    drop(file);
+    wait_until_free(&image);
+    let file = open(&raw);
     let closed = attempt!("printf 'too far' | dd of={} bs=1M seek=24 conv=notrunc", raw.display());
     assert!(!closed.ok() && closed.text().contains("File too large"), "{}", closed.text());
     drop(file);
@@ -195,7 +210,7 @@ fn such_a_disk_grows_when_it_is_told_to_and_is_never_cut_unawares() {
 
 #[test]
 fn the_process_keeps_what_it_takes_and_no_more() {
-    const SYS_ADMIN: u64 = 1 << 21;
+    const NEEDED: u64 = 1 << 21 | 1 << 28; // SYS_ADMIN, LEASE
     let effective = |mount: &Mount| {
         let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
@@ -211,8 +226,75 @@ fn the_process_keeps_what_it_takes_and_no_more() {
     }
     with.umount();
     let without = lab.mount();
-    assert_eq!(kept & SYS_ADMIN, SYS_ADMIN);
-    assert_eq!(kept & !SYS_ADMIN, effective(&without));
+    assert_eq!(kept & NEEDED, NEEDED);
+    assert_eq!(kept & !NEEDED, effective(&without));
+}
+
+#[test]
+fn a_mapping_keeps_others_out_after_the_file_is_closed() {
+    let lab = Lab::new();
+    let mount = passed(&lab, RAW);
+    let image = lab.image("disk.qcow2");
+    let raw = mount.path("disk.raw");
+    let others = || attempt!("qemu-io -f qcow2 -c 'write 1M 512' {}", image.display()).ok();
+    let file = open(&raw);
+    let mut mapping = Mapping::new(&file, 16 * MIB, libc::MAP_SHARED);
+    drop(file);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!others(), "two write one disk");
+    mapping.bytes()[..5].copy_from_slice(b"hello");
+    // Who comes meanwhile sees it.
+    assert_same(&read_all(&raw)[..5], b"hello", "what was written to the mapping");
+    assert!(is_passed(&mount, &open(&raw)));
+    drop(mapping);
+    wait_until_free(&image);
+    assert!(others());
+    mount.umount();
+    assert_same(&guest_bytes(&image)[..5], b"hello", "what was written to the mapping");
+}
+
+#[test]
+fn a_time_that_was_set_holds_until_the_kernel_writes() {
+    let lab = Lab::new();
+    let mount = passed(&lab, RAW);
+    let raw = mount.path("disk.raw");
+    let modified = || fs::metadata(&raw).unwrap().mtime();
+    let file = open(&raw);
+    file.write_all_at(b"some", 0).unwrap();
+    sh!("touch -d @7 {}", raw.display());
+    assert_eq!(modified(), 7);
+    std::thread::sleep(Duration::from_millis(50));
+    file.write_all_at(b"more", 0).unwrap();
+    file.sync_all().unwrap();
+    let shown = || format!("{}", modified());
+    eventually(Duration::from_secs(5), || modified() > 7, shown);
+    drop(file);
+    mount.umount();
+    assert!(fs::metadata(lab.image("disk.data")).unwrap().mtime() > 7);
+}
+
+#[test]
+fn a_data_file_that_takes_no_sectors_is_served_here() {
+    let lab = Lab::new();
+    let disk = lab.path("coarse");
+    sh!("truncate -s 64M {}", disk.display());
+    let device = LoopDevice::attach(&disk, "--sector-size 4096");
+    sh!("mkfs.ext4 -q {}", device.path().display());
+    let coarse = FileSystem::mount(device.path(), lab.images());
+    let data = lab.image("disk.data");
+    let image = lab.create("disk.qcow2", "16M", &RAW.replace("DATA", data.to_str().unwrap()));
+    let mount = lab.mount_with("--passthrough");
+    let file = open(&mount.path("disk.raw"));
+    assert!(!is_passed(&mount, &file));
+    sh!(
+        "dd if=/dev/zero of={} bs=512 count=1 oflag=direct conv=notrunc",
+        mount.path("disk.raw").display()
+    );
+    drop(file);
+    mount.umount();
+    assert_sound(&image);
+    coarse.umount();
+    device.detach();
 }
 
 #[test]
