@@ -127,7 +127,8 @@
 //! | `src/confine/mod.rs` | 1 | `PR_SET_NO_NEW_PRIVS` |
 //! | `src/confine/system_calls.rs` | 1 | `seccomp` |
 //! | `src/crypt/memory.rs` | 11 | pages that are locked, left out of dumps, and seen as bytes |
-//! | `src/storage/host_file.rs` | 2 | `fallocate`, `lseek` to data and holes |
+//! | `src/fs/passthrough.rs` | 1 | `SIGIO`, which is ignored |
+//! | `src/storage/host_file.rs` | 3 | `fallocate`, `lseek` to data and holes, leases |
 //! | `src/storage/image_lock.rs` | 3 | locks of open file descriptions |
 
 pub mod alloc;

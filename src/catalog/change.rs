@@ -82,10 +82,11 @@ impl Catalog {
         if change.accessed.is_some() || change.modified.is_some() {
             host::set_times(place, [change.accessed, change.modified])?;
             let now = place.metadata()?;
-            node.times.keep(Times {
+            let times = Times {
                 accessed: change.accessed.and_then(|_| now.accessed().ok()),
                 modified: change.modified.and_then(|_| now.modified().ok()),
-            });
+            };
+            node.times.keep(times, node.look_at_data_file().as_ref());
         }
         Ok(())
     }

@@ -311,7 +311,14 @@ impl Catalog {
         node
     }
 
-    /// The kernel has forgotten `lookups` of its lookups.
+    /// Keeps a node that the kernel may forget, until [`Catalog::forget`].
+    pub fn hold(&self, node: &Node) {
+        if let Some(known) = self.nodes.write().known.get_mut(&node.ino()) {
+            known.lookups += 1;
+        }
+    }
+
+    /// The kernel, or who holds a node, has forgotten `lookups` of its lookups.
     pub fn forget(&self, ino: u64, lookups: u64) {
         let mut nodes = self.nodes.write();
         let Some(known) = nodes.known.get_mut(&ino) else { return };
@@ -473,6 +480,9 @@ impl Catalog {
             (None, false) => None,
         };
         let mode_bits = if node.is_directory() { host::DIRECTORY_MODE } else { host::FILE_MODE };
+        if open {
+            node.times.forget_if_written(data.as_ref());
+        }
         Attributes {
             ino: node.ino(),
             directory: node.is_directory(),

@@ -292,13 +292,6 @@ impl Node {
         self.times.forget();
     }
 
-    /// Somebody else may have written its data file: times that were set before that no longer hold.
-    pub fn may_be_written(&self) {
-        if let Some(written) = self.look_at_data_file().and_then(|data| data.modified().ok()) {
-            self.times.forget_before(written);
-        }
-    }
-
     /// Makes what was written durable.
     ///
     /// # Errors
@@ -368,6 +361,11 @@ impl Node {
     pub fn data_file(&self) -> Option<Arc<HostFile>> {
         let slot = self.slot.read();
         slot.open.as_ref()?.files.data.as_ref().map(|data| Arc::clone(&data.file))
+    }
+
+    /// Whether its image is open for writing, whether or not that takes writes still.
+    pub fn is_open_for_writing(&self) -> bool {
+        self.slot.read().open.as_ref().is_some_and(Opened::is_writable)
     }
 
     /// What the host says of the external data file while that is open.
@@ -681,11 +679,12 @@ impl Opened {
     /// while it was open.
     fn finish(&self, times: &KeptTimes) -> Result<()> {
         let failure = self.image().failure().map_or(Ok(()), Err);
+        let data = self.files.data.as_ref().map(|data| data.file.file());
+        times.forget_if_written(data.and_then(|data| data.metadata().ok()).as_ref());
         let closed = self.image().close();
         // One that was only read has them, and may not be the one that was meant: there may be an
         // overlay by now.
         if self.is_writable() {
-            let data = self.files.data.iter().map(|data| data.file.file());
             for file in std::iter::once(self.file.file()).chain(data) {
                 if let Err(e) = times.apply(file) {
                     log::warn!("setting the times of an image that is closed: {e}");

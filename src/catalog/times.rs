@@ -4,7 +4,7 @@
 //! it is closed. A time that was set in between, as `cp -p` does before it closes a file, is shown until
 //! the guest writes again, and the image file has it once it is closed.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
@@ -22,22 +22,28 @@ pub struct Times {
     pub modified: Option<SystemTime>,
 }
 
+fn modified(data: Option<&Metadata>) -> Option<SystemTime> {
+    data.and_then(|data| data.modified().ok())
+}
+
 /// The times that were set since the image was opened and since the guest wrote last.
 #[derive(Debug, Default)]
 pub(super) struct KeptTimes {
     /// Spares writes the lock.
     any: AtomicBool,
-    /// And when that was.
+    /// With the time when the external data file was written last by then: the kernel may write that
+    /// itself, and tells nobody.
     times: Mutex<(Times, Option<SystemTime>)>,
 }
 
 impl KeptTimes {
-    /// Those of `times` that are there were set.
-    pub(super) fn keep(&self, times: Times) {
-        let (kept, when) = &mut *self.times.lock();
+    /// Those of `times` that are there were set; `data` is what the host says of the data file.
+    pub(super) fn keep(&self, times: Times, data: Option<&Metadata>) {
+        self.forget_if_written(data);
+        let (kept, written) = &mut *self.times.lock();
         kept.accessed = times.accessed.or(kept.accessed);
         kept.modified = times.modified.or(kept.modified);
-        *when = Some(SystemTime::now());
+        *written = modified(data);
         self.any.store(*kept != Times::default(), Ordering::Release);
     }
 
@@ -50,10 +56,15 @@ impl KeptTimes {
         }
     }
 
-    /// The file was written at this time.
-    pub(super) fn forget_before(&self, written: SystemTime) {
-        if self.times.lock().1.is_some_and(|when| when < written) {
-            self.forget();
+    /// The guest may have written the data file without a request.
+    pub(super) fn forget_if_written(&self, data: Option<&Metadata>) {
+        if !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        let mut kept = self.times.lock();
+        if kept.1.is_some() && kept.1 != modified(data) {
+            *kept = Default::default();
+            self.any.store(false, Ordering::Release);
         }
     }
 

@@ -185,9 +185,6 @@ fn answer_entry(verbs: &Verbs, parent: INodeNo, name: &OsStr, reply: ReplyEntry)
 }
 
 fn answer_attributes(verbs: &Verbs, node: &Node, reply: ReplyAttr) {
-    if verbs.is_passed_through(node) {
-        node.may_be_written();
-    }
     match verbs.catalog.attributes(node) {
         Ok(found) => reply.attr(&attribute_ttl(&found), &file_attr(&found)),
         Err(e) => reply.error(fail(Some(node), &e)),

@@ -12,7 +12,8 @@
 //! Who has such a file open reads and writes it even when this process is gone. Nobody else does
 //! meanwhile: what the kernel holds is the open file that QEMU's locks are on. A mapping in memory
 //! is one of the host's file, of which the kernel says nothing when the handle is closed, so the last
-//! handle stays as long as anybody but this process has the host's file open.
+//! handle of a disk that is open for writing stays as long as anybody but this process has the host's
+//! file open.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -32,7 +33,7 @@ pub(super) struct Passthrough {
     offered: AtomicBool,
     /// It was said that it will not.
     refused: AtomicBool,
-    /// By inode number. A leaf; entries come and go while the size of the file is locked.
+    /// By inode number. A leaf; entries come while the size of the file is locked.
     decided: Mutex<HashMap<u64, Decided>>,
 }
 
@@ -105,6 +106,13 @@ impl Passthrough {
                 count_out(&mut decided, ino);
                 true
             }
+        }
+    }
+
+    /// What was written past the end of the file is no fault of those who open it from now on.
+    pub(super) fn forgive(&self, ino: u64) {
+        if let Some(known) = self.decided.lock().get_mut(&ino) {
+            known.was_cut = false;
         }
     }
 

@@ -245,7 +245,6 @@ impl Verbs {
     /// The same while the size is locked.
     fn note_passthrough_of(&self, node: &Node, image: &Image) -> Result<()> {
         let Some(passthrough) = &self.passthrough else { return Ok(()) };
-        node.may_be_written();
         match passthrough.was_cut(node.ino(), image.note_passthrough()?) {
             true => Err(errno(
                 "what was written past the end of the disk is gone, which does not grow by that \
@@ -267,35 +266,54 @@ impl Verbs {
         self.catalog.release(node);
     }
 
-    /// Ends a handle; the last one of a disk that the kernel serves as soon as nobody has a mapping of
-    /// it any more.
+    /// Ends a handle; the last one of a disk that the kernel serves and somebody may write as soon as
+    /// nobody has a mapping of it any more.
     pub(super) fn release_unused(self: &Arc<Self>, number: u64) {
         let (Some(passthrough), Ok(handle)) = (&self.passthrough, self.handle(number)) else {
             return self.release(number);
         };
         let Handle::Image { node, .. } = &*handle else { return self.release(number) };
-        if passthrough.leave_unless_last(node.ino()) {
-            self.handles.write().remove(&number);
-            return self.catalog.release(node);
+        if self.has_ended(passthrough, number, node) {
+            return;
         }
-        let node = Arc::clone(node);
-        let is_used = move || node.data_file().is_some_and(|file| file.is_open_elsewhere());
-        if !is_used() {
-            return self.release(number);
-        }
-        let verbs = Arc::clone(self);
-        let waiting = thread::Builder::new().name("linger".into()).spawn(move || {
+        // All who have written past the end have closed it, and a mapping does not reach there.
+        passthrough.forgive(node.ino());
+        // The kernel forgets the node, but who comes is to find this one.
+        self.catalog.hold(node);
+        let (verbs, node) = (Arc::clone(self), Arc::clone(node));
+        let linger = thread::Builder::new().name("linger".into());
+        let waiting = linger.spawn(move || {
             let mut pause = SHORTEST_LINGER;
-            while is_used() {
+            while verbs.passthrough.as_ref().is_some_and(|p| !verbs.has_ended(p, number, &node)) {
                 thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_LINGER);
             }
-            verbs.release(number);
+            verbs.catalog.forget(node.ino(), 1);
         });
         if let Err(e) = waiting {
-            log::warn!("starting a thread: {e}: a disk that may be in use still is closed");
-            self.release(number);
+            log::warn!("starting a thread: {e}: a disk that may be in use stays open");
         }
+    }
+
+    /// Ends a handle, unless it is the last one of a disk that somebody has a mapping of; whether it did.
+    fn has_ended(&self, passthrough: &Passthrough, number: u64, node: &Node) -> bool {
+        // Nobody opens it between the look and the end.
+        let size = node.size_change.lock();
+        if !passthrough.leave_unless_last(node.ino()) {
+            // Where it is only read the same file may be so often, each waiting for the others.
+            if let Some(file) = node.data_file().filter(|_| node.is_open_for_writing()) {
+                let noted = node.with_image(|image| self.note_passthrough_of(node, image));
+                noted.unwrap_or_else(|e| node.log(&e));
+                if file.is_open_elsewhere() {
+                    return false;
+                }
+            }
+            passthrough.leave(node.ino());
+        }
+        drop(size);
+        self.handles.write().remove(&number);
+        self.catalog.release(node);
+        true
     }
 
     /// Makes an image and opens it, as open(2) with `O_CREAT` and the other `flags` does.

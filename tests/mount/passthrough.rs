@@ -249,6 +249,18 @@ fn a_mapping_keeps_others_out_after_the_file_is_closed() {
     drop(mapping);
     wait_until_free(&image);
     assert!(others());
+    // So does who reads the data file itself, but nobody on the mount; and an unmount closes it.
+    let reader = File::open(lab.image("disk.data")).unwrap();
+    drop(open(&raw));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!others());
+    // The kernel may forget the file meanwhile.
+    sh!("echo 2 > /proc/sys/vm/drop_caches");
+    assert!(is_passed(&mount, &open(&raw)));
+    sh!("touch -d @7 {}", raw.display());
+    drop(reader);
+    wait_until_free(&image);
+    assert_eq!(fs::metadata(lab.image("disk.data")).unwrap().mtime(), 7, "closed in order");
     mount.umount();
     assert_same(&guest_bytes(&image)[..5], b"hello", "what was written to the mapping");
 }
@@ -265,7 +277,6 @@ fn a_time_that_was_set_holds_until_the_kernel_writes() {
     assert_eq!(modified(), 7);
     std::thread::sleep(Duration::from_millis(50));
     file.write_all_at(b"more", 0).unwrap();
-    file.sync_all().unwrap();
     let shown = || format!("{}", modified());
     eventually(Duration::from_secs(5), || modified() > 7, shown);
     drop(file);
@@ -320,5 +331,20 @@ fn nobody_else_gets_at_a_disk_while_the_kernel_has_it_for_whom_this_process_is_g
         let disk = guest_bytes(&image);
         assert_eq!((&disk[..5], &disk[4096..4101]), (&b"first"[..], &b"later"[..]));
         assert_sound(&image);
+    }
+}
+
+#[test]
+fn two_images_of_one_data_file_that_are_only_read_do_not_wait_for_each_other() {
+    let lab = Lab::new();
+    create(&lab, RAW);
+    sh!("cd {} && cp disk.qcow2 copy.qcow2", lab.images().display());
+    let mount = lab.mount_with("--passthrough");
+    let readers = ["disk.raw", "copy.raw"].map(|name| File::open(mount.path(name)).unwrap());
+    drop(readers);
+    for name in ["disk.qcow2", "copy.qcow2"] {
+        let image = lab.image(name);
+        let written = || attempt!("qemu-io -f qcow2 -c 'write 0 512' {}", image.display()).ok();
+        eventually(Duration::from_secs(10), written, || format!("{name} is locked still"));
     }
 }
