@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import signal
 import statistics
 import subprocess
@@ -104,10 +105,11 @@ class Bench:
         taking_part += [one for one in self.extra if one.name in job.also]
         rounds = []
         for number in range(self.options.rounds):
-            # Nobody always comes first.
-            shift = number % len(taking_part)
+            # Nobody always comes first, or after the same one: memory that somebody has just given
+            # back is had sooner than other memory.
+            order = random.Random(f"{job.name} {number}").sample(taking_part, len(taking_part))
             one_round = {}
-            for contender in taking_part[shift:] + taking_part[:shift]:
+            for contender in order:
                 one_round[contender.name] = self.sample(contender, job)
             rounds.append(one_round)
         return rounds
