@@ -49,20 +49,20 @@ impl KeptTimes {
 
     /// The guest writes, or the image is opened.
     pub(super) fn forget(&self) {
-        if self.any.load(Ordering::Acquire) {
-            let mut kept = self.times.lock();
-            *kept = Default::default();
-            self.any.store(false, Ordering::Release);
-        }
+        self.forget_where(|_| true);
     }
 
     /// The guest may have written the data file without a request.
     pub(super) fn forget_if_written(&self, data: Option<&Metadata>) {
+        self.forget_where(|written| written.is_some() && written != modified(data));
+    }
+
+    fn forget_where(&self, is_past: impl FnOnce(Option<SystemTime>) -> bool) {
         if !self.any.load(Ordering::Acquire) {
             return;
         }
         let mut kept = self.times.lock();
-        if kept.1.is_some() && kept.1 != modified(data) {
+        if is_past(kept.1) {
             *kept = Default::default();
             self.any.store(false, Ordering::Release);
         }

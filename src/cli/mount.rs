@@ -248,11 +248,8 @@ impl Plan {
         let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
         let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
         if options.passthrough && overlay.is_some() {
-            return Err(
-                "--passthrough and --overlay exclude each other: the kernel would write to the \
-                        image itself"
-                    .into(),
-            );
+            let why = "the kernel would write to the image itself";
+            return Err(format!("--passthrough and --overlay exclude each other: {why}"));
         }
         if let Some(overlay) = &overlay {
             refuse_mixing(&overlay.directory, &[&images, &mountpoint])?;

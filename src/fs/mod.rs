@@ -303,7 +303,7 @@ impl Filesystem for Filesys {
             // The files that it is to read and write lie on no stack of file systems.
             let _ = config.set_max_stack_depth(1);
             match config.add_capabilities(InitFlags::FUSE_PASSTHROUGH) {
-                Ok(()) => passthrough.is_offered(),
+                Ok(()) => passthrough.offer(),
                 Err(_) => log::warn!("this kernel knows no passthrough: all is served here"),
             }
         }

@@ -59,12 +59,12 @@ impl Passthrough {
     }
 
     /// The kernel has said that it can.
-    pub(super) fn is_offered(&self) {
+    pub(super) fn offer(&self) {
         self.offered.store(true, Ordering::Release);
     }
 
     /// The kernel does not take a file; whether it is the first.
-    pub(super) fn is_refused(&self) -> bool {
+    pub(super) fn is_first_refusal(&self) -> bool {
         !self.refused.swap(true, Ordering::Relaxed)
     }
 

@@ -216,7 +216,7 @@ impl Verbs {
         }
         let file = node.data_file().filter(|file| takes_sectors(file.file()))?;
         let registered = register(file.file()).inspect_err(|e| {
-            if passthrough.is_refused() {
+            if passthrough.is_first_refusal() {
                 let name = node.raw_path();
                 log::warn!("{}: the kernel does not take its data file: {e}", name.display());
             }
@@ -273,7 +273,7 @@ impl Verbs {
             return self.release(number);
         };
         let Handle::Image { node, .. } = &*handle else { return self.release(number) };
-        if self.has_ended(passthrough, number, node) {
+        if self.has_ended(number, node) {
             return;
         }
         // All who have written past the end have closed it, and a mapping does not reach there.
@@ -284,7 +284,7 @@ impl Verbs {
         let linger = thread::Builder::new().name("linger".into());
         let waiting = linger.spawn(move || {
             let mut pause = SHORTEST_LINGER;
-            while verbs.passthrough.as_ref().is_some_and(|p| !verbs.has_ended(p, number, &node)) {
+            while !verbs.has_ended(number, &node) {
                 thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_LINGER);
             }
@@ -296,10 +296,12 @@ impl Verbs {
     }
 
     /// Ends a handle, unless it is the last one of a disk that somebody has a mapping of; whether it did.
-    fn has_ended(&self, passthrough: &Passthrough, number: u64, node: &Node) -> bool {
+    fn has_ended(&self, number: u64, node: &Node) -> bool {
         // Nobody opens it between the look and the end.
         let size = node.size_change.lock();
-        if !passthrough.leave_unless_last(node.ino()) {
+        if let Some(passthrough) = &self.passthrough
+            && !passthrough.leave_unless_last(node.ino())
+        {
             // Where it is only read the same file may be so often, each waiting for the others.
             if let Some(file) = node.data_file().filter(|_| node.is_open_for_writing()) {
                 let noted = node.with_image(|image| self.note_passthrough_of(node, image));

@@ -21,16 +21,10 @@ impl Image {
         if !self.data.may_be_passed || size == 0 || self.data_file_length()? != size {
             return Ok(false);
         }
-        let _guard = self.locks.shared(self.geometry.guest_clusters(&(0..size)));
-        let mut at = 0;
-        while at < size {
-            let (run, end) = self.note(self.run_at(at, size))?;
-            match run {
-                Run::Data { first, .. } if self.host_offset(first, at) == at => at = end,
-                _ => return Ok(false),
-            }
-        }
-        Ok(true)
+        self.all_runs(0..size, |at, run| match run {
+            Run::Data { first, .. } => self.host_offset(first, at) == at,
+            _ => false,
+        })
     }
 
     /// The kernel is about to write to the data file.

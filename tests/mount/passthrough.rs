@@ -3,9 +3,9 @@
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::devices::{FileSystem, LoopDevice};
@@ -15,20 +15,21 @@ use crate::lab::{
     Lab, Mount, allocated, assert_same, assert_sound, eventually, guest_bytes, length, pattern,
     signal, wait_for_end, wait_until_free,
 };
+use crate::plain_files::errno;
 
 const MIB: usize = 1 << 20;
 /// A data file beside the image is called DATA.
 const RAW: &str = "data_file=DATA,data_file_raw=on";
 
 /// An image of 16 MiB that QEMU has made with `options`.
-fn create(lab: &Lab, options: &str) {
+fn create(lab: &Lab, options: &str) -> PathBuf {
     let data = lab.image("disk.data").display().to_string();
-    lab.create("disk.qcow2", "16M", &options.replace("DATA", &data));
+    lab.create("disk.qcow2", "16M", &options.replace("DATA", &data))
 }
 
-/// A mount of it with passthrough.
-fn passed(lab: &Lab, options: &str) -> Mount {
-    create(lab, options);
+/// A mount with passthrough of one that is its data file.
+fn passed(lab: &Lab) -> Mount {
+    create(lab, RAW);
     lab.mount_with("--passthrough")
 }
 
@@ -49,7 +50,7 @@ fn is_passed(mount: &Mount, file: &File) -> bool {
 #[test]
 fn what_the_kernel_writes_is_the_disk() {
     let lab = Lab::new();
-    let mount = passed(&lab, RAW);
+    let mount = passed(&lab);
     let (image, data) = (lab.image("disk.qcow2"), lab.image("disk.data"));
     let raw = mount.path("disk.raw");
     let file = open(&raw);
@@ -114,7 +115,7 @@ fn a_disk_that_is_more_than_its_data_file_is_served_here() {
 #[test]
 fn the_first_handle_decides_for_all_and_readers_see_what_writers_write() {
     let lab = Lab::new();
-    let mount = passed(&lab, RAW);
+    let mount = passed(&lab);
     let raw = mount.path("disk.raw");
     let reader = File::open(&raw).unwrap();
     let mut byte = [0; 1];
@@ -155,14 +156,10 @@ fn what_the_kernel_has_cached_of_a_disk_that_it_serves_now_and_then_is_never_old
     assert!(!is_passed(&mount, &open(&raw)));
 }
 
-fn errno(done: io::Result<impl Sized>) -> Option<i32> {
-    done.err().and_then(|e| e.raw_os_error())
-}
-
 #[test]
 fn such_a_disk_grows_when_it_is_told_to_and_is_never_cut_unawares() {
     let lab = Lab::new();
-    let mount = passed(&lab, RAW);
+    let mount = passed(&lab);
     let (image, data) = (lab.image("disk.qcow2"), lab.image("disk.data"));
     let raw = mount.path("disk.raw");
     let file = open(&raw);
@@ -217,7 +214,7 @@ fn the_process_keeps_what_it_takes_and_no_more() {
         u64::from_str_radix(line.trim(), 16).unwrap()
     };
     let lab = Lab::new();
-    let with = passed(&lab, RAW);
+    let with = passed(&lab);
     let kept = effective(&with);
     let raw = with.path("disk.raw");
     // The kernel lets go of the file each time, so another decision can follow.
@@ -233,7 +230,7 @@ fn the_process_keeps_what_it_takes_and_no_more() {
 #[test]
 fn a_mapping_keeps_others_out_after_the_file_is_closed() {
     let lab = Lab::new();
-    let mount = passed(&lab, RAW);
+    let mount = passed(&lab);
     let image = lab.image("disk.qcow2");
     let raw = mount.path("disk.raw");
     let others = || attempt!("qemu-io -f qcow2 -c 'write 1M 512' {}", image.display()).ok();
@@ -268,7 +265,7 @@ fn a_mapping_keeps_others_out_after_the_file_is_closed() {
 #[test]
 fn a_time_that_was_set_holds_until_the_kernel_writes() {
     let lab = Lab::new();
-    let mount = passed(&lab, RAW);
+    let mount = passed(&lab);
     let raw = mount.path("disk.raw");
     let modified = || fs::metadata(&raw).unwrap().mtime();
     let file = open(&raw);
@@ -292,8 +289,7 @@ fn a_data_file_that_takes_no_sectors_is_served_here() {
     let device = LoopDevice::attach(&disk, "--sector-size 4096");
     sh!("mkfs.ext4 -q {}", device.path().display());
     let coarse = FileSystem::mount(device.path(), lab.images());
-    let data = lab.image("disk.data");
-    let image = lab.create("disk.qcow2", "16M", &RAW.replace("DATA", data.to_str().unwrap()));
+    let image = create(&lab, RAW);
     let mount = lab.mount_with("--passthrough");
     let file = open(&mount.path("disk.raw"));
     assert!(!is_passed(&mount, &file));
@@ -312,7 +308,7 @@ fn a_data_file_that_takes_no_sectors_is_served_here() {
 fn nobody_else_gets_at_a_disk_while_the_kernel_has_it_for_whom_this_process_is_gone() {
     for signals in [&[libc::SIGKILL][..], &[libc::SIGTERM, libc::SIGTERM]] {
         let lab = Lab::new();
-        let mount = passed(&lab, RAW);
+        let mount = passed(&lab);
         let image = lab.image("disk.qcow2");
         let file = open(&mount.path("disk.raw"));
         file.write_all_at(b"first", 0).unwrap();

@@ -22,7 +22,7 @@ const MIB: usize = 1 << 20;
 /// Who neither owns anything nor is root.
 const NOBODY: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups";
 
-fn errno<T>(done: io::Result<T>) -> Option<i32> {
+pub fn errno<T>(done: io::Result<T>) -> Option<i32> {
     done.err().and_then(|e| e.raw_os_error())
 }
 
