@@ -61,6 +61,18 @@ const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 
 #[test]
+fn holes_read_as_zeros_whatever_was_read_before() {
+    let disk = Disk::new();
+    disk.verbs.write(&disk.node, 0, &[0xab; 1 << 16]).unwrap();
+    let byte = |at| if at < 1 << 16 { 0xab } else { 0 };
+    for (from, size) in [(1 << 16, 1 << 16), ((1 << 16) - 512, 1024), (MIB - 4096, 8192)] {
+        assert!(disk.read(0, 1 << 16) == [0xab; 1 << 16], "the data");
+        let expected: Vec<u8> = (from..(from + size).min(MIB)).map(byte).collect();
+        assert!(disk.read(from, size as u32) == expected, "{size} bytes from {from}");
+    }
+}
+
+#[test]
 fn reads_end_at_the_end_of_the_disk() {
     let disk = Disk::new();
     disk.verbs.write(&disk.node, MIB - 4, b"last").unwrap();

@@ -24,7 +24,7 @@ use crate::catalog::{
     AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
 };
 use crate::error::{Error, Result};
-use crate::image::{Image, SnapshotView};
+use crate::image::{Content, Image, SnapshotView};
 
 /// Bytes in a sector, of which a virtual disk has a whole number.
 const SECTOR: u64 = 512;
@@ -114,6 +114,9 @@ pub(super) struct Verbs {
     pub(super) snaps: Snaps,
     mountpoint: PathBuf,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
+    /// What holes are answered with, as long as the largest read. Memory that is never written is one
+    /// page to the kernel, which stays in the processors' caches.
+    zeros: Vec<u8>,
     /// Where the kernel may serve disks itself.
     pub(super) passthrough: Option<Passthrough>,
 }
@@ -125,6 +128,7 @@ impl Verbs {
             snaps: Snaps::default(),
             mountpoint,
             handles: RwLock::default(),
+            zeros: vec![0; MAX_READ as usize],
             passthrough: passthrough.then(Passthrough::new),
         }
     }
@@ -475,11 +479,14 @@ impl Verbs {
         READ_BUFFER.with_borrow_mut(|buffer| {
             let read = node.with_image(|image| {
                 let count = fit(buffer, image.virtual_size(), offset, size);
-                let read = || image.read(offset, &mut buffer[..count]);
-                node.io().read.count(count as u64, read)?;
-                Ok(count)
+                let read = || image.read_unless_zeros(offset, &mut buffer[..count]);
+                let content = node.io().read.count(count as u64, read)?;
+                Ok((count, content))
             });
-            deliver(read.map(|count| &buffer[..count]));
+            deliver(read.map(|(count, content)| match content {
+                Content::Data => &buffer[..count],
+                Content::Zeros => &self.zeros[..count],
+            }));
         });
     }
 

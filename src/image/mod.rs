@@ -54,6 +54,7 @@ pub use create::{CompressionType, CreateOptions, NewDataFile};
 pub use encryption::Encryption;
 pub use health::Condition;
 pub use open::{BackingFile, Beside, Summary};
+pub use read::Content;
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
 /// `status` counts the clusters in use of a file that has at most so many: some milliseconds.

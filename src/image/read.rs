@@ -30,12 +30,33 @@ struct CompressedCluster<'a> {
     into: &'a mut [u8],
 }
 
+/// What a range of the disk holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// What the buffer has been filled with.
+    Data,
+    /// Nothing but zeros, and the buffer is as it was.
+    Zeros,
+}
+
 impl Image {
     /// Fills `buf` from guest offset `offset`. What lies past the end reads as zeros.
     ///
     /// # Errors
     /// Host errors; `Corrupt` where the tables make no sense.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        if self.read_unless_zeros(offset, buf)? == Content::Zeros {
+            buf.fill(0);
+        }
+        Ok(())
+    }
+
+    /// As [`Image::read`], for who has zeros ready: where the tables say at once that all of the range
+    /// reads as zeros, `buf` is not touched.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub fn read_unless_zeros(&self, offset: u64, buf: &mut [u8]) -> Result<Content> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let range = self.within_disk(offset..offset.saturating_add(buf.len() as u64));
         let (buf, past_end) = buf.split_at_mut((range.end - range.start) as usize);
@@ -61,11 +82,13 @@ impl Image {
                     self.read_compressed(offset, length, self.geometry.within(at), piece)?;
                 }
                 Run::Backing => self.read_backing(at, piece)?,
+                Run::Unallocated | Run::Zero if (at..end) == range => return Ok(Content::Zeros),
                 Run::Unallocated | Run::Zero => piece.fill(0),
             }
             at = end;
         }
-        self.inflate_all(compressed)
+        self.inflate_all(compressed)?;
+        Ok(Content::Data)
     }
 
     /// The first offset at or after `offset` that is data, here or in the backing file; `None`
