@@ -35,6 +35,11 @@ def luks(*what, **rest):
     return fio(*what, without=("floor", "raw"), **rest)
 
 
+def on_ext4(name, title, *options, **rest):
+    """On a file of 64 MiB in a new file system."""
+    return Job(name, title, "empty", "fio_on_ext4", ("--bs=4k", *options), NEVER_BEHIND, **rest)
+
+
 def passed(*what, **rest):
     """On an image whose data file the kernel reads and writes itself."""
     return fio(*what, without=("nbdfuse", "floor"), **rest)
@@ -74,7 +79,13 @@ JOBS = (
     fio("write-1m", "1 MiB sequential writes, O_DIRECT", "full", "write", "1m", 4, goals=WRITES,
         chart=True),
     fio("new-write-1m", "1 MiB sequential writes into an empty image, O_DIRECT", "empty", "write",
-        "1m", 4, goals={"peer": 2.0, "floor": 0.75}, more=ONCE),
+        "1m", 4, goals=ALLOCATING, more=ONCE),
+    fio("new-write-64k", "64 KiB sequential writes into an empty image, O_DIRECT", "empty", "write",
+        "64k", 4, goals=ALLOCATING, more=ONCE),
+    fio("hole-read-64k", "64 KiB sequential reads where nothing is yet, O_DIRECT", "empty", "read",
+        "64k", 4, goals=READS),
+    fio("hole-read-1m", "1 MiB sequential reads where nothing is yet, O_DIRECT", "empty", "read",
+        "1m", 4, goals=READS),
     fio("cold-read-64k", "64 KiB buffered sequential reads, cold", "full", "read", "64k",
         direct=False, goals={"peer": 1.3, "floor": 0.9}, more=("--time_based=0",)),
     fio("cold-read-1m", "1 MiB buffered sequential reads, cold", "full", "read", "1m",
@@ -131,8 +142,10 @@ JOBS = (
            "write", "1m", direct=False, goals=PASSED),
     Job("untar", "ext4 on a loop device: small files unpacked", "empty", "untar",
         goals=NEVER_BEHIND),
-    Job("ext4-fsync", "ext4 on a loop device: 4 KiB random writes, each with fsync", "empty",
-        "ext4_fsync", goals=NEVER_BEHIND, chart=True),
+    on_ext4("ext4-fsync", "ext4 on a loop device: 4 KiB random writes, each with fsync",
+            "--rw=randwrite", "--fsync=1", chart=True),
+    on_ext4("ext4-mixed", "ext4 on a loop device: 4 KiB mixed, 32 at once, O_DIRECT", "--rw=randrw",
+            "--direct=1", "--ioengine=libaio", "--iodepth=32"),
     Job("fstrim", "fstrim of scattered space", "trim", "fstrim", goals=NEVER_BEHIND,
         without=("floor",)),
 )

@@ -82,11 +82,18 @@ class Runs:
         if isinstance(contender, Convert):
             return self.convert(contender, image)
         with contender.serve(image) as server:
-            before = server.cpu_seconds()
-            printed = self.fio_command(server.path, job.options)
-            took = server.cpu_seconds() - before
+            sample = self.fio_sample(server, server.path, job.options)
+        if "--pre_read=1" in job.options:
+            sample.cpu = None
+        return sample
+
+    def fio_sample(self, server, path, options):
+        """One run of fio on a file, for which `server` works."""
+        before = server.cpu_seconds()
+        printed = self.fio_command(path, options)
+        took = server.cpu_seconds() - before
         sample = self.rate_of(printed)
-        if server.processes and "--pre_read=1" not in job.options:
+        if server.processes:
             sample.cpu = took * GIB / self.bytes_of(printed)
         return sample
 
@@ -168,18 +175,12 @@ class Runs:
                 tar.addfile(entry, io.BytesIO(content))
         return path, size
 
-    def ext4_fsync(self, contender, image, _job):
+    def fio_on_ext4(self, contender, image, job):
         with contender.serve(image) as server, self.new_ext4(server):
             file = self.disk / "file"
             file.write_bytes(random.Random(5).randbytes(64 * MIB))
             run("sync", "-f", self.disk)
-            before = server.cpu_seconds()
-            printed = self.fio_command(file, ("--rw=randwrite", "--bs=4k", "--fsync=1"))
-            sample = self.rate_of(printed)
-            if server.processes:
-                cpu = server.cpu_seconds() - before
-                sample.cpu = cpu * GIB / self.bytes_of(printed)
-            return sample
+            return self.fio_sample(server, file, job.options)
 
     def fstrim(self, contender, image, _job):
         before, deleted = allocated(image), self.images.size
