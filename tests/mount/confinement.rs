@@ -142,3 +142,61 @@ fn the_helper_ends_with_the_process_that_it_helps() {
         attempt!("umount -l {}", lab.point().display());
     }
 }
+
+/// What a user does who is not root, in a mount namespace of their own where `/dev/fuse` is for everybody,
+/// as most distributions have it: mounts, writes, prints the status and that of the daemon's threads,
+/// unmounts.
+const ROOTLESS: &str = r#"
+    mknod -m 666 $lab/fuse c 10 229
+    mount --bind $lab/fuse /dev/fuse
+    cd $lab
+    cp $qcow2fs program
+    user="setpriv --reuid=65534 --regid=65534 --clear-groups"
+    $user ./program create images/disk.qcow2 8M
+    $user ./program mount images mnt
+    trap "umount -l mnt 2>/dev/null || true" EXIT
+    $user dd if=/dev/urandom of=written bs=1M count=2 status=none
+    $user dd if=written of=mnt/disk.raw bs=1M conv=notrunc,fsync status=none
+    $user cmp -n 2M written mnt/disk.raw
+    ls mnt 2>/dev/null && exit 3
+    $user ./program status --json mnt >status
+    pid=$(grep -oP '"pid": *\K[0-9]+' status)
+    cat /proc/$pid/task/*/status | grep -E '^(Uid|CapEff|NoNewPrivs|Seccomp):' | sort | uniq -c
+    $user ./program umount mnt
+    mountpoint -q mnt && exit 4
+    exit 0
+"#;
+
+#[test]
+fn without_root_all_layers_hold_as_well() {
+    let lab = Lab::new();
+    let home = lab.path("");
+    sh!("chown -R 65534:65534 {}", home.display());
+    let script = lab.path("script");
+    fs::write(&script, format!("lab={}\n{ROOTLESS}", home.display())).unwrap();
+    let found =
+        sh!("timeout 60 unshare -m --propagation private bash -euo pipefail {}", script.display());
+    let status = fs::read_to_string(lab.path("status")).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    for layer in LAYERS {
+        let state = status["confined"][layer].as_str().expect("a state");
+        assert!(state == "on" || state.starts_with("not available"), "{layer}: {state}");
+    }
+    assert!(!alive(status["pid"].as_i64().expect("a pid") as i32), "the daemon outlives its mount");
+    // All threads are the same.
+    let lines: Vec<Vec<&str>> =
+        found.lines().map(|line| line.split_whitespace().collect()).collect();
+    let values: Vec<_> = lines.iter().map(|line| (line[1], line[2])).collect();
+    assert_eq!(
+        values,
+        [
+            ("CapEff:", "0000000000000000"),
+            ("NoNewPrivs:", "1"),
+            ("Seccomp:", "2"),
+            ("Uid:", "65534")
+        ]
+    );
+    let threads: u32 = lines[0][0].parse().unwrap();
+    assert!(threads > 3, "{found}");
+    assert_sound(&lab.image("disk.qcow2"));
+}
