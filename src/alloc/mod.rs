@@ -565,7 +565,15 @@ impl Refcounts {
         (0u64..).zip(&state.table).filter(|(_, offset)| **offset != 0).map(|(i, _)| i).collect()
     }
 
-    /// Lowers the counts that refcount block `index` has too high, as far as they are what they were
+    /// The first cluster of `range` whose refcount is not 0.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn next_counted(&self, range: Range<u64>) -> Result<Option<u64>> {
+        self.next_counted_in(&mut self.state.lock(), range)
+    }
+
+    /// Lowers the counts of the clusters of `range` that are too high, as far as they are what they were
     /// when [`Refcounts::remember_counted`] was called; a cluster that should not be counted at all
     /// stays at 1 and is passed to `take`. `references` says how many references there are; what is
     /// metadata and has none is left alone, since none leads to refcount blocks and the refcount
@@ -575,19 +583,17 @@ impl Refcounts {
     /// Host errors.
     pub fn leaked(
         &self,
-        index: u64,
+        range: Range<u64>,
         references: impl Fn(u64) -> u64,
         take: impl Fn(u64) -> u64,
     ) -> Result<u64> {
         let mut state = self.state.lock();
-        let per_block = self.geometry.refcounts_per_block();
-        if !self.has_block(&state, index * per_block) {
-            return Ok(0);
-        }
         let mut found = 0;
-        for cluster in index * per_block..(index + 1) * per_block {
+        let mut from = range.start;
+        while let Some(cluster) = self.next_counted_in(&mut state, from..range.end)? {
+            from = cluster + 1;
             let count = self.read(&mut state, cluster)?;
-            let wanted = if count == 0 { 0 } else { references(cluster) };
+            let wanted = references(cluster);
             if count <= wanted {
                 continue;
             }
@@ -601,6 +607,29 @@ impl Refcounts {
             found += if wanted == 0 { take(cluster) } else { 1 };
         }
         Ok(found)
+    }
+
+    fn next_counted_in(&self, state: &mut State, range: Range<u64>) -> Result<Option<u64>> {
+        let order = self.geometry.refcount_order();
+        let per_block = self.geometry.refcounts_per_block();
+        let per_slice = (state.cache.slice_size() * 8) >> order;
+        let mut cluster = range.start;
+        while cluster < range.end {
+            let Some((key, index)) = self.locate(state, cluster) else {
+                cluster = (cluster / per_block + 1) * per_block;
+                continue;
+            };
+            self.load(state, key)?;
+            let counts = state.cache.get(key).unwrap_or_default();
+            match refcount::next_used(counts, index, order) {
+                Some(used) => {
+                    let found = cluster + (used - index) as u64;
+                    return Ok((found < range.end).then_some(found));
+                }
+                None => cluster += per_slice - index as u64,
+            }
+        }
+        Ok(None)
     }
 
     /// The first cluster from `from` on whose refcount is 0; clusters without a block are free.

@@ -16,6 +16,22 @@ pub fn get(block: &[u8], index: usize, order: u32) -> u64 {
     }
 }
 
+/// The first entry of `block` from `index` on that is not 0.
+pub fn next_used(block: &[u8], mut index: usize, order: u32) -> Option<usize> {
+    while index < (block.len() * 8) >> order {
+        let byte = (index << order) / 8;
+        let zeros = block[byte..].iter().position(|byte| *byte != 0)?;
+        if zeros > 0 {
+            index = ((byte + zeros) * 8) >> order;
+        }
+        if get(block, index, order) != 0 {
+            return Some(index);
+        }
+        index += 1;
+    }
+    None
+}
+
 /// Sets the refcount of entry `index` of `block`. `value` must fit `1 << order` bits.
 pub fn set(block: &mut [u8], index: usize, order: u32, value: u64) {
     debug_assert!(order == 6 || value >> (1 << order) == 0, "refcount {value} does not fit");
@@ -55,6 +71,21 @@ mod tests {
                     assert_eq!(get(&block, j, order), expected, "order {order} {i} {j}");
                 }
                 set(&mut block, i, order, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_next_entry_in_use_is_found_from_everywhere() {
+        for order in 0..=6 {
+            let entries = (64 * 8) >> order;
+            for used in [vec![], vec![0], vec![entries - 1], vec![1, 2, entries / 2]] {
+                let mut block = [0u8; 64];
+                used.iter().for_each(|i| set(&mut block, *i, order, 1));
+                for from in 0..entries + 2 {
+                    let expected = used.iter().copied().find(|i| *i >= from);
+                    assert_eq!(next_used(&block, from, order), expected, "{order} {used:?} {from}");
+                }
             }
         }
     }

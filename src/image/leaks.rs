@@ -32,6 +32,9 @@ use crate::error::{Error, Result};
 use crate::format::{Header, HostCluster};
 use crate::storage::Storage;
 
+/// So many clusters are looked at while others wait. One refcount block may count millions.
+const AT_ONCE: u64 = 1 << 14;
+
 /// A search that is under way.
 #[derive(Debug)]
 pub(super) struct LeakSearch {
@@ -179,22 +182,22 @@ impl Image {
         counts: &references::ReferenceCounts,
         stop: &AtomicBool,
     ) -> Result<u64> {
-        let take = |cluster| writer.recycler.take_leaked(cluster);
         let per_block = self.geometry.refcounts_per_block();
         let mut returned = 0;
         for block in writer.refcounts.blocks() {
-            if stop.load(Ordering::Acquire) {
-                break;
+            let end = (block + 1) * per_block;
+            let mut from = block * per_block;
+            while from < end && !stop.load(Ordering::Acquire) {
+                let until = end.min(from + AT_ONCE);
+                from = match writer.refcounts.next_counted(from..until)? {
+                    None => until,
+                    Some(first) => {
+                        let part = first..end.min(first + AT_ONCE);
+                        returned += self.return_leaked_of(writer, counts, part.clone())?;
+                        part.end
+                    }
+                };
             }
-            // Nobody is between dropping a cluster from a table and telling the recycler.
-            let _flush = self.hold_flush(writer);
-            let _guard = self.locks.exclusive(0..u64::MAX);
-            let counted = block * per_block..(block + 1) * per_block;
-            let pending = writer.recycler.pending_drops(&counted);
-            let references = |cluster| {
-                counts.get(HostCluster(cluster)) + pending.get(&cluster).copied().unwrap_or(0)
-            };
-            returned += writer.refcounts.leaked(block, references, take)?;
         }
         if returned > 0 {
             // Freeing them is a change like any other, and the first one perhaps.
@@ -202,6 +205,24 @@ impl Image {
             writer.recycler.note_change();
         }
         Ok(returned)
+    }
+
+    /// Those of some clusters, while everybody else waits.
+    fn return_leaked_of(
+        &self,
+        writer: &Writer,
+        counts: &references::ReferenceCounts,
+        clusters: Range<u64>,
+    ) -> Result<u64> {
+        // Nobody is between dropping a cluster from a table and telling the recycler.
+        let _flush = self.hold_flush(writer);
+        let _guard = self.locks.exclusive(0..u64::MAX);
+        let pending = writer.recycler.pending_drops(&clusters);
+        let references = |cluster| {
+            counts.get(HostCluster(cluster)) + pending.get(&cluster).copied().unwrap_or(0)
+        };
+        let take = |cluster| writer.recycler.take_leaked(cluster);
+        writer.refcounts.leaked(clusters, references, take)
     }
 
     /// Sets the COPIED flags that are missing.
