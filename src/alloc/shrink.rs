@@ -59,10 +59,7 @@ impl Refcounts {
         let Some(bytes) = self.block_bytes(&self.state.lock(), index as usize)? else {
             return Ok(());
         };
-        // Most blocks at the end of a large file that was emptied are all zeros but one.
-        (0..per_block)
-            .filter(|&i| refcount::get(&bytes, i as usize, order) > 0)
-            .for_each(|i| each(index * per_block + i));
+        refcount::in_use(&bytes, order).for_each(|i| each(index * per_block + i as u64));
         Ok(())
     }
 
@@ -76,22 +73,20 @@ impl Refcounts {
         mut tell: impl FnMut(u64, u64, bool) -> Result<()>,
     ) -> Result<()> {
         let state = self.state.lock();
-        let bits = self.geometry.cluster_bits();
+        let (bits, order) = (self.geometry.cluster_bits(), self.geometry.refcount_order());
         let per_block = self.geometry.refcounts_per_block();
         let first = self.geometry.host_cluster(state.table_offset).0;
         let table = first..first + self.geometry.clusters_for(state.table.len() as u64 * 8).0;
         let blocks: BTreeSet<u64> = state.table.iter().map(|offset| offset >> bits).collect();
         for index in 0..state.table.len() {
             let Some(bytes) = self.block_bytes(&state, index)? else { continue };
-            for i in 0..per_block {
-                let count = refcount::get(&bytes, i as usize, self.geometry.refcount_order());
-                let cluster = index as u64 * per_block + i;
+            for i in refcount::in_use(&bytes, order) {
+                let count = refcount::get(&bytes, i, order);
+                let cluster = index as u64 * per_block + i as u64;
                 // Offset 0 in the table means none.
                 let is_structure =
                     cluster > 0 && (table.contains(&cluster) || blocks.contains(&cluster));
-                if count > 0 {
-                    tell(cluster, count, is_structure)?;
-                }
+                tell(cluster, count, is_structure)?;
             }
         }
         Ok(())

@@ -1,6 +1,8 @@
 //! Refcounts in a refcount block: 1 to 64 bits wide, big-endian; widths under 8 bits count from
 //! the least significant bit of a byte.
 
+use std::iter;
+
 /// The refcount of entry `index` of `block`, whose entries are `1 << order` bits wide.
 pub fn get(block: &[u8], index: usize, order: u32) -> u64 {
     match order {
@@ -30,6 +32,11 @@ pub fn next_used(block: &[u8], mut index: usize, order: u32) -> Option<usize> {
         index += 1;
     }
     None
+}
+
+/// All entries of `block` that are not 0, in ascending order.
+pub fn in_use(block: &[u8], order: u32) -> impl Iterator<Item = usize> {
+    iter::successors(next_used(block, 0, order), move |last| next_used(block, last + 1, order))
 }
 
 /// Sets the refcount of entry `index` of `block`. `value` must fit `1 << order` bits.
@@ -82,6 +89,7 @@ mod tests {
             for used in [vec![], vec![0], vec![entries - 1], vec![1, 2, entries / 2]] {
                 let mut block = [0u8; 64];
                 used.iter().for_each(|i| set(&mut block, *i, order, 1));
+                assert_eq!(in_use(&block, order).collect::<Vec<_>>(), used);
                 for from in 0..entries + 2 {
                     let expected = used.iter().copied().find(|i| *i >= from);
                     assert_eq!(next_used(&block, from, order), expected, "{order} {used:?} {from}");
