@@ -5,15 +5,23 @@
 //! mount (so never into our own), a regular file only, and as what the image says that it is:
 //! nothing is probed. Protocols (`nbd:`, `json:`) are not names of files. A backing file is only
 //! ever read; an external data file is written when its image is, and then nobody else has it.
+//!
+//! Nor is it trusted as somebody else's: this process may open what the owner of an image may not.
+//! Beneath the image directory a name is followed only where the owner of each image that leads there
+//! could have opened the file: it is theirs, or for everybody, and so are the directories on the way.
+//! What groups may does not count, since nobody here knows who is in them. Images of root and of who
+//! runs this are followed everywhere, and all images into a directory that was allowed.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::acl;
 use super::host::{self, HostId, Root, Stamp};
 use super::keys::Keys;
 use super::node::open_host_file;
@@ -25,6 +33,11 @@ use crate::storage::image_lock::{self, Access};
 
 /// The longest chain that is followed.
 const MAX_DEPTH: usize = 64;
+
+/// What everybody may do to a file, as bits of its mode, and to a directory.
+const READ: u32 = 0o4;
+const WRITE: u32 = 0o2;
+const SEARCH: u32 = 0o1;
 
 /// What records the real path of a backing file, and of a data file.
 const REBASE: &str = "`qemu-img rebase -u` with its real path records that";
@@ -99,6 +112,8 @@ pub(super) struct Files {
 struct Opened {
     /// The image itself first.
     seen: Vec<HostId>,
+    /// Whose images have led here.
+    owners: Vec<u32>,
     stamps: Vec<Stamp>,
     uses: Uses,
 }
@@ -207,6 +222,7 @@ impl Chains {
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
         let mut opened = Opened {
             seen: vec![HostId::of(&metadata)],
+            owners: vec![metadata.uid()],
             stamps: Vec::new(),
             uses: self.no_uses(path),
         };
@@ -215,7 +231,7 @@ impl Chains {
             Some(name) => {
                 let may_write = options.writable;
                 let mut uses = self.no_uses(path);
-                let file = self.data_file(&image, name, [write, may_write], &mut opened.seen)?;
+                let file = self.data_file(&image, name, [write, may_write], &mut opened)?;
                 uses.add(file.id, &file.path);
                 Some(DataFile { file: file.file, _uses: uses })
             }
@@ -262,11 +278,16 @@ impl Chains {
         Ok(self.keys.stays(from, to)? || encryption() != Some(Encryption::Aes))
     }
 
-    /// What the host says of the data file `name` of the image at `path`, without opening it;
-    /// nothing where it may not be looked at.
-    pub(super) fn look_at_data_file(&self, path: &Path, name: &[u8]) -> Option<Metadata> {
+    /// What the host says of the data file `name` of the image at `path`, which belongs to `owner`,
+    /// without opening it; nothing where it may not be looked at.
+    pub(super) fn look_at_data_file(
+        &self,
+        path: &Path,
+        owner: u32,
+        name: &[u8],
+    ) -> Option<Metadata> {
         let path = whole_path(&self.whole(path), name).ok()?;
-        self.find(&path, AMEND).and_then(|place| look(&place)).ok()
+        self.find(&path, &[owner], READ, AMEND).and_then(|place| look(&place)).ok()
     }
 
     fn no_uses(&self, user: &Path) -> Uses {
@@ -284,14 +305,19 @@ impl Chains {
         image: &Path,
         name: &[u8],
         [write, may_write]: [bool; 2],
-        seen: &mut Vec<HostId>,
+        opened: &mut Opened,
     ) -> Result<OpenedData> {
         let open = || {
             let path = whole_path(image, name)?;
-            let place = self.find(&path, AMEND)?;
+            let find = |wanted| self.find(&path, &opened.owners, wanted, AMEND);
+            let (place, may_write) = match may_write.then(|| find(READ | WRITE)) {
+                Some(Ok(place)) => (place, true),
+                Some(Err(e)) if write => return Err(e),
+                _ => (find(READ)?, false),
+            };
             let file = open_host_file(&place, write, may_write)?;
             let id = HostId::of(&look(&file)?);
-            if seen.contains(&id) {
+            if opened.seen.contains(&id) {
                 return Err(Error::corrupt("it is the image itself, or one of its other files"));
             }
             let access = if write { Access::Write } else { Access::Read };
@@ -299,9 +325,9 @@ impl Chains {
             Ok(OpenedData { file: Arc::new(HostFile::new(file)), id, path })
         };
         let name = legible(name);
-        let opened = open().map_err(|e| e.context(format!("data file {name}")))?;
-        seen.push(opened.id);
-        Ok(opened)
+        let data = open().map_err(|e| e.context(format!("data file {name}")))?;
+        opened.seen.push(data.id);
+        Ok(data)
     }
 
     /// Says which image of ours it is that keeps a file from being locked.
@@ -336,12 +362,14 @@ impl Chains {
             ))));
         }
         let path = whole_path(image, &needed.name).map_err(in_file)?;
-        let file = self.open_file(&path).map_err(in_file)?;
-        let id = HostId::of(&look(&file).map_err(in_file)?);
+        let file = self.open_file(&path, &opened.owners).map_err(in_file)?;
+        let metadata = look(&file).map_err(in_file)?;
+        let id = HostId::of(&metadata);
         if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
         opened.seen.push(id);
+        opened.owners.push(metadata.uid());
         let locked = image_lock::acquire(&file, None, Access::Read);
         locked.map_err(|e| in_file(self.name_user(e, id)))?;
         opened.uses.add(id, &path);
@@ -359,7 +387,7 @@ impl Chains {
                 }
                 if let Some(name) = summary.data_file.filter(|_| summary.refusal.is_none()) {
                     let read_only = [false, false];
-                    let data = self.data_file(&path, &name, read_only, &mut opened.seen);
+                    let data = self.data_file(&path, &name, read_only, opened);
                     let data = data.map_err(in_file)?;
                     opened.uses.add(data.id, &data.path);
                     opened.stamps.push(Stamp::of(&look(data.file.file()).map_err(in_file)?));
@@ -391,16 +419,17 @@ impl Chains {
         names.min_by_key(|name| name.components().count()).unwrap_or(path)
     }
 
-    /// Opens a file for reading if it lies where it may.
-    fn open_file(&self, path: &Path) -> Result<File> {
-        let place = self.find(path, REBASE)?;
+    /// Opens a file for reading if it lies where it may, for the `owners` of the images that lead to it.
+    fn open_file(&self, path: &Path, owners: &[u32]) -> Result<File> {
+        let place = self.find(path, owners, READ, REBASE)?;
         host::open_file(&place, false)
             .map_err(|e| Error::io(format!("opening {}", path.display()), e))
     }
 
-    /// Finds a regular file if it lies where it may, without opening it. `remedy` says how an image
-    /// comes to name it by its real path.
-    fn find(&self, path: &Path, remedy: &str) -> Result<File> {
+    /// Finds a regular file, without opening it, if it lies where it may and the `owners` of the images
+    /// that lead to it may do to it what is `wanted`. `remedy` says how an image comes to name it by its
+    /// real path.
+    fn find(&self, path: &Path, owners: &[u32], wanted: u32, remedy: &str) -> Result<File> {
         let beneath = self.roots.iter().filter_map(|(root, directory)| {
             path.strip_prefix(root).ok().map(|rest| (directory, rest))
         });
@@ -418,7 +447,22 @@ impl Chains {
             }
             _ => Error::io(format!("opening {}", path.display()), e),
         };
-        let place = directory.place_in_same_mount(rest).map_err(failed)?;
+        let is_allowed = self.roots.iter().skip(1).any(|(root, _)| path.starts_with(root));
+        let owners = if is_allowed { &[] } else { owners };
+        let reach = |directory: &Root, part: &Path, wanted: u32| {
+            let place = directory.place_in_same_mount(part).map_err(failed)?;
+            match who_may_not(&place, wanted, owners).map_err(failed)? {
+                Some(owner) => Err(not_for(owner, path)),
+                None => Ok(place),
+            }
+        };
+        let mut parent = None;
+        for part in rest.parent().into_iter().flat_map(Path::components) {
+            let within = parent.as_ref().unwrap_or(directory);
+            parent = Some(Root::at(reach(within, Path::new(&part), SEARCH)?));
+        }
+        let name = Path::new(rest.file_name().unwrap_or_default());
+        let place = reach(parent.as_ref().unwrap_or(directory), name, wanted)?;
         // Not opened if it is something else: opening a FIFO or a device does something.
         if !place.metadata().map_err(failed)?.is_file() {
             return Err(unsupported("it is not a regular file"));
@@ -429,6 +473,26 @@ impl Chains {
 
 fn look(file: &File) -> Result<Metadata> {
     file.metadata().map_err(|e| Error::io("looking at it", e))
+}
+
+/// The first of `owners` who could not do to a file or directory what is wanted.
+fn who_may_not(place: &File, wanted: u32, owners: &[u32]) -> std::io::Result<Option<u32>> {
+    let is_trusted = |owner: u32| owner == 0 || owner == rustix::process::geteuid().as_raw();
+    let mut strangers = owners.iter().copied().filter(|owner| !is_trusted(*owner)).peekable();
+    if strangers.peek().is_none() {
+        return Ok(None);
+    }
+    let metadata = place.metadata()?;
+    let is_for_everybody = acl::mode_of(place, metadata.mode()) & wanted == wanted;
+    Ok(strangers.find(|owner| *owner != metadata.uid() && !is_for_everybody))
+}
+
+fn not_for(owner: u32, path: &Path) -> Error {
+    let parent = path.parent().unwrap_or(path).display();
+    unsupported(format!(
+        "an image of user {owner} leads to it, who may not open it: let everybody, or mount with \
+         `--allow {parent}` to trust the images"
+    ))
 }
 
 /// Opens a directory under the path that `name` makes of it.

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use rustix::fs::XattrFlags;
 
-use super::{Catalog, Node, SetTime, Times, acl, errno, host};
+use super::{Catalog, Node, Requester, SetTime, Times, acl, errno, host};
 use crate::error::{Error, Result};
 
 /// Which attributes to set; `None` leaves one as it is. The size is not among them: it is the
@@ -30,8 +30,14 @@ impl Catalog {
     /// Sets attributes of a node's file on the host.
     ///
     /// # Errors
-    /// `EPERM` for an owner that an option of the mount overrides, and those of the host.
-    pub fn change_attributes(&self, node: &Node, change: AttributeChange) -> Result<()> {
+    /// `EPERM` for an owner that an option of the mount overrides, and for who is not the owner; those
+    /// of the host.
+    pub fn change_attributes(
+        &self,
+        node: &Node,
+        change: AttributeChange,
+        who: Requester,
+    ) -> Result<()> {
         let overridden = |asked: Option<u32>, shown: Option<u32>| {
             asked.is_some() && shown.is_some() && asked != shown
         };
@@ -39,10 +45,28 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        let changed =
-            self.at_place(node, "changing attributes", |file| self.apply(node, file, change));
+        let changed = self.at_place(node, "changing attributes", |file| {
+            self.may_change(file, change, who)?;
+            self.apply(node, file, change)
+        });
         note_change(node);
         changed
+    }
+
+    /// The kernel goes by the owner that it was last told of, and the host may have another one by now.
+    fn may_change(&self, file: &File, change: AttributeChange, who: Requester) -> io::Result<()> {
+        let is_time = |time: Option<SetTime>| matches!(time, Some(SetTime::At(_)));
+        let is_owners = change.mode.is_some()
+            || change.uid.is_some()
+            || change.gid.is_some()
+            || is_time(change.accessed)
+            || is_time(change.modified);
+        let host_looks = who.uid == 0 || !rustix::process::geteuid().is_root();
+        if !is_owners || host_looks || who.uid == self.options.uid.unwrap_or(file.metadata()?.uid())
+        {
+            return Ok(());
+        }
+        Err(io::Error::from_raw_os_error(libc::EPERM))
     }
 
     /// Runs `verb` on a node's file on the host, which may be open for nothing. One that is open in an

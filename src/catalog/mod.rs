@@ -54,7 +54,7 @@ pub use keys::{Keys, Prompt, Typed};
 pub use metrics::metrics;
 pub use node::{HandleMode, Io, IoCounts, Node, Opening};
 pub use overlay::OverlayOptions;
-pub use rename::Creator;
+pub use rename::Requester;
 pub use status::{ImageStatus, MountStatus, Refusal};
 pub use times::Times;
 
@@ -156,6 +156,14 @@ pub struct Attributes {
     pub data: Option<Metadata>,
 }
 
+/// A name that stands for something.
+struct Named {
+    /// Its path on the host, relative to the image directory.
+    path: PathBuf,
+    place: File,
+    metadata: Metadata,
+}
+
 /// One name in a directory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
@@ -214,10 +222,10 @@ impl Catalog {
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
         let parent = self.node(parent)?;
         let names = self.names.read();
-        let (path, place, metadata) = self.find(&parent, name)?;
-        let node = self.remember(&metadata, path);
+        let found = self.find(&parent, name)?;
+        let node = self.remember(&found.metadata, found.path.clone());
         drop(names);
-        let (place, metadata) = self.with_overlay(&node, (place, metadata))?;
+        let (place, metadata) = self.with_overlay(&node, found)?;
         self.shown(&node, &place, metadata)
     }
 
@@ -228,29 +236,31 @@ impl Catalog {
         let names = self.names.read();
         let found = self.find(&parent, name);
         drop(names);
-        if let Ok((_, place, metadata)) = found
-            && metadata.is_file()
-            && let Ok(file) = host::open_file(&place, false)
+        if let Ok(found) = found
+            && found.metadata.is_file()
+            && let Ok(file) = host::open_file(&found.place, false)
         {
             let _ = Image::summarize(&HostFile::new(file));
         }
     }
 
-    /// The host path, the place and the looks of what is shown as `name` in `parent`.
-    fn find(&self, parent: &Node, name: &OsStr) -> Result<(PathBuf, File, Metadata)> {
+    /// What is shown as `name` in `parent`. It is looked for in the directory that the node is, whatever
+    /// has that one's names by now: the kernel has looked who may search this one.
+    fn find(&self, parent: &Node, name: &OsStr) -> Result<Named> {
         if !parent.is_directory() {
             return Err(errno("looking up a name", libc::ENOTDIR));
         }
         if !names::is_one(name) {
             return Err(errno("looking up what is no name", libc::EINVAL));
         }
-        let directory = parent.path();
+        let Named { path: directory, place, .. } = self.place_among_names(parent)?;
+        let within = Root::at(place);
+        let look = |name: &OsStr| look_in(&within, name, directory.join(name));
         if let Some(image) = names::image_name(name)
             && self.shows(parent, &image)
         {
-            let path = directory.join(image);
-            match self.place(&path) {
-                Ok((place, metadata)) if metadata.is_file() => return Ok((path, place, metadata)),
+            match look(&image) {
+                Ok(found) if found.metadata.is_file() => return Ok(found),
                 Ok(_) => {}
                 // The image's name is longer than its raw file's.
                 Err(e) if matches!(e.errno(), libc::ENOENT | libc::ELOOP | libc::ENAMETOOLONG) => {}
@@ -260,9 +270,8 @@ impl Catalog {
         if !self.shows(parent, name) {
             return Err(errno("looking up a name", libc::ENOENT));
         }
-        let path = directory.join(name);
-        match self.place(&path) {
-            Ok((place, metadata)) if metadata.is_dir() => Ok((path, place, metadata)),
+        match look(name) {
+            Ok(found) if found.metadata.is_dir() => Ok(found),
             Ok(_) => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) if e.errno() == libc::ELOOP => Err(errno("looking up a name", libc::ENOENT)),
             Err(e) => Err(e),
@@ -285,13 +294,8 @@ impl Catalog {
         }
     }
 
-    fn place(&self, path: &Path) -> Result<(File, Metadata)> {
-        let look = || {
-            let place = self.root.place(path)?;
-            let metadata = place.metadata()?;
-            Ok((place, metadata))
-        };
-        look().map_err(|e| Error::io(format!("looking at {}", path.display()), e))
+    fn place(&self, path: &Path) -> Result<Named> {
+        look_in(&self.root, path.as_os_str(), path.to_owned())
     }
 
     fn remember(&self, metadata: &Metadata, path: PathBuf) -> Arc<Node> {
@@ -339,18 +343,17 @@ impl Catalog {
     }
 
     /// The node's file by any of its names, as long as it still is the same file.
-    fn own_place(&self, node: &Node) -> Result<(File, Metadata)> {
+    fn own_place(&self, node: &Node) -> Result<Named> {
         let _names = self.names.read();
         self.place_among_names(node)
     }
 
-    /// The same for who holds the lock of names.
-    fn place_among_names(&self, node: &Node) -> Result<(File, Metadata)> {
+    /// The same for who holds the lock of names. Its path is the name that it was found by, which need
+    /// not be the node's latest.
+    fn place_among_names(&self, node: &Node) -> Result<Named> {
         for path in node.paths().iter().rev() {
             match self.place(path) {
-                Ok((place, metadata)) if HostId::of(&metadata) == node.id() => {
-                    return Ok((place, metadata));
-                }
+                Ok(found) if HostId::of(&found.metadata) == node.id() => return Ok(found),
                 Ok(_) => {}
                 Err(e) if matches!(e.errno(), libc::ENOENT | libc::ENOTDIR | libc::ELOOP) => {}
                 Err(e) => return Err(e),
@@ -361,17 +364,19 @@ impl Catalog {
 
     /// The overlay of a node whose own file is `own`, or that where there is none, or none that could be
     /// opened: then the image is shown still.
-    fn with_overlay(&self, node: &Node, own: (File, Metadata)) -> Result<(File, Metadata)> {
+    fn with_overlay(&self, node: &Node, own: Named) -> Result<(File, Metadata)> {
+        let Named { path, place, metadata } = own;
         match &self.overlays {
-            Some(overlays) if !node.is_directory() => match overlays.find(&own.1, &node.path()) {
-                Ok(found) => Ok(found.map_or(own, |found| (found.place, found.metadata))),
+            Some(overlays) if !node.is_directory() => match overlays.find(&metadata, &path) {
+                Ok(None) => Ok((place, metadata)),
+                Ok(Some(found)) => Ok((found.place, found.metadata)),
                 Err(e) if e.kind() == crate::ErrorKind::Unsupported => {
                     node.log(&e);
-                    Ok(own)
+                    Ok((place, metadata))
                 }
                 Err(e) => Err(e),
             },
-            _ => Ok(own),
+            _ => Ok((place, metadata)),
         }
     }
 
@@ -387,22 +392,23 @@ impl Catalog {
             }
             Some(overlays) => {
                 self.goes_on()?;
-                overlays.make(&node.path(), &self.own_place(node)?.0)
+                let own = self.own_place(node)?;
+                overlays.make(&own.path, &own.place)
             }
         }
     }
 
     /// What is to be opened of a node, and whether that may be written to.
     fn to_open(&self, node: &Node) -> Result<Found> {
-        let own = self.own_place(node)?;
+        let Named { path, place, metadata } = self.own_place(node)?;
         let Some(overlays) = &self.overlays else {
-            return Ok(Found { place: own.0, may_write: !self.options.read_only });
+            return Ok(Found { path, place, may_write: !self.options.read_only });
         };
-        match overlays.find(&own.1, &node.path())? {
-            None => Ok(Found { place: own.0, may_write: false }),
+        match overlays.find(&metadata, &path)? {
+            None => Ok(Found { path, place, may_write: false }),
             Some(overlay) => {
                 overlays.check(&overlay)?;
-                Ok(Found { place: overlay.place, may_write: !self.options.read_only })
+                Ok(Found { path, place: overlay.place, may_write: !self.options.read_only })
             }
         }
     }
@@ -476,7 +482,7 @@ impl Catalog {
     ) -> Attributes {
         let data = match (&header.data_file, open) {
             (_, true) => node.look_at_data_file(),
-            (Some(name), false) => self.chains.look_at_data_file(&node.path(), name),
+            (Some(name), false) => self.chains.look_at_data_file(&node.path(), host.uid(), name),
             (None, false) => None,
         };
         let mode_bits = if node.is_directory() { host::DIRECTORY_MODE } else { host::FILE_MODE };
@@ -668,6 +674,19 @@ fn remove_abandoned(place: &File, names: &[(OsString, bool)]) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => log::warn!("removing {}, left by a crash: {e}", name.display()),
         }
+    }
+}
+
+/// What `name` stands for in a directory; `path` is what it is to be called.
+fn look_in(directory: &Root, name: &OsStr, path: PathBuf) -> Result<Named> {
+    let look = || {
+        let place = directory.place(name.as_ref())?;
+        let metadata = place.metadata()?;
+        Ok((place, metadata))
+    };
+    match look() {
+        Ok((place, metadata)) => Ok(Named { path, place, metadata }),
+        Err(e) => Err(Error::io(format!("looking at {}", path.display()), e)),
     }
 }
 

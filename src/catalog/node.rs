@@ -170,6 +170,8 @@ pub(super) enum Opener {
 
 /// What is to be opened.
 pub(super) struct Found {
+    /// The name of the image, relative to the image directory.
+    pub(super) path: PathBuf,
     /// The file.
     pub(super) place: File,
     /// It may be written to, now or later.
@@ -465,7 +467,7 @@ impl Node {
         chains: &Chains,
     ) -> Result<(Opened, Stamp)> {
         let options = Options { writable: found.may_write, ..options.clone() };
-        Opened::new(&found.place, write, &options, chains, &self.path())
+        Opened::new(&found.place, write, &options, chains, &found.path)
     }
 
     /// Counts a handle out and closes the image with the last one.

@@ -17,30 +17,27 @@ use rustix::fs::{AtFlags, CWD, RenameFlags};
 use rustix::io::Errno;
 
 use super::host::{self, HostId, Root};
-use super::{Catalog, Node, errno, names, read_only};
+use super::{Catalog, Named, Node, errno, names, read_only};
 use crate::error::{Error, ErrorKind, Result, legible};
 use crate::image::{Image, Summary};
 use crate::storage::{HostFile, IfTaken, NewFile};
 
-/// Who asks for a new file or directory.
+/// Who asks for a change.
 #[derive(Clone, Copy, Debug)]
-pub struct Creator {
+pub struct Requester {
     /// The user.
     pub uid: u32,
     /// The group.
     pub gid: u32,
 }
 
-/// A name that stands for something.
-struct Found {
-    /// Its path on the host.
-    path: PathBuf,
-    place: File,
-    metadata: Metadata,
+impl Requester {
+    /// Who may do everything that the host lets this process do.
+    pub const US: Requester = Requester { uid: 0, gid: 0 };
 }
 
 impl Catalog {
-    /// Makes an empty image with virtual size 0, as the mount's options say, owned by `creator` where
+    /// Makes an empty image with virtual size 0, as the mount's options say, owned by `who` asks where
     /// we may give files away. It is known to the kernel from now on, as after a lookup.
     ///
     /// # Errors
@@ -51,7 +48,7 @@ impl Catalog {
         parent: &Node,
         name: &OsStr,
         mode: u32,
-        creator: Creator,
+        who: Requester,
     ) -> Result<Arc<Node>> {
         if self.options.read_only {
             return Err(read_only());
@@ -65,12 +62,13 @@ impl Catalog {
         if self.found(parent, name)?.is_some() {
             return Err(errno(&format!("making {}", shown(name)), libc::EEXIST));
         }
-        let (place, directory) = self.place_of(parent)?;
+        let directory = self.own_place(parent)?;
         let failed = |e| Error::io(format!("making {}", shown(&image)), e);
-        let new = NewFile::new(&host::path_of(&place), mode & host::FILE_MODE).map_err(failed)?;
+        let new = NewFile::new(&host::path_of(&directory.place), mode & host::FILE_MODE)
+            .map_err(failed)?;
         let storage = HostFile::new(new.file().try_clone().map_err(failed)?);
         Image::create(&storage, &self.options.create)?;
-        let [uid, gid] = self.owner_of_new(&directory, creator);
+        let [uid, gid] = self.owner_of_new(&directory.metadata, who);
         std::os::unix::fs::fchown(new.file(), uid, gid).map_err(failed)?;
         // Giving a file away takes mode bits away, and a default ACL may do so too.
         let exact = Permissions::from_mode(mode & host::FILE_MODE);
@@ -78,10 +76,10 @@ impl Catalog {
         let metadata = new.file().metadata().map_err(failed)?;
         new.publish(&image, IfTaken::Fail).map_err(failed)?;
         let _names = self.names.read();
-        Ok(self.remember(&metadata, parent.path().join(image)))
+        Ok(self.remember(&metadata, directory.path.join(image)))
     }
 
-    /// Makes a directory, owned by `creator` where we may give files away.
+    /// Makes a directory, owned by `who` asks where we may give files away.
     ///
     /// # Errors
     /// `EEXIST`, and those of the host.
@@ -90,7 +88,7 @@ impl Catalog {
         parent: &Node,
         name: &OsStr,
         mode: u32,
-        creator: Creator,
+        who: Requester,
     ) -> Result<()> {
         self.names_may_change()?;
         let _names = self.names.write();
@@ -98,19 +96,19 @@ impl Catalog {
         if self.found(parent, name)?.is_some() {
             return Err(errno(&format!("making the directory {}", shown(name)), libc::EEXIST));
         }
-        let (place, directory) = self.place_among_names(parent)?;
-        let owner = self.owner_of_new(&directory, creator);
-        make_owned_directory(place, name, mode & 0o777, owner).map_err(failed)
+        let directory = self.place_among_names(parent)?;
+        let owner = self.owner_of_new(&directory.metadata, who);
+        make_owned_directory(directory.place, name, mode & 0o777, owner).map_err(failed)
     }
 
     /// Whom something new in `directory` is given to; nothing of what the host or an option decides.
-    fn owner_of_new(&self, directory: &Metadata, creator: Creator) -> [Option<u32>; 2] {
+    fn owner_of_new(&self, directory: &Metadata, who: Requester) -> [Option<u32>; 2] {
         if !rustix::process::geteuid().is_root() {
             return [None, None];
         }
         let inherits = directory.mode() & libc::S_ISGID != 0;
-        let uid = Some(creator.uid).filter(|_| self.options.uid.is_none());
-        let gid = Some(creator.gid).filter(|_| self.options.gid.is_none() && !inherits);
+        let uid = Some(who.uid).filter(|_| self.options.uid.is_none());
+        let gid = Some(who.gid).filter(|_| self.options.gid.is_none() && !inherits);
         [uid, gid]
     }
 
@@ -120,11 +118,17 @@ impl Catalog {
     /// # Errors
     /// `ENOENT`, `EISDIR`, `ENOTDIR`, `InUse` for what an open image is based on, and those of the
     /// host: a directory is empty only when everything in it is gone, shown here or not.
-    pub fn remove(&self, parent: &Node, name: &OsStr, directory: bool) -> Result<()> {
+    pub fn remove(
+        &self,
+        parent: &Node,
+        name: &OsStr,
+        directory: bool,
+        who: Requester,
+    ) -> Result<()> {
         self.names_may_change()?;
         // The host frees a removed file's blocks with its last descriptor, which takes long: not before
         // the lock is given up.
-        let found: Found;
+        let found: Named;
         let _names = self.names.write();
         found = self.found(parent, name)?.ok_or_else(|| errno("removing a name", libc::ENOENT))?;
         match (directory, found.metadata.is_dir()) {
@@ -133,9 +137,10 @@ impl Catalog {
             (true, true) => {}
             (false, false) => self.is_no_ones_base(&found, "removing")?,
         }
-        let (place, _) = self.place_among_names(parent)?;
+        let parent = self.place_among_names(parent)?;
+        self.may_take_away(&parent, &found, who)?;
         let host_name = found.path.file_name().unwrap_or(name);
-        let target = host::path_of(&place).join(host_name);
+        let target = host::path_of(&parent.place).join(host_name);
         let removed = if directory { fs::remove_dir(target) } else { fs::remove_file(target) };
         removed.map_err(|e| match e.raw_os_error() {
             Some(libc::ENOTEMPTY) => refused(
@@ -159,7 +164,13 @@ impl Catalog {
     /// directory with such images; `EINVAL` for an exchange of an image with a directory; `EEXIST`
     /// where the host has the new name for something that is not shown; `InUse` for what an open image
     /// is based on, and for a directory with that in it; and those of the host.
-    pub fn rename(&self, from: (&Node, &OsStr), to: (&Node, &OsStr), flags: u32) -> Result<()> {
+    pub fn rename(
+        &self,
+        from: (&Node, &OsStr),
+        to: (&Node, &OsStr),
+        flags: u32,
+        who: Requester,
+    ) -> Result<()> {
         self.names_may_change()?;
         let flags = RenameFlags::from_bits_retain(flags);
         let what = format!("renaming {} to {}", shown(from.1), shown(to.1));
@@ -174,7 +185,7 @@ impl Catalog {
             self.directory_stands_alone(to, &what)?;
         }
         // As above: the blocks of a file that is replaced.
-        let target: Option<Found>;
+        let target: Option<Named>;
         let _names = self.names.write();
         let source = self.found(from.0, from.1)?.ok_or_else(|| errno(&what, libc::ENOENT))?;
         target = self.found(to.0, to.1)?;
@@ -191,15 +202,20 @@ impl Catalog {
         if moves && flags.contains(RenameFlags::EXCHANGE) {
             target.as_ref().map_or(Ok(()), |target| stands_alone(target, None, &what))?;
         }
-        let new_path = to.0.path().join(&new_name);
+        let old_parent = self.place_among_names(from.0)?;
+        let new_parent = self.place_among_names(to.0)?;
+        self.may_take_away(&old_parent, &source, who)?;
+        if let Some(target) = &target {
+            self.may_take_away(&new_parent, target, who)?;
+        }
+        let new_path = new_parent.path.join(&new_name);
         self.keeps_keys(&source, &source.path, &new_path, &what)?;
         if let Some(target) = target.as_ref().filter(|_| flags.contains(RenameFlags::EXCHANGE)) {
             self.keeps_keys(target, &target.path, &source.path, &what)?;
         }
-        let (old_parent, _) = self.place_among_names(from.0)?;
-        let (new_parent, _) = self.place_among_names(to.0)?;
         let old_name = source.path.file_name().unwrap_or(from.1);
-        let (old, new) = ((&old_parent, old_name), (&new_parent, new_name.as_os_str()));
+        let old = (&old_parent.place, old_name);
+        let new = (&new_parent.place, new_name.as_os_str());
         match target.is_some() || !flags.is_empty() {
             true => rustix::fs::renameat_with(old.0, old.1, new.0, new.1, flags),
             false => rename_to_free_name(old, new),
@@ -213,7 +229,7 @@ impl Catalog {
         Ok(())
     }
 
-    fn name_after_rename(&self, source: &Found, name: &OsStr, what: &str) -> Result<OsString> {
+    fn name_after_rename(&self, source: &Named, name: &OsStr, what: &str) -> Result<OsString> {
         if source.metadata.is_dir() {
             return Ok(name.to_owned());
         }
@@ -232,28 +248,27 @@ impl Catalog {
         self.names_may_change()?;
         let _names = self.names.write();
         let what = format!("linking {} to {}", node.path().display(), shown(name));
-        let (place, metadata) = self.place_among_names(node)?;
-        let found = Found { path: node.path(), place, metadata };
+        let found = self.place_among_names(node)?;
+        let directory = self.place_among_names(parent)?;
         if found.metadata.is_dir() {
             return Err(errno(&what, libc::EPERM));
         }
         let image = self.name_after_rename(&found, name, &what)?;
-        if found.path.parent() != Some(&parent.path()) {
+        if found.path.parent() != Some(&directory.path) {
             stands_alone(&found, None, &what)?;
         }
-        self.keeps_keys(&found, &found.path, &parent.path().join(&image), &what)?;
+        self.keeps_keys(&found, &found.path, &directory.path.join(&image), &what)?;
         if self.found(parent, name)?.is_some() {
             return Err(errno(&what, libc::EEXIST));
         }
-        let (directory, _) = self.place_among_names(parent)?;
         let old = host::path_of(&found.place);
-        rustix::fs::linkat(CWD, &old, &directory, &image, AtFlags::SYMLINK_FOLLOW)
+        rustix::fs::linkat(CWD, &old, &directory.place, &image, AtFlags::SYMLINK_FOLLOW)
             .map_err(|e| Error::io(what, e.into()))
     }
 
     /// Fails where `found`, or an image beneath it, would get another key when `from` becomes `to`, and
     /// not notice: what was written then would be lost for the right one.
-    fn keeps_keys(&self, found: &Found, from: &Path, to: &Path, what: &str) -> Result<()> {
+    fn keeps_keys(&self, found: &Named, from: &Path, to: &Path, what: &str) -> Result<()> {
         if !self.chains.have_keys() {
             return Ok(());
         }
@@ -277,12 +292,11 @@ impl Catalog {
         for (name, is_directory) in names {
             if is_directory || names::raw_name(&name).is_some() {
                 let path = from.join(&name);
-                let (place, metadata) = match self.place(&path) {
+                let below = match self.place(&path) {
                     // It is gone by now.
                     Err(e) if e.errno() == libc::ENOENT => continue,
                     found => found?,
                 };
-                let below = Found { path: path.clone(), place, metadata };
                 self.keeps_keys(&below, &path, &to.join(&name), what)?;
             }
         }
@@ -290,9 +304,9 @@ impl Catalog {
     }
 
     /// What `name` stands for; `None` where it stands for nothing.
-    fn found(&self, parent: &Node, name: &OsStr) -> Result<Option<Found>> {
+    fn found(&self, parent: &Node, name: &OsStr) -> Result<Option<Named>> {
         match self.find(parent, name) {
-            Ok((path, place, metadata)) => Ok(Some(Found { path, place, metadata })),
+            Ok(found) => Ok(Some(found)),
             Err(e) if e.errno() == libc::ENOENT => Ok(None),
             Err(e) => Err(e),
         }
@@ -302,7 +316,7 @@ impl Catalog {
     /// at all of their headers, so other names may change meanwhile.
     fn directory_stands_alone(&self, (parent, name): (&Node, &OsStr), what: &str) -> Result<()> {
         let found = self.found(parent, name)?.filter(|found| found.metadata.is_dir());
-        let Some(Found { path: directory, place, .. }) = found else { return Ok(()) };
+        let Some(Named { path: directory, place, .. }) = found else { return Ok(()) };
         let root = Root::at(place);
         let failed = |e| Error::io(format!("looking through {}", directory.display()), e);
         let is_image = |path: &PathBuf| path.file_name().and_then(names::raw_name).is_some();
@@ -313,14 +327,29 @@ impl Catalog {
             if !metadata.is_file() {
                 continue;
             }
-            let image = Found { path: directory.join(&within), place, metadata };
+            let image = Named { path: directory.join(&within), place, metadata };
             let depth = within.components().count() - 1;
             stands_alone(&image, Some(depth), &format!("{what}: {}", image.path.display()))?;
         }
         Ok(())
     }
 
-    fn is_no_ones_base(&self, found: &Found, what: &str) -> Result<()> {
+    /// In a directory with the sticky bit only who owns it or the file takes a name away. The kernel has
+    /// looked, but the name may have become another file's since.
+    fn may_take_away(&self, directory: &Named, found: &Named, who: Requester) -> Result<()> {
+        let is_sticky = directory.metadata.mode() & libc::S_ISVTX != 0;
+        let owns = |one: &Named| who.uid == self.options.uid.unwrap_or(one.metadata.uid());
+        let host_looks = who.uid == 0 || !rustix::process::geteuid().is_root();
+        match !is_sticky || host_looks || owns(found) || owns(directory) {
+            true => Ok(()),
+            false => {
+                let what = format!("taking away {}, another user's", found.path.display());
+                Err(errno(&what, libc::EPERM))
+            }
+        }
+    }
+
+    fn is_no_ones_base(&self, found: &Named, what: &str) -> Result<()> {
         let id = HostId::of(&found.metadata);
         let used = match found.metadata.is_dir() {
             true => {
@@ -342,7 +371,7 @@ impl Catalog {
     }
 
     /// The nodes whose names change with those of `found`: where there is a directory, all may.
-    fn nodes_at(&self, found: &[&Found]) -> Vec<Arc<Node>> {
+    fn nodes_at(&self, found: &[&Named]) -> Vec<Arc<Node>> {
         if found.iter().any(|found| found.metadata.is_dir()) {
             return self.all_nodes();
         }
@@ -427,8 +456,8 @@ fn rename_to_free_name(old: (&File, &OsStr), new: (&File, &OsStr)) -> rustix::io
 
 /// Whether `source` may be renamed to what is `target`'s now.
 fn may_take_place(
-    source: &Found,
-    target: &Found,
+    source: &Named,
+    target: &Named,
     new_name: &OsStr,
     flags: RenameFlags,
     what: &str,
@@ -452,7 +481,7 @@ fn may_take_place(
 
 /// An image that names others relative to its directory does not find them from another one. Where it
 /// moves with a directory in which it lies `depth` directories deep, only those outside of that count.
-fn stands_alone(found: &Found, depth: Option<usize>, what: &str) -> Result<()> {
+fn stands_alone(found: &Named, depth: Option<usize>, what: &str) -> Result<()> {
     let Some(summary) = summary_of(found) else { return Ok(()) };
     let backing = summary.backing.map(|backing| ("backing", "rebase -u -b", backing.name));
     let data = summary.data_file.map(|name| ("data", "amend -o data_file=", name));
@@ -483,7 +512,7 @@ fn leads_out(name: &[u8], depth: usize) -> bool {
 }
 
 /// Says that what the removed image kept its data in is still there.
-fn tell_of_data_file(found: &Found) {
+fn tell_of_data_file(found: &Named) {
     if found.metadata.nlink() > 1 {
         return;
     }
@@ -495,7 +524,7 @@ fn tell_of_data_file(found: &Found) {
 }
 
 /// What an image's header says; `None` of a directory, and where it makes no sense.
-fn summary_of(found: &Found) -> Option<Summary> {
+fn summary_of(found: &Named) -> Option<Summary> {
     if found.metadata.is_dir() {
         return None;
     }

@@ -1,11 +1,11 @@
 //! The tree of images without a mount: what is shown, who is who, and what is open.
 
-use std::fs::{self, File};
-use std::os::unix::fs::symlink;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
-
 use std::thread;
+use std::time::SystemTime;
 
 use crossbeam_channel::{Sender, unbounded};
 
@@ -127,7 +127,7 @@ fn unlock(file: &File) {
 const READ: Opening = Opening { write: false, direct: false };
 const WRITE: Opening = Opening { write: true, direct: false };
 /// Root: tests that make files run as who they are.
-const ME: Creator = Creator { uid: 0, gid: 0 };
+const ME: Requester = Requester::US;
 
 #[test]
 fn images_and_directories_are_shown_and_nothing_else() {
@@ -338,7 +338,7 @@ fn a_removed_image_goes_on_while_it_is_open() {
     tree.image("a.qcow2", "1M");
     let (root, node) = (tree.catalog.node(ROOT).unwrap(), tree.node("a.raw"));
     tree.catalog.open(&node, WRITE).unwrap();
-    tree.catalog.remove(&root, "a.raw".as_ref(), false).unwrap();
+    tree.catalog.remove(&root, "a.raw".as_ref(), false, ME).unwrap();
     assert!(tree.names().is_empty());
     node.with_image(|image| image.write(0, b"data")).unwrap();
     assert_eq!(tree.catalog.attributes(&node).unwrap().size, MIB);
@@ -354,21 +354,21 @@ fn names_are_changed_on_the_images() {
     let (root, a) = (tree.catalog.node(ROOT).unwrap(), tree.node("a.raw"));
     tree.catalog.make_directory(&root, "d".as_ref(), 0o755, ME).unwrap();
     let d = tree.node("d");
-    tree.catalog.rename((&root, "a.raw".as_ref()), (&d, "c.raw".as_ref()), 0).unwrap();
-    tree.catalog.rename((&root, "d".as_ref()), (&root, "e".as_ref()), 0).unwrap();
+    tree.catalog.rename((&root, "a.raw".as_ref()), (&d, "c.raw".as_ref()), 0, ME).unwrap();
+    tree.catalog.rename((&root, "d".as_ref()), (&root, "e".as_ref()), 0, ME).unwrap();
     assert!(tree.path("e/c.qcow2").exists());
     // Known nodes go on under their new names without another lookup.
     assert_eq!(tree.catalog.attributes(&a).unwrap().size, MIB);
     assert_eq!(a.raw_path(), PathBuf::from("e/c.raw"));
     let b = tree.node("b.raw");
     let exchange = libc::RENAME_EXCHANGE;
-    tree.catalog.rename((&root, "b.raw".as_ref()), (&d, "c.raw".as_ref()), exchange).unwrap();
+    tree.catalog.rename((&root, "b.raw".as_ref()), (&d, "c.raw".as_ref()), exchange, ME).unwrap();
     assert_eq!(tree.catalog.attributes(&a).unwrap().size, MIB);
     assert_eq!(tree.catalog.attributes(&b).unwrap().size, 2 * MIB);
     assert_eq!(b.raw_path(), PathBuf::from("e/c.raw"));
-    let unnamed = tree.catalog.rename((&root, "b.raw".as_ref()), (&root, "b.img".as_ref()), 0);
+    let unnamed = tree.catalog.rename((&root, "b.raw".as_ref()), (&root, "b.img".as_ref()), 0, ME);
     assert_eq!(unnamed.unwrap_err().errno(), libc::EPERM);
-    let remove = |name: &str, directory| tree.catalog.remove(&root, name.as_ref(), directory);
+    let remove = |name: &str, directory| tree.catalog.remove(&root, name.as_ref(), directory, ME);
     assert_eq!(remove("e", true).unwrap_err().errno(), libc::ENOTEMPTY);
     assert_eq!(remove("e", false).unwrap_err().errno(), libc::EISDIR);
     assert_eq!(remove("b.raw", true).unwrap_err().errno(), libc::ENOTDIR);
@@ -384,7 +384,7 @@ fn what_is_not_shown_is_not_replaced() {
     assert!(Command::new("mkfifo").arg(tree.path("fifo.qcow2")).status().unwrap().success());
     let root = tree.catalog.node(ROOT).unwrap();
     for (from, to) in [("a.raw", "link.raw"), ("a.raw", "fifo.raw"), ("d", "link")] {
-        let refused = tree.catalog.rename((&root, from.as_ref()), (&root, to.as_ref()), 0);
+        let refused = tree.catalog.rename((&root, from.as_ref()), (&root, to.as_ref()), 0, ME);
         assert_eq!(refused.unwrap_err().errno(), libc::EEXIST, "{from} to {to}");
     }
     for name in ["link.qcow2", "link"] {
@@ -394,7 +394,7 @@ fn what_is_not_shown_is_not_replaced() {
     assert_eq!(tree.names(), ["a.raw", "d"]);
     // What is shown is replaced as ever.
     tree.image("b.qcow2", "2M");
-    tree.catalog.rename((&root, "b.raw".as_ref()), (&root, "a.raw".as_ref()), 0).unwrap();
+    tree.catalog.rename((&root, "b.raw".as_ref()), (&root, "a.raw".as_ref()), 0, ME).unwrap();
     assert_eq!(tree.lookup(ROOT, "a.raw").unwrap().size, 2 * MIB);
 }
 
@@ -407,8 +407,11 @@ fn options_override_owner_and_mode() {
     assert_eq!((shown.uid, shown.gid, shown.mode & 0o077), (70, 80, 0));
     let node = tree.node("a.raw");
     let owner = |uid| AttributeChange { uid: Some(uid), ..Default::default() };
-    assert_eq!(tree.catalog.change_attributes(&node, owner(71)).unwrap_err().errno(), libc::EPERM);
-    tree.catalog.change_attributes(&node, owner(70)).unwrap();
+    assert_eq!(
+        tree.catalog.change_attributes(&node, owner(71), ME).unwrap_err().errno(),
+        libc::EPERM
+    );
+    tree.catalog.change_attributes(&node, owner(70), ME).unwrap();
 }
 
 #[test]
@@ -422,7 +425,7 @@ fn attributes_are_set_on_the_image_file() {
         );
         let change =
             AttributeChange { mode: Some(0o4640), modified: Some(time), ..Default::default() };
-        tree.catalog.change_attributes(&node, change).unwrap();
+        tree.catalog.change_attributes(&node, change, ME).unwrap();
         let shown = tree.catalog.attributes(&node).unwrap();
         assert_eq!(shown.mode, 0o640, "set-user-ID bits are not for images");
         use std::os::unix::fs::MetadataExt;
@@ -499,7 +502,7 @@ fn what_is_no_overlay_of_ours_is_not_touched() {
     let change = AttributeChange { mode: Some(0o400), ..Default::default() };
     for refused in [
         tree.write("a.raw", b"data"),
-        tree.catalog.change_attributes(&node, change),
+        tree.catalog.change_attributes(&node, change, ME),
         tree.catalog.set_extended_attribute(&node, name, b"y", 0),
         tree.catalog.remove_extended_attribute(&node, name),
     ] {
@@ -544,13 +547,13 @@ fn a_directory_with_what_an_open_image_is_based_on_keeps_its_name() {
         ((&*root, name("bases")), (&*root, name("other")), EXCHANGE),
         ((&*root, name("other")), (&*root, name("bases")), EXCHANGE),
     ] {
-        let refused = tree.catalog.rename(from, to, flags).unwrap_err();
+        let refused = tree.catalog.rename(from, to, flags, ME).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InUse, "{:?} to {:?}", from.1, to.1);
         assert!(refused.to_string().contains("base.qcow2 is a backing or data file of top.qcow2"));
     }
-    tree.catalog.rename((&root, name("other")), (&root, name("else")), 0).unwrap();
+    tree.catalog.rename((&root, name("other")), (&root, name("else")), 0, ME).unwrap();
     tree.catalog.release(&top);
-    tree.catalog.rename((&root, name("bases")), (&root, name("moved")), 0).unwrap();
+    tree.catalog.rename((&root, name("bases")), (&root, name("moved")), 0, ME).unwrap();
 }
 
 #[test]
@@ -569,7 +572,7 @@ fn a_directory_moves_only_with_all_that_its_images_need() {
     tree.qemu_img("create", &absolute);
     let (root, to) = (tree.root(), tree.node("to"));
     let rename = |from: (&Node, &str), to: (&Node, &str), flags| {
-        tree.catalog.rename((from.0, from.1.as_ref()), (to.0, to.1.as_ref()), flags)
+        tree.catalog.rename((from.0, from.1.as_ref()), (to.0, to.1.as_ref()), flags, ME)
     };
     let refused = rename((&root, "leaves"), (&to, "leaves"), 0).unwrap_err();
     assert_eq!(refused.errno(), libc::EPERM);
@@ -722,4 +725,173 @@ fn an_image_appears_filled_or_not_at_all() {
     assert!(make(IfTaken::Replace, &replaces).unwrap() && count() == 1);
     let tree = Tree { catalog: Catalog::new(dir.path(), Options::default()).unwrap(), dir };
     assert_eq!(tree.read("a.raw"), b"data");
+}
+
+/// Two users who are not root, and another one who asks for something.
+const ONE: u32 = 1001;
+const OTHER: u32 = 1002;
+
+impl Tree {
+    fn give(&self, name: &str, uid: u32, mode: u32) {
+        std::os::unix::fs::lchown(self.path(name), Some(uid), Some(uid)).unwrap();
+        fs::set_permissions(self.path(name), Permissions::from_mode(mode)).unwrap();
+    }
+}
+
+#[test]
+fn a_name_is_followed_for_who_may_open_what_it_leads_to() {
+    for data_file in [false, true] {
+        let tree = Tree::new();
+        fs::create_dir(tree.path("in")).unwrap();
+        tree.image("in/victim.qcow2", "1M");
+        match data_file {
+            // A raw file that anybody could be made to write to.
+            true => {
+                fs::write(tree.path("in/victim.qcow2"), [0; 1 << 20]).unwrap();
+                let options = "data_file=in/victim.qcow2,data_file_raw=on";
+                tree.qemu_img("create", &["-o", options, "evil.qcow2", "1M"]);
+            }
+            false => tree.overlay("evil.qcow2", "in/victim.qcow2"),
+        }
+        let everybody = if data_file { 0o666 } else { 0o644 };
+        for (asks, directory, owner, mode, may) in [
+            (OTHER, 0o755, ONE, 0o600, false),
+            (OTHER, 0o755, ONE, everybody, true),
+            (OTHER, 0o700, ONE, everybody, false),
+            (OTHER, 0o755, ONE, everybody & 0o660, false),
+            (OTHER, 0o755, OTHER, 0o600, true),
+            (OTHER, 0o755, 0, 0o600, false),
+            (0, 0o700, ONE, 0o600, true),
+        ] {
+            tree.give("evil.qcow2", asks, 0o600);
+            tree.give("in", 0, directory);
+            tree.give("in/victim.qcow2", owner, mode);
+            let node = tree.node("evil.raw");
+            let what = format!("{asks} {directory:o} {owner} {mode:o}, data file {data_file}");
+            match tree.catalog.open(&node, WRITE) {
+                Ok(_) => {
+                    assert!(may, "{what}");
+                    tree.catalog.release(&node);
+                }
+                Err(e) => {
+                    assert!(!may && e.to_string().contains("an image of user 1002"), "{what}: {e}");
+                }
+            }
+        }
+        // Who allows a directory trusts all images.
+        tree.give("in/victim.qcow2", ONE, 0o600);
+        tree.give("evil.qcow2", OTHER, 0o600);
+        let allow = vec![tree.path("in")];
+        let tree = Tree {
+            catalog: Catalog::new(tree.dir.path(), Options { allow, ..Default::default() })
+                .unwrap(),
+            dir: tree.dir,
+        };
+        tree.catalog.open(&tree.node("evil.raw"), WRITE).unwrap();
+        tree.catalog.release(&tree.node("evil.raw"));
+    }
+}
+
+#[test]
+fn what_leads_on_is_followed_for_all_whose_images_led_there() {
+    let tree = Tree::new();
+    tree.image("secret.qcow2", "1M");
+    tree.overlay("middle.qcow2", "secret.qcow2");
+    tree.overlay("top.qcow2", "middle.qcow2");
+    tree.give("secret.qcow2", ONE, 0o600);
+    for (top, middle, may) in
+        [(OTHER, ONE, false), (ONE, OTHER, false), (0, OTHER, false), (0, ONE, true)]
+    {
+        tree.give("top.qcow2", top, 0o644);
+        tree.give("middle.qcow2", middle, 0o644);
+        let node = tree.node("top.raw");
+        let opened = tree.catalog.open(&node, READ);
+        assert_eq!(opened.is_ok(), may, "{top} {middle}");
+        opened.is_ok().then(|| tree.catalog.release(&node));
+    }
+}
+
+#[test]
+fn names_are_looked_for_in_the_directory_that_was_meant() {
+    let tree = Tree::new();
+    let mine = tree.directory("mine");
+    let rename = |from: &str, to: &str| fs::rename(tree.path(from), tree.path(to)).unwrap();
+    rename("mine", "other");
+    assert_eq!(tree.lookup(ROOT, "other").unwrap().ino, mine.ino());
+    rename("other", "mine");
+    // Its latest name is another directory's from now on.
+    fs::create_dir(tree.path("secret")).unwrap();
+    tree.image("secret/x.qcow2", "1M");
+    rename("secret", "other");
+    assert_eq!(tree.lookup(mine.ino(), "x.raw").unwrap_err().errno(), libc::ENOENT);
+    tree.image("mine/x.qcow2", "2M");
+    assert_eq!(tree.lookup(mine.ino(), "x.raw").unwrap().size, 2 * MIB);
+}
+
+#[test]
+fn an_overlay_is_that_of_the_image_that_was_meant() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::layered(tempfile::tempdir().unwrap(), overlays.path(), false);
+    tree.image("a.qcow2", "1M");
+    let meant = tree.node("a.raw");
+    let rename = |from: &str, to: &str| fs::rename(tree.path(from), tree.path(to)).unwrap();
+    rename("a.qcow2", "b.qcow2");
+    assert_eq!(tree.node("b.raw").ino(), meant.ino());
+    rename("b.qcow2", "a.qcow2");
+    tree.image("b.qcow2", "2M");
+    tree.catalog.with_opened(&meant, true, |image| image.write(0, b"data")).unwrap();
+    assert!(overlays.path().join("a.qcow2").exists());
+    assert!(!overlays.path().join("b.qcow2").exists());
+}
+
+#[test]
+fn only_who_owns_a_file_by_now_changes_its_attributes() {
+    let tree = Tree::new();
+    tree.image("a.qcow2", "1M");
+    tree.give("a.qcow2", ONE, 0o600);
+    let node = tree.node("a.raw");
+    let mode = AttributeChange { mode: Some(0o666), ..Default::default() };
+    let time = |time| AttributeChange { modified: Some(time), ..Default::default() };
+    let change = |change, uid| {
+        let who = Requester { uid, gid: uid };
+        tree.catalog.change_attributes(&node, change, who).map_err(|e| e.errno())
+    };
+    let past = SetTime::At(SystemTime::UNIX_EPOCH);
+    for uid in [ONE, 0] {
+        change(mode, uid).unwrap();
+        change(time(past), uid).unwrap();
+    }
+    tree.give("a.qcow2", 0, 0o600);
+    assert_eq!(change(mode, ONE), Err(libc::EPERM));
+    assert_eq!(change(time(past), ONE), Err(libc::EPERM));
+    // Who may write to it may do this, which the kernel has looked at.
+    change(time(SetTime::Now), ONE).unwrap();
+    assert_eq!(fs::metadata(tree.path("a.qcow2")).unwrap().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn in_a_sticky_directory_others_names_are_not_taken_away() {
+    let tree = Tree::new();
+    tree.give("", 0, 0o1777);
+    for name in ["mine.qcow2", "theirs.qcow2"] {
+        tree.image(name, "1M");
+    }
+    tree.give("mine.qcow2", ONE, 0o600);
+    tree.give("theirs.qcow2", OTHER, 0o600);
+    let root = tree.root();
+    let who = Requester { uid: ONE, gid: ONE };
+    let rename = |from: &str, to: &str, who| {
+        let done = tree.catalog.rename((&root, from.as_ref()), (&root, to.as_ref()), 0, who);
+        done.map_err(|e| e.errno())
+    };
+    let remove = |name: &str, who| {
+        tree.catalog.remove(&root, name.as_ref(), false, who).map_err(|e| e.errno())
+    };
+    assert_eq!(rename("mine.raw", "theirs.raw", who), Err(libc::EPERM));
+    assert_eq!(rename("theirs.raw", "new.raw", who), Err(libc::EPERM));
+    assert_eq!(remove("theirs.raw", who), Err(libc::EPERM));
+    rename("mine.raw", "new.raw", who).unwrap();
+    remove("new.raw", who).unwrap();
+    tree.give("", ONE, 0o1777);
+    remove("theirs.raw", who).unwrap();
 }

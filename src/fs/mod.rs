@@ -45,7 +45,7 @@ mod snap;
 mod tests;
 mod verbs;
 
-use crate::catalog::{AttributeChange, Catalog, Creator, HandleMode, Node, Opening, SetTime};
+use crate::catalog::{AttributeChange, Catalog, HandleMode, Node, Opening, Requester, SetTime};
 use crate::error::{Error, Result};
 use ahead::Ahead;
 use crew::Crew;
@@ -264,8 +264,8 @@ fn answer_attribute(found: Result<Vec<u8>>, size: u32, reply: ReplyXattr) {
     }
 }
 
-fn creator(request: &Request) -> Creator {
-    Creator { uid: request.uid(), gid: request.gid() }
+fn requester(request: &Request) -> Requester {
+    Requester { uid: request.uid(), gid: request.gid() }
 }
 
 fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyData) {
@@ -355,7 +355,7 @@ impl Filesystem for Filesys {
 
     fn setattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -397,10 +397,10 @@ impl Filesystem for Filesys {
         };
         let (accessed, modified) = (atime.map(set), mtime.map(set));
         let change = AttributeChange { mode, uid, gid, accessed, modified };
-        let verbs = Arc::clone(&self.verbs);
+        let (verbs, who) = (Arc::clone(&self.verbs), requester(request));
         // Only a new size needs the image itself.
         let pool = if size.is_some() { self.pool_for_opening(ino) } else { &self.pool };
-        pool.run(move || match verbs.set_attributes(&node, size, change) {
+        pool.run(move || match verbs.set_attributes(&node, size, change, who) {
             Ok(()) => answer_attributes(&verbs, &node, reply),
             Err(e) => reply.error(fail(Some(&node), &e)),
         });
@@ -707,35 +707,36 @@ impl Filesystem for Filesys {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
-        let made = self.verbs.catalog.make_directory(&parent_node, name, mode, creator(request));
+        let made = self.verbs.catalog.make_directory(&parent_node, name, mode, requester(request));
         match made {
             Ok(()) => answer_entry(&self.verbs, parent, name, reply),
             Err(e) => reply.error(fail(Some(&parent_node), &e)),
         }
     }
 
-    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
         if snap::is_ours(parent) {
             let verbs = Arc::clone(&self.verbs);
             let pool = self.pool_for_opening(parent);
             return pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
         }
+        let who = requester(request);
         self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
-            verbs.catalog.remove(parent, &name, false)
+            verbs.catalog.remove(parent, &name, false, who)
         });
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let name = name.to_owned();
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (name, who) = (name.to_owned(), requester(request));
         self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
-            verbs.catalog.remove(parent, &name, true)
+            verbs.catalog.remove(parent, &name, true, who)
         });
     }
 
     fn rename(
         &self,
-        _request: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         new_parent: INodeNo,
@@ -747,9 +748,9 @@ impl Filesystem for Filesys {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
-        let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        let (name, new_name, who) = (name.to_owned(), new_name.to_owned(), requester(request));
         self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
-            verbs.catalog.rename((parent, &name), (&to, &new_name), flags.bits())
+            verbs.catalog.rename((parent, &name), (&to, &new_name), flags.bits(), who)
         });
     }
 
@@ -782,7 +783,7 @@ impl Filesystem for Filesys {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (verbs, name, creator) = (Arc::clone(&self.verbs), name.to_owned(), creator(request));
+        let (verbs, name, who) = (Arc::clone(&self.verbs), name.to_owned(), requester(request));
         if !snap::is_ours(parent) {
             let parent = match self.parent(parent, &name) {
                 Ok(node) => node,
@@ -790,7 +791,7 @@ impl Filesystem for Filesys {
             };
             return self.pool.run(move || {
                 let register = |file: &File| reply.open_backing(file);
-                let created = verbs.create(&parent, &name, mode, creator, flags, &register);
+                let created = verbs.create(&parent, &name, mode, who, flags, &register);
                 answer_created(created, reply);
             });
         }
@@ -818,9 +819,9 @@ impl Filesystem for Filesys {
             Ok(_) => return reply.error(Errno::EPERM),
             Err(e) => return reply.error(e),
         };
-        let (verbs, name, creator) = (Arc::clone(&self.verbs), name.to_owned(), creator(request));
+        let (verbs, name, who) = (Arc::clone(&self.verbs), name.to_owned(), requester(request));
         self.pool.run(move || {
-            match verbs.catalog.make_image(&parent_node, &name, mode, creator) {
+            match verbs.catalog.make_image(&parent_node, &name, mode, who) {
                 Ok(node) => {
                     // The look that follows counts one more.
                     verbs.catalog.forget(node.ino(), 1);

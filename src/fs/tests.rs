@@ -135,10 +135,13 @@ fn seeking_finds_data_and_holes_and_the_end() {
 fn a_size_is_rounded_up_to_whole_sectors() {
     let disk = Disk::new();
     for (asked, gets) in [(1, 512), (0, 0), (513, 1024), (2 * MIB, 2 * MIB)] {
-        disk.verbs.set_attributes(&disk.node, Some(asked), Default::default()).unwrap();
+        disk.verbs
+            .set_attributes(&disk.node, Some(asked), Default::default(), Requester::US)
+            .unwrap();
         assert_eq!(disk.size(), gets);
     }
-    let huge = disk.verbs.set_attributes(&disk.node, Some(u64::MAX), Default::default());
+    let huge =
+        disk.verbs.set_attributes(&disk.node, Some(u64::MAX), Default::default(), Requester::US);
     assert_eq!(huge.unwrap_err().errno(), libc::EFBIG);
 }
 
@@ -175,7 +178,7 @@ fn what_others_were_faster_to_make_is_left_to_the_kernel_to_check() {
     let owner = std::fs::metadata(&path).unwrap().uid();
     let root = disk.verbs.catalog.node(crate::catalog::ROOT).unwrap();
     let create = |uid: u32, flags: i32| {
-        let creator = Creator { uid, gid: uid };
+        let creator = Requester { uid, gid: uid };
         let made = disk.verbs.create(&root, "disk.raw".as_ref(), 0o644, creator, flags, NOBODY);
         made.map(|made| disk.verbs.release(made.opened.handle)).map_err(|e| e.errno())
     };

@@ -21,7 +21,7 @@ use super::control::{self, Order};
 use super::passthrough::{Passthrough, takes_sectors};
 use super::snap::Snaps;
 use crate::catalog::{
-    AttributeChange, Attributes, Catalog, Creator, Entry, HandleMode, Node, Opening, metrics,
+    AttributeChange, Attributes, Catalog, Entry, HandleMode, Node, Opening, Requester, metrics,
 };
 use crate::error::{Error, Result};
 use crate::image::{Content, Image, SnapshotView};
@@ -328,26 +328,29 @@ impl Verbs {
         parent: &Node,
         name: &OsStr,
         mode: u32,
-        creator: Creator,
+        who: Requester,
         flags: i32,
         register: Register<'_>,
     ) -> Result<Created> {
         // Who makes a file may write to it whatever its mode says, and so may we who open it next.
         let (owner, asked) = (0o600, mode & 0o777);
-        let make = || self.catalog.make_image(parent, name, asked | owner, creator);
+        let make = || self.catalog.make_image(parent, name, asked | owner, who);
         let (node, is_new) = match flags & libc::O_EXCL != 0 {
             true => (make()?, true),
-            false => self
-                .make_or_find(parent, name, make, |found| owner_may_open(found, creator, flags))?,
+            false => {
+                self.make_or_find(parent, name, make, |found| owner_may_open(found, who, flags))?
+            }
         };
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let how = Opening { write, direct: bypasses(flags) };
         let created = self.open(node.ino(), how, register).and_then(|opened| {
             let change = AttributeChange { mode: Some(asked), ..Default::default() };
             let finished = match is_new {
-                true if asked & owner != owner => self.catalog.change_attributes(&node, change),
+                true if asked & owner != owner => {
+                    self.catalog.change_attributes(&node, change, Requester::US)
+                }
                 false if flags & libc::O_TRUNC != 0 => {
-                    self.set_attributes(&node, Some(0), Default::default())
+                    self.set_attributes(&node, Some(0), Default::default(), who)
                 }
                 _ => Ok(()),
             };
@@ -575,6 +578,7 @@ impl Verbs {
         node: &Node,
         size: Option<u64>,
         change: AttributeChange,
+        who: Requester,
     ) -> Result<()> {
         if let Some(size) = size {
             let size = whole_sectors(size)?;
@@ -585,7 +589,7 @@ impl Verbs {
                 false => self.resize(node, image, size),
             })?;
         }
-        self.catalog.change_attributes(node, change)
+        self.catalog.change_attributes(node, change, who)
     }
 
     /// Makes the disk at least `end` bytes long.
@@ -640,9 +644,9 @@ impl Verbs {
     }
 }
 
-/// Whether who has the user id of `creator` may open the image as `flags` say since it is theirs. Of
+/// Whether who has the user id of `who` may open the image as `flags` say since it is theirs. Of
 /// others only the kernel knows: groups and privileges do not come with a request.
-fn owner_may_open(found: &Attributes, creator: Creator, flags: i32) -> bool {
+fn owner_may_open(found: &Attributes, who: Requester, flags: i32) -> bool {
     const READ: u32 = 0o400;
     const WRITE: u32 = 0o200;
     let access = match flags & libc::O_ACCMODE {
@@ -651,7 +655,7 @@ fn owner_may_open(found: &Attributes, creator: Creator, flags: i32) -> bool {
         _ => READ | WRITE,
     };
     let access = if flags & libc::O_TRUNC != 0 { access | WRITE } else { access };
-    !found.directory && found.uid == creator.uid && found.mode & access == access
+    !found.directory && found.uid == who.uid && found.mode & access == access
 }
 
 /// Sees to it that `buffer` has room for a read of `size` bytes at `offset`, as far as there are so

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
-use qcow2fs::catalog::{AttributeChange, Catalog, Creator, Options, ROOT};
+use qcow2fs::catalog::{AttributeChange, Catalog, Options, ROOT, Requester};
 use qcow2fs::image::{CreateOptions, Image};
 
 /// A part of a name.
@@ -140,7 +140,6 @@ fn use_image(image: &Image, step: &Step<'_>) {
 
 /// One step in the directory `parent`, to which `Enter` gives another.
 fn act(catalog: &Catalog, parent: &mut u64, step: &Step<'_>) {
-    let creator = Creator { uid: 0, gid: 0 };
     let Ok(directory) = catalog.node(*parent) else { return };
     let Ok(file) = catalog.lookup(ROOT, OsStr::new("disk.raw")) else { return };
     let node = catalog.node(file.ino).unwrap();
@@ -151,22 +150,24 @@ fn act(catalog: &Catalog, parent: &mut u64, step: &Step<'_>) {
         Step::Make { name: parts, mode } => {
             let name = name(parts);
             let name = OsStr::from_bytes(&name);
-            let _refused = catalog.make_image(&directory, name, u32::from(*mode), creator);
+            let _refused = catalog.make_image(&directory, name, u32::from(*mode), Requester::US);
         }
         Step::Directory { name: parts, mode } => {
             let (name, mode) = (name(parts), u32::from(*mode) | 0o700);
             let _refused =
-                catalog.make_directory(&directory, OsStr::from_bytes(&name), mode, creator);
+                catalog.make_directory(&directory, OsStr::from_bytes(&name), mode, Requester::US);
         }
         Step::Remove { name: parts, directory: is_directory } => {
             let name = name(parts);
-            let _refused = catalog.remove(&directory, OsStr::from_bytes(&name), *is_directory);
+            let name = OsStr::from_bytes(&name);
+            let _refused = catalog.remove(&directory, name, *is_directory, Requester::US);
         }
         Step::Rename { from, to, flags } => {
             let (from, to) = (name(from), name(to));
             let (from, to) = (OsStr::from_bytes(&from), OsStr::from_bytes(&to));
             let root = catalog.node(ROOT).unwrap();
-            let _refused = catalog.rename((&directory, from), (&root, to), u32::from(*flags));
+            let (from, to) = ((&*directory, from), (&*root, to));
+            let _refused = catalog.rename(from, to, u32::from(*flags), Requester::US);
         }
         Step::Link(parts) => {
             let name = name(parts);
@@ -196,7 +197,7 @@ fn act(catalog: &Catalog, parent: &mut u64, step: &Step<'_>) {
         }
         Step::Mode(mode) => {
             let change = AttributeChange { mode: Some(*mode), ..AttributeChange::default() };
-            let _refused = catalog.change_attributes(&node, change);
+            let _refused = catalog.change_attributes(&node, change, Requester::US);
         }
         Step::List => drop(catalog.list(&directory)),
         step => {
