@@ -96,9 +96,11 @@
 //! | the same where it is counted more than once | copied, not written in place; read-only, marked as corrupt, once more than one reference is found | `tests/hostile/ownership.rs` |
 //! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
+//! | the same, to a file that only another user may open | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |
 //! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
 //! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
+//! | directories and images that get each other's names, owners and access control lists that change under the kernel | what was meant is found, and who may is looked at again | `src/catalog/tests.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |
 //! | a defect that runs the attacker's code | no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
 //! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide, and those of the image directory about `.qcow2fs/status` and `metrics` | `tests/mount/options.rs` |

@@ -10,7 +10,8 @@
 //! - blocks, times, mode and owner are those of the image file; options may override the owner and
 //!   take mode bits away; the blocks of an external data file count, and so do its times where they
 //!   are later; a time that was set while the image is open is shown until the guest writes again;
-//! - where it has a POSIX access control list, the mode says what the owner's group may indeed;
+//! - where it has a POSIX access control list, the mode says what the owner's group may indeed, and others
+//!   whoever they are;
 //! - symbolic links, devices and other files are not shown.
 //!
 //! Lock order: a node's slot, the lock of names; the node table is a leaf, and so is a node's list of
