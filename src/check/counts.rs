@@ -1,86 +1,102 @@
 //! A count for each host cluster that has one.
 //!
-//! The memory follows the number of counted clusters, wherever in the file they are: about two
-//! bytes each when they lie together, and no more than some hundred each when they do not.
+//! The memory follows the number of counted clusters, and hardly depends on where in the file they are:
+//! a bit or two for each where they lie together, and some bytes for each where they do not.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::format::HostCluster;
+use roaring::RoaringTreemap;
 
-/// Counts in one page.
-const PAGE: u64 = 64;
-/// A byte in a page that says: the count is in `large`.
-const LARGE: u8 = u8::MAX;
+use crate::format::HostCluster;
 
 /// How many references host clusters have.
 #[derive(Debug, Default)]
 pub(super) struct ClusterCounts {
-    /// Pages by the number of their first cluster divided by [`PAGE`].
-    pages: BTreeMap<u64, [u8; PAGE as usize]>,
-    /// The counts that do not fit a byte of a page.
-    large: BTreeMap<u64, u64>,
+    /// Those that have any.
+    counted: RoaringTreemap,
+    /// How many more than one they have, in binary: plane `n` has the clusters with bit `n` set.
+    planes: Vec<RoaringTreemap>,
 }
 
 impl ClusterCounts {
     /// Counts `times` more references to a cluster.
     pub(super) fn add(&mut self, cluster: HostCluster, times: u64) {
-        let page = self.pages.entry(cluster.0 / PAGE).or_insert([0; PAGE as usize]);
-        let slot = &mut page[(cluster.0 % PAGE) as usize];
-        match u64::from(*slot).saturating_add(times) {
-            _ if *slot == LARGE => {
-                let count = self.large.entry(cluster.0).or_default();
-                *count = count.saturating_add(times);
+        let Some(fewer) = times.checked_sub(1) else { return };
+        let is_new = self.counted.insert(cluster.0);
+        let mut more = if is_new { fewer } else { times };
+        // Each bit that is set in both goes on to the next plane.
+        let mut bit = 0;
+        while more >> bit != 0 {
+            if bit == self.planes.len() {
+                self.planes.push(RoaringTreemap::new());
             }
-            sum if sum < u64::from(LARGE) => *slot = sum as u8,
-            sum => {
-                *slot = LARGE;
-                self.large.insert(cluster.0, sum);
+            if more >> bit & 1 == 1 && !self.planes[bit].insert(cluster.0) {
+                self.planes[bit].remove(cluster.0);
+                match more.checked_add(1 << bit) {
+                    Some(sum) => more = sum,
+                    None => return self.saturate(cluster),
+                }
             }
+            bit += 1;
+            if bit == u64::BITS as usize {
+                return;
+            }
+        }
+    }
+
+    /// From now on it has as many as can be counted.
+    fn saturate(&mut self, cluster: HostCluster) {
+        self.planes.resize_with(u64::BITS as usize, RoaringTreemap::new);
+        for plane in &mut self.planes {
+            plane.insert(cluster.0);
         }
     }
 
     /// The references to a cluster.
     pub(super) fn get(&self, cluster: HostCluster) -> u64 {
-        match self.pages.get(&(cluster.0 / PAGE)) {
-            Some(page) => self.value(cluster.0, page[(cluster.0 % PAGE) as usize]),
-            None => 0,
+        match self.counted.contains(cluster.0) {
+            true => self.count_of(|plane| self.planes[plane].contains(cluster.0)),
+            false => 0,
         }
     }
 
     /// The counted clusters of `range` in ascending order, with their counts.
     pub(super) fn range(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let pages = match range.is_empty() {
-            true => 0..0,
-            false => range.start / PAGE..range.end.div_ceil(PAGE),
-        };
-        self.pages
-            .range(pages)
-            .flat_map(|(number, page)| {
-                (0..PAGE).zip(page).map(move |(i, byte)| (number * PAGE + i, *byte))
-            })
-            .filter(move |(cluster, byte)| *byte != 0 && range.contains(cluster))
-            .map(|(cluster, byte)| (cluster, self.value(cluster, byte)))
+        let mut planes: Vec<_> =
+            self.planes.iter().map(|plane| from(plane, range.start).peekable()).collect();
+        let counted = from(&self.counted, range.start).take_while(move |next| *next < range.end);
+        counted.map(move |cluster| {
+            let count = self.count_of(|plane| {
+                while planes[plane].next_if(|next| *next < cluster).is_some() {}
+                planes[plane].next_if_eq(&cluster).is_some()
+            });
+            (cluster, count)
+        })
     }
 
     /// The first cluster after all that are counted.
     pub(super) fn end(&self) -> HostCluster {
-        let last = self.pages.last_key_value().and_then(|(number, page)| {
-            (0..PAGE).rev().find(|&i| page[i as usize] != 0).map(|i| number * PAGE + i + 1)
-        });
-        HostCluster(last.unwrap_or(0))
+        HostCluster(self.counted.max().map_or(0, |last| last.saturating_add(1)))
     }
 
-    fn value(&self, cluster: u64, byte: u8) -> u64 {
-        match byte {
-            LARGE => self.large.get(&cluster).copied().unwrap_or(u64::from(LARGE)),
-            byte => u64::from(byte),
-        }
+    /// The count of a cluster that has one, and is in the planes that `is_in` says.
+    fn count_of(&self, mut is_in: impl FnMut(usize) -> bool) -> u64 {
+        let bits = (0..self.planes.len()).map(|plane| u64::from(is_in(plane)) << plane);
+        bits.fold(0, |more, bit| more | bit).saturating_add(1)
     }
+}
+
+/// The clusters of a set from `first` on.
+fn from(clusters: &RoaringTreemap, first: u64) -> impl Iterator<Item = u64> + '_ {
+    let mut clusters = clusters.iter();
+    clusters.advance_to(first);
+    clusters
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
