@@ -88,7 +88,10 @@ impl Bomb {
                 Ok(image) => {
                     let _damage = image.read(0, &mut vec![0; 1 << 20]);
                     // What it does in the background is bounded too.
-                    std::thread::sleep(Duration::from_millis(200));
+                    let started = Instant::now();
+                    while image.status().unwrap().searching_leaks && started.elapsed() < PATIENCE {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
                     let health = image.status().unwrap().health;
                     let _refused = image.close();
                     health
@@ -121,6 +124,18 @@ fn one_l2_table_for_all_l1_entries() {
         .l1(L1_ENTRIES, FAR)
         .words(FAR, u64::from(L1_ENTRIES), |_| l2 | COPIED)
         .length(2 * FAR)
+        .goes_off();
+}
+
+#[test]
+fn millions_of_clusters_far_from_each_other() {
+    let (tables, l2, data) = (1 << 16, FAR + 64 * MIB, 4 * FAR);
+    Bomb::new("clusters far from each other", "cluster_size=512")
+        .l1(tables, FAR)
+        .words(FAR, u64::from(tables), |i| (l2 + i * 512) | COPIED)
+        .words(l2, u64::from(tables) * 64, |i| (data + i * 32768) | COPIED)
+        .put(24, &(u64::from(tables) * 64 * 512).to_be_bytes())
+        .length(data + u64::from(tables) * 64 * 32768 + 512)
         .goes_off();
 }
 
