@@ -634,17 +634,23 @@ impl Tables {
 
     /// In an external data file every cluster is at the guest's offset, as it is.
     fn check_external(&self, entry: L2Entry, guest: u64, entry_offset: u64) -> Result<()> {
-        let bad = match entry {
-            L2Entry::Data { cluster, .. } if cluster.0 != guest => format!(
+        let bad = match (entry, entry.host_cluster()) {
+            (L2Entry::Compressed { .. }, _) => {
+                "is compressed in an image with an external data file".into()
+            }
+            (_, Some((cluster, _))) if self.is_misplaced(entry, guest) => format!(
                 "points to {} of the data file instead of the guest's own offset",
                 self.geometry.host_offset(cluster)
             ),
-            L2Entry::Compressed { .. } => {
-                "is compressed in an image with an external data file".into()
-            }
             _ => return Ok(()),
         };
         Err(Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))
+    }
+
+    /// Whether an entry keeps another place of an external data file than the guest's own.
+    fn is_misplaced(&self, entry: L2Entry, guest: u64) -> bool {
+        let place = entry.host_cluster();
+        self.geometry.data_file() && place.is_some_and(|(cluster, _)| cluster.0 != guest)
     }
 
     fn points_to_metadata(&self, cluster: HostCluster, entry_offset: u64) -> Error {
@@ -719,7 +725,11 @@ impl Tables {
                 (Run::Unallocated, 1 + same as u64)
             }
             L2Entry::Zero { .. } => {
-                let same = rest.take_while(|(_, e)| matches!(e, Ok(L2Entry::Zero { .. }))).count();
+                let is_sound = |i: usize, entry| {
+                    matches!(entry, L2Entry::Zero { .. })
+                        && !self.is_misplaced(entry, clusters.start + 1 + i as u64)
+                };
+                let same = rest.take_while(|(i, e)| e.is_ok_and(|e| is_sound(*i, e))).count();
                 (Run::Zero, 1 + same as u64)
             }
             L2Entry::Data { cluster, copied } => {
