@@ -675,12 +675,13 @@ impl Tables {
     /// How many of `clusters` from the first, which has none, have no L2 table.
     fn absent_tables(&self, state: &State, clusters: &Range<u64>) -> u64 {
         let entries = self.geometry.l2_entries();
-        let first = clusters.start / entries;
-        let last = clusters.end.div_ceil(entries);
-        let end = (first + 1..last)
-            .find(|&index| state.l1.get(index as usize).is_some_and(|&raw| raw != 0))
-            .map_or(clusters.end, |index| (index * entries).min(clusters.end));
-        end - clusters.start
+        let first = (clusters.start / entries + 1) as usize;
+        let last = clusters.end.div_ceil(entries).min(state.l1.len() as u64) as usize;
+        // Behind the end of the L1 table there is none.
+        let others = state.l1.get(first..last).unwrap_or_default();
+        let present = others.iter().position(|&raw| raw != 0);
+        let end = present.map_or(clusters.end, |skipped| (first + skipped) as u64 * entries);
+        end.min(clusters.end) - clusters.start
     }
 
     /// Those of `clusters` whose entries are in the slice of the first.

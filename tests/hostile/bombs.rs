@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qcow2fs::ErrorKind;
 use qcow2fs::format::{EXTENSION_BITMAPS, Header};
 use qcow2fs::image::{Image, Options};
 use qcow2fs::storage::{HostFile, Storage};
@@ -147,6 +148,57 @@ fn looking_for_data_behind_millions_of_empty_tables() {
             _ => assert_eq!((data, hole), (Some(0), image.virtual_size())),
         }
         assert!(started.elapsed() < PATIENCE, "{name}: {:?}", started.elapsed());
+    }
+}
+
+fn opened(file: &File) -> Arc<Image> {
+    let storage = Arc::new(HostFile::new(file.try_clone().unwrap()));
+    Image::open(storage, &Options::default()).unwrap()
+}
+
+#[test]
+fn snapshots_that_claim_a_huge_disk() {
+    // Two L1 entries, of tables in a hole, map 1 GiB.
+    let l1 = 2 * FAR;
+    for (size, opens) in [
+        (Some(1 << 29), true),
+        (Some(1 << 30), true),
+        (Some((1 << 30) + 512), false),
+        (Some(1 << 62), false),
+        (Some(u64::MAX), false),
+        // As QEMU once made them: the size is that of the disk, which may have grown since.
+        (None, true),
+    ] {
+        let mut entry = snapshot(l1, 2, b"s");
+        match size {
+            Some(size) => entry[48..56].copy_from_slice(&u64::to_be_bytes(size)),
+            None => {
+                entry[39] = 0;
+                entry[40] = b's';
+            }
+        }
+        let grown = 1u64 << 40;
+        let bomb = Bomb::new("a snapshot of a huge disk", PLAIN)
+            .l1(L1_ENTRIES, FAR)
+            .put(24, &grown.to_be_bytes())
+            .words(l1, 2, |i| 3 * FAR + (i << 16))
+            .snapshots(1, FAR + 64 * MIB)
+            .put(FAR + 64 * MIB, &entry)
+            .length(4 * FAR);
+        let image = opened(&bomb.file);
+        let _watchdog = Watchdog::new(format!("{size:x?}"), 60);
+        match image.open_snapshot(b"s") {
+            Ok(view) => {
+                assert!(opens, "{size:x?}");
+                assert_eq!(view.info().disk_size, size.unwrap_or(grown));
+                assert_eq!((view.next_data(0).unwrap(), view.next_hole(0).unwrap()), (None, 0));
+            }
+            Err(e) => {
+                assert!(!opens, "{size:x?}: {e}");
+                assert_eq!(e.kind(), ErrorKind::Corrupt);
+                assert!(e.to_string().contains("snapshot s claims a disk of"), "{e}");
+            }
+        }
     }
 }
 
