@@ -80,6 +80,17 @@ pub enum Run {
     },
 }
 
+/// What one look at the tables tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What the first guest cluster is.
+    pub mapping: Mapping,
+    /// How many from there on are the same.
+    pub count: u64,
+    /// Bytes of tables that were read for it, or gone through in memory.
+    pub bytes: u64,
+}
+
 /// When a changed entry may reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkOrder {
@@ -224,13 +235,25 @@ impl Tables {
     /// # Errors
     /// Host errors; `Corrupt` with a malformed entry or one that points to metadata.
     pub fn lookup(&self, clusters: Range<u64>) -> Result<(Mapping, u64)> {
+        let Look { mapping, count, .. } = self.look(clusters)?;
+        Ok((mapping, count))
+    }
+
+    /// The same, and what it has cost.
+    ///
+    /// # Errors
+    /// Those of [`Tables::lookup`].
+    pub fn look(&self, clusters: Range<u64>) -> Result<Look> {
         let mut loaded = false;
         loop {
             {
                 let state = self.state.read();
                 let Some((table, own)) = self.table_of(&state, clusters.start)? else {
-                    let absent = self.absent_tables(&state, &clusters);
-                    return Ok((Mapping::Uniform(Run::Unallocated), absent));
+                    let count = self.absent_tables(&state, &clusters);
+                    let mapping = Mapping::Uniform(Run::Unallocated);
+                    // Entries of the L1 table are in memory, and gone through many times as fast.
+                    let bytes = (count / self.geometry.l2_entries()).min(state.l1.len() as u64);
+                    return Ok(Look { mapping, count, bytes });
                 };
                 let key = state.cache.key(self.entry_offset(table, clusters.start));
                 if let Some(bytes) = state.cache.get(key) {
@@ -238,7 +261,12 @@ impl Tables {
                         self.hits.add(1);
                     }
                     let in_slice = self.clusters_in_slice(&state.cache, &clusters);
-                    return self.run_of(bytes, key, in_slice, own);
+                    let (mapping, count) = self.run_of(bytes, key, in_slice, own)?;
+                    let bytes = match loaded {
+                        true => state.cache.slice_size(),
+                        false => count * self.geometry.l2_entry_size(),
+                    };
+                    return Ok(Look { mapping, count, bytes });
                 }
             }
             self.load(clusters.start)?;
