@@ -649,3 +649,45 @@ fn compaction_syncs_nothing_after_a_failed_sync() {
         }
     }
 }
+
+/// An image of 8 MiB whose guest clusters have the L2 entries that `entry` makes, open for reading.
+fn mapped(entry: impl Fn(u64) -> u64, backing: Option<Arc<dyn Backing>>) -> Arc<Image> {
+    let backed = ["-b", "base", "-F", "qcow2"];
+    let mut bytes = created(if backing.is_some() { &backed } else { &[] });
+    let table = (bytes.len() as u64).next_multiple_of(CLUSTER);
+    let l1 = be64(&bytes, 40) as usize;
+    bytes[l1..l1 + 8].copy_from_slice(&table.to_be_bytes());
+    bytes.resize(table as usize, 0);
+    bytes.extend((0..CLUSTER / 8).flat_map(|guest| entry(guest).to_be_bytes()));
+    // A cluster for data.
+    bytes.extend(vec![7; CLUSTER as usize]);
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    Image::open_over(storage, &Options::default(), backing).unwrap()
+}
+
+/// Whoever looks for data or holes looks at each file of a chain once over what the search covers: no
+/// run of a file above makes it begin anew below.
+#[test]
+fn a_search_for_data_or_holes_looks_at_each_file_of_a_chain_once() {
+    let table = (created(&[]).len() as u64).next_multiple_of(CLUSTER);
+    const ZERO: u64 = 1;
+    // Each data cluster is a run: none follows the one before it in the file.
+    for (own, is_data) in [(ZERO, false), (table + CLUSTER, true)] {
+        let base = mapped(|guest| if is_data || guest % 2 == 0 { own } else { 0 }, None);
+        let mut chain = vec![base];
+        for _ in 0..6 {
+            let below: Arc<dyn Backing> = chain.last().unwrap().clone();
+            chain.push(mapped(|guest| if guest % 2 == 0 { own } else { 0 }, Some(below)));
+        }
+        let top = chain.last().unwrap().clone();
+        let (found, is_found) = mpsc::channel();
+        thread::spawn(move || found.send((top.next_data(0).unwrap(), top.next_hole(0).unwrap())));
+        let found = is_found.recv_timeout(Duration::from_secs(20)).expect("still looking");
+        assert_eq!(found, if is_data { (Some(0), 8 << 20) } else { (None, 0) });
+        for image in &chain {
+            let counts = image.status().unwrap().table_cache;
+            let looks = counts.hits + counts.misses;
+            assert!(looks <= 2 * 128 + 2, "{looks} looks for 128 clusters");
+        }
+    }
+}

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use qcow2fs::ErrorKind;
 use qcow2fs::check::{Repair, check, repair};
-use qcow2fs::image::{Image, Options, RawBacking};
+use qcow2fs::image::{Beside, Image, Options, RawBacking};
 use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::MemoryStorage;
 use support::{difference, host_file, qemu, scratch};
@@ -392,4 +392,44 @@ fn repairing_a_preallocation_keeps_what_shows() {
     assert_eq!(disk.entry(0), [0, bitmap]);
     qemu::assert_clean(&disk.path);
     assert_eq!(difference(&disk.assert_same(), &shown), None);
+}
+
+/// In a data file every cluster has its own place: through an entry that keeps another cluster's, that
+/// one would be erased.
+#[test]
+fn an_entry_that_keeps_another_place_of_the_data_file_is_corrupt() {
+    const CLUSTER: u64 = 64 << 10;
+    let directory = scratch();
+    let (path, data) = (directory.path().join("disk.qcow2"), directory.path().join("data"));
+    let options = format!("extended_l2=on,cluster_size={CLUSTER},data_file={}", data.display());
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-o", &options]).arg(&path);
+    qemu::run(create.arg(SIZE.to_string()));
+    qemu::io(&path, &["write -P 1 0 256k".into(), "write -z 256k 64k".into()]);
+    let before = std::fs::read(&data).unwrap();
+    let made = std::fs::read(&path).unwrap();
+    let at = entry_at(&made, 5) as usize;
+    for bitmap in [0xffff, 0, ALL, ALL << 32, 0xffff << 32 | 0xffff_0000] {
+        let mut bytes = made.clone();
+        bytes[at..at + 8].copy_from_slice(&(COPIED | CLUSTER).to_be_bytes());
+        bytes[at + 8..at + 16].copy_from_slice(&u64::to_be_bytes(bitmap));
+        let file = MemoryStorage::new(bytes);
+        let report = check(&file).unwrap();
+        assert_eq!(report.corruptions, 1, "{bitmap:#x}: {:?}", report.findings);
+        assert!(report.findings[0].contains("the guest's own offset"), "{:?}", report.findings);
+        for clears in [true, false] {
+            let beside = Beside { data: Some(host_file(&data)), ..Beside::default() };
+            let file = Arc::new(MemoryStorage::new(file.contents()));
+            let image = Image::open_with(file, &quiet(), beside).unwrap();
+            let error = match clears {
+                true => image.discard(5 * CLUSTER..5 * CLUSTER + 4096).unwrap_err(),
+                // From the cluster before on, which reads zeros and is sound.
+                false => image.read(4 * CLUSTER, &mut [0; 2 * CLUSTER as usize]).unwrap_err(),
+            };
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{bitmap:#x}: {error}");
+            assert!(error.to_string().contains("L2 entry 5 of table"), "{bitmap:#x}: {error}");
+            let _unwritten = image.close();
+        }
+        assert_eq!(difference(&std::fs::read(&data).unwrap(), &before), None, "{bitmap:#x}");
+    }
 }

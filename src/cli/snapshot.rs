@@ -4,6 +4,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
+use std::ops::{ControlFlow, Range};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use clap::Subcommand;
 use super::{shown, size};
 use crate::crypt::DataCipher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, Beside, CompactAfter, Image, Options, SnapshotInfo};
+use crate::image::{Backing, Beside, CompactAfter, Image, Looks, Options, SnapshotInfo, Visit};
 use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
 
@@ -168,12 +169,13 @@ impl Backing for Unread {
         Err(Error::invalid("the backing file is not open"))
     }
 
-    fn next_data(&self, _offset: u64) -> Result<Option<u64>> {
-        Ok(None)
-    }
-
-    fn next_hole(&self, _offset: u64) -> Result<u64> {
-        Ok(0)
+    fn each_extent(
+        &self,
+        _range: Range<u64>,
+        _looks: &mut Looks,
+        _visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>> {
+        Ok(ControlFlow::Continue(()))
     }
 }
 

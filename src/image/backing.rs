@@ -4,9 +4,11 @@
 //! that. The backing file is only ever read. Which file it is and whether it may be opened is
 //! decided by the caller of [`Image::open`]; nothing here follows a name.
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use super::Image;
+use super::seek::{Looks, Visit};
 use crate::error::{Error, Result};
 use crate::format::GuestOffset;
 use crate::storage::Storage;
@@ -22,18 +24,17 @@ pub trait Backing: Send + Sync {
     /// Host errors; `Corrupt` where the tables of a qcow2 file make no sense.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// The first offset at or after `offset` that may hold something other than zeros.
+    /// Shows `visit` the parts of `range` that may hold something other than zeros, in ascending
+    /// order, until it breaks off; all that follows once `looks` are used up.
     ///
     /// # Errors
     /// As [`Backing::read`].
-    fn next_data(&self, offset: u64) -> Result<Option<u64>>;
-
-    /// The first offset at or after `offset` that is known to read as zeros; the size where there
-    /// is none.
-    ///
-    /// # Errors
-    /// As [`Backing::read`].
-    fn next_hole(&self, offset: u64) -> Result<u64>;
+    fn each_extent(
+        &self,
+        range: Range<u64>,
+        looks: &mut Looks,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>>;
 }
 
 /// A qcow2 file, with its own backing file behind it. It must be open read-only.
@@ -46,12 +47,13 @@ impl Backing for Image {
         Image::read(self, offset, buf)
     }
 
-    fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        Image::next_data(self, offset)
-    }
-
-    fn next_hole(&self, offset: u64) -> Result<u64> {
-        Image::next_hole(self, offset)
+    fn each_extent(
+        &self,
+        range: Range<u64>,
+        looks: &mut Looks,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>> {
+        Image::each_extent(self, range, looks, visit)
     }
 }
 
@@ -83,17 +85,23 @@ impl Backing for RawBacking {
             .map_err(|e| Error::io(format!("reading the raw backing file at {offset:#x}"), e))
     }
 
-    fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        let found = self.storage.seek_data(offset);
-        // Not what the file has become longer by since: `next_hole` knows nothing of that.
-        found
-            .map(|found| found.filter(|at| *at < self.size))
-            .map_err(|e| Error::io("looking for data in the raw backing file", e))
-    }
-
-    fn next_hole(&self, _offset: u64) -> Result<u64> {
-        // Callers look for the next data first; what follows it counts as data to the end.
-        Ok(self.size)
+    fn each_extent(
+        &self,
+        range: Range<u64>,
+        looks: &mut Looks,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>> {
+        // Not what the file has become longer by since: that is no part of the disk.
+        let end = range.end.min(self.size);
+        if range.start >= end {
+            return Ok(ControlFlow::Continue(()));
+        }
+        looks.ask_host();
+        let found = self.storage.seek_data(range.start);
+        let found = found.map_err(|e| Error::io("looking for data in the raw backing file", e))?;
+        // What follows counts as data to the end.
+        let found = found.filter(|at| *at < end);
+        Ok(found.map_or(ControlFlow::Continue(()), |at| visit(at..end)))
     }
 }
 
@@ -121,13 +129,16 @@ impl Image {
         }
     }
 
-    /// Whether the backing file may have data in part of `at..end`: the first such offset, and
-    /// where it ends.
-    pub(super) fn backing_data(&self, at: u64, end: u64) -> Result<Option<(u64, u64)>> {
-        let Some(backing) = &self.backing else { return Ok(None) };
-        match backing.next_data(at)?.filter(|found| *found < end) {
-            Some(found) => Ok(Some((found, backing.next_hole(found)?.min(end)))),
-            None => Ok(None),
+    /// Shows the parts of `range` in which the backing file may have data.
+    pub(super) fn backing_extents(
+        &self,
+        range: Range<u64>,
+        looks: &mut Looks,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>> {
+        match &self.backing {
+            Some(backing) => backing.each_extent(range, looks, visit),
+            None => Ok(ControlFlow::Continue(())),
         }
     }
 }

@@ -132,20 +132,16 @@ impl Image {
     }
 
     fn is_mapped(&self, range: Range<u64>) -> Result<bool> {
-        self.all_runs(range, |_, run| !matches!(run, Run::Unallocated | Run::Zero))
+        self.all_runs(range, |run| !matches!(run, Run::Unallocated | Run::Zero))
     }
 
-    /// Whether all that `range` consists of is so, each with the guest offset where it begins.
-    pub(super) fn all_runs(
-        &self,
-        range: Range<u64>,
-        is_so: impl Fn(u64, Run) -> bool,
-    ) -> Result<bool> {
+    /// Whether all that `range` consists of is so.
+    pub(super) fn all_runs(&self, range: Range<u64>, is_so: impl Fn(Run) -> bool) -> Result<bool> {
         let _guard = self.locks.shared(self.geometry.guest_clusters(&range));
         let mut at = range.start;
         while at < range.end {
             let (run, end) = self.note(self.run_at(at, range.end))?;
-            if !is_so(at, run) {
+            if !is_so(run) {
                 return Ok(false);
             }
             at = end;

@@ -24,6 +24,7 @@ mod ownership;
 mod passthrough;
 mod read;
 mod resize;
+mod seek;
 mod snapshots;
 mod subclusters;
 mod write;
@@ -41,7 +42,7 @@ use crate::alloc::Refcounts;
 use crate::counters::CacheCounts;
 use crate::crypt::Location;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Geometry;
+use crate::format::{Geometry, GuestOffset};
 use crate::locks::GuestLocks;
 use crate::recycler::thread::Agenda;
 use crate::recycler::{Recycler, StateCounts, WorkDone};
@@ -55,6 +56,7 @@ pub use encryption::Encryption;
 pub use health::Condition;
 pub use open::{BackingFile, Beside, Summary};
 pub use read::Content;
+pub use seek::{Looks, Visit};
 pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
 /// `status` counts the clusters in use of a file that has at most so many: some milliseconds.
@@ -339,13 +341,20 @@ impl Image {
     /// The same with a guest cluster whose subclusters differ as one, for who changes it.
     fn mapping_at(&self, at: u64, end: u64) -> Result<(Mapping, u64)> {
         let clusters = self.geometry.guest_clusters(&(at..end));
-        let (mapping, count) = self.tables.lookup(clusters.clone())?;
-        let run_end = end.min((clusters.start + count) << self.geometry.cluster_bits());
+        let (mapping, count) = self.tables.lookup(clusters)?;
+        Ok(self.shown(mapping, count, at, end))
+    }
+
+    /// What the tables' mapping of `count` clusters, the first of which is that of guest offset `at`,
+    /// shows there, and where that ends, at most `end`.
+    fn shown(&self, mapping: Mapping, count: u64, at: u64, end: u64) -> (Mapping, u64) {
+        let first = self.geometry.guest_cluster(GuestOffset(at)).0;
+        let run_end = end.min((first + count) << self.geometry.cluster_bits());
         if mapping == Mapping::Uniform(Run::Unallocated) && self.is_backed(at) {
             let backed = self.backed_clusters() << self.geometry.cluster_bits();
-            return Ok((Mapping::Uniform(Run::Backing), run_end.min(backed)));
+            return (Mapping::Uniform(Run::Backing), run_end.min(backed));
         }
-        Ok((mapping, run_end))
+        (mapping, run_end)
     }
 
     /// The part of `range` that lies within the virtual disk.

@@ -21,10 +21,7 @@ impl Image {
         if !self.data.may_be_passed || size == 0 || self.data_file_length()? != size {
             return Ok(false);
         }
-        self.all_runs(0..size, |at, run| match run {
-            Run::Data { first, .. } => self.host_offset(first, at) == at,
-            _ => false,
-        })
+        self.all_runs(0..size, |run| matches!(run, Run::Data { .. }))
     }
 
     /// The kernel is about to write to the data file.

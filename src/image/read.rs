@@ -1,7 +1,6 @@
-//! Reading, and telling data from holes.
+//! Reading.
 
 use std::cell::RefCell;
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
@@ -16,13 +15,6 @@ use crate::tables::Run;
 const MOST_INFLATERS: usize = 8;
 /// Starting a thread takes about as long as inflating a tenth of a 64 KiB cluster.
 const CLUSTERS_WORTH_A_THREAD: usize = 2;
-/// So many runs without data are looked at, one after the other, before the next one counts as data: 2
-/// TiB of mapped zeros in clusters of 64 KiB. An image may have millions of L1 entries for one table.
-const MOST_EMPTY_RUNS: u32 = 1 << 16;
-/// So many runs of data are looked at before all that follows counts as data: 256 GiB, if no two
-/// clusters of 64 KiB follow each other.
-const MOST_DATA_RUNS: u32 = 1 << 22;
-
 /// A whole compressed cluster that is to be read.
 struct CompressedCluster<'a> {
     offset: HostOffset,
@@ -89,66 +81,6 @@ impl Image {
         }
         self.inflate_all(compressed)?;
         Ok(Content::Data)
-    }
-
-    /// The first offset at or after `offset` that is data, here or in the backing file; `None`
-    /// where only holes follow. What follows very many of them counts as data.
-    ///
-    /// # Errors
-    /// As [`Image::read`].
-    pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        Ok(self.next_extent(offset)?.map(|extent| extent.start))
-    }
-
-    /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
-    /// size where data goes on to the end, or is in very many places.
-    ///
-    /// # Errors
-    /// As [`Image::read`].
-    pub fn next_hole(&self, offset: u64) -> Result<u64> {
-        let mut at = offset;
-        for _ in 0..MOST_DATA_RUNS {
-            match self.next_extent(at)? {
-                Some(extent) if extent.start == at => at = extent.end,
-                _ => return Ok(at.min(self.virtual_size())),
-            }
-        }
-        Ok(self.virtual_size())
-    }
-
-    /// The first range of data that ends after `offset`, as far as one look tells.
-    fn next_extent(&self, offset: u64) -> Result<Option<Range<u64>>> {
-        let size = self.virtual_size();
-        let mut at = offset;
-        let mut empty = 0;
-        while at < size {
-            // Entries are decoded whole under the tables' lock and nothing is read through them,
-            // so no guest clusters need to be held.
-            let (run, end) = self.note(self.run_at(at, size))?;
-            match run {
-                // Where every cluster has its place, holes in the file are as good as those in
-                // the tables, unless they are encrypted.
-                Run::Data { first, .. } if self.data.is_external && self.data.cipher.is_none() => {
-                    let found = self.seek_data(self.host_offset(first, at))?;
-                    if let Some(start) = found.filter(|start| *start < end) {
-                        return Ok(Some(start..end));
-                    }
-                }
-                Run::Data { .. } | Run::Compressed { .. } => return Ok(Some(at..end)),
-                Run::Backing => {
-                    if let Some((start, end)) = self.backing_data(at, end)? {
-                        return Ok(Some(start..end));
-                    }
-                }
-                Run::Unallocated | Run::Zero => {}
-            }
-            empty += 1;
-            if empty == MOST_EMPTY_RUNS {
-                return Ok(Some(at..end));
-            }
-            at = end;
-        }
-        Ok(None)
     }
 
     /// Fills `buf` from the compressed cluster at `offset`, from its byte `within` on.

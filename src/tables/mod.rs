@@ -80,6 +80,17 @@ pub enum Run {
     },
 }
 
+/// What one look at the tables tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What the first guest cluster is.
+    pub mapping: Mapping,
+    /// How many from there on are the same.
+    pub count: u64,
+    /// Bytes of tables that were read for it, or gone through in memory.
+    pub bytes: u64,
+}
+
 /// When a changed entry may reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkOrder {
@@ -224,13 +235,25 @@ impl Tables {
     /// # Errors
     /// Host errors; `Corrupt` with a malformed entry or one that points to metadata.
     pub fn lookup(&self, clusters: Range<u64>) -> Result<(Mapping, u64)> {
+        let Look { mapping, count, .. } = self.look(clusters)?;
+        Ok((mapping, count))
+    }
+
+    /// The same, and what it has cost.
+    ///
+    /// # Errors
+    /// Those of [`Tables::lookup`].
+    pub fn look(&self, clusters: Range<u64>) -> Result<Look> {
         let mut loaded = false;
         loop {
             {
                 let state = self.state.read();
                 let Some((table, own)) = self.table_of(&state, clusters.start)? else {
-                    let absent = self.absent_tables(&state, &clusters);
-                    return Ok((Mapping::Uniform(Run::Unallocated), absent));
+                    let count = self.absent_tables(&state, &clusters);
+                    let mapping = Mapping::Uniform(Run::Unallocated);
+                    // Entries of the L1 table are in memory, and gone through many times as fast.
+                    let bytes = (count / self.geometry.l2_entries()).min(state.l1.len() as u64);
+                    return Ok(Look { mapping, count, bytes });
                 };
                 let key = state.cache.key(self.entry_offset(table, clusters.start));
                 if let Some(bytes) = state.cache.get(key) {
@@ -238,7 +261,12 @@ impl Tables {
                         self.hits.add(1);
                     }
                     let in_slice = self.clusters_in_slice(&state.cache, &clusters);
-                    return self.run_of(bytes, key, in_slice, own);
+                    let (mapping, count) = self.run_of(bytes, key, in_slice, own)?;
+                    let bytes = match loaded {
+                        true => state.cache.slice_size(),
+                        false => count * self.geometry.l2_entry_size(),
+                    };
+                    return Ok(Look { mapping, count, bytes });
                 }
             }
             self.load(clusters.start)?;
@@ -634,17 +662,23 @@ impl Tables {
 
     /// In an external data file every cluster is at the guest's offset, as it is.
     fn check_external(&self, entry: L2Entry, guest: u64, entry_offset: u64) -> Result<()> {
-        let bad = match entry {
-            L2Entry::Data { cluster, .. } if cluster.0 != guest => format!(
+        let bad = match (entry, entry.host_cluster()) {
+            (L2Entry::Compressed { .. }, _) => {
+                "is compressed in an image with an external data file".into()
+            }
+            (_, Some((cluster, _))) if self.is_misplaced(entry, guest) => format!(
                 "points to {} of the data file instead of the guest's own offset",
                 self.geometry.host_offset(cluster)
             ),
-            L2Entry::Compressed { .. } => {
-                "is compressed in an image with an external data file".into()
-            }
             _ => return Ok(()),
         };
         Err(Error::corrupt(format!("{} {bad}", self.name_entry(entry_offset))))
+    }
+
+    /// Whether an entry keeps another place of an external data file than the guest's own.
+    fn is_misplaced(&self, entry: L2Entry, guest: u64) -> bool {
+        let place = entry.host_cluster();
+        self.geometry.data_file() && place.is_some_and(|(cluster, _)| cluster.0 != guest)
     }
 
     fn points_to_metadata(&self, cluster: HostCluster, entry_offset: u64) -> Error {
@@ -669,12 +703,13 @@ impl Tables {
     /// How many of `clusters` from the first, which has none, have no L2 table.
     fn absent_tables(&self, state: &State, clusters: &Range<u64>) -> u64 {
         let entries = self.geometry.l2_entries();
-        let first = clusters.start / entries;
-        let last = clusters.end.div_ceil(entries);
-        let end = (first + 1..last)
-            .find(|&index| state.l1.get(index as usize).is_some_and(|&raw| raw != 0))
-            .map_or(clusters.end, |index| (index * entries).min(clusters.end));
-        end - clusters.start
+        let first = (clusters.start / entries + 1) as usize;
+        let last = clusters.end.div_ceil(entries).min(state.l1.len() as u64) as usize;
+        // Behind the end of the L1 table there is none.
+        let others = state.l1.get(first..last).unwrap_or_default();
+        let present = others.iter().position(|&raw| raw != 0);
+        let end = present.map_or(clusters.end, |skipped| (first + skipped) as u64 * entries);
+        end.min(clusters.end) - clusters.start
     }
 
     /// Those of `clusters` whose entries are in the slice of the first.
@@ -719,7 +754,11 @@ impl Tables {
                 (Run::Unallocated, 1 + same as u64)
             }
             L2Entry::Zero { .. } => {
-                let same = rest.take_while(|(_, e)| matches!(e, Ok(L2Entry::Zero { .. }))).count();
+                let is_sound = |i: usize, entry| {
+                    matches!(entry, L2Entry::Zero { .. })
+                        && !self.is_misplaced(entry, clusters.start + 1 + i as u64)
+                };
+                let same = rest.take_while(|(i, e)| e.is_ok_and(|e| is_sound(*i, e))).count();
                 (Run::Zero, 1 + same as u64)
             }
             L2Entry::Data { cluster, copied } => {

@@ -97,3 +97,12 @@ fn mixed_clusters_that_point_to_metadata_or_contradict_themselves_are_corrupt() 
         assert!(error.to_string().contains(&format!("L2 entry {guest} of table")), "{error}");
     }
 }
+
+#[test]
+fn what_lies_behind_the_l1_table_is_absent_in_one_step() {
+    let tables = tables(&[data(7)], true);
+    let entries = tables.geometry.l2_entries();
+    let look = tables.look(entries..1 << 55).unwrap();
+    assert_eq!(look.mapping, Mapping::Uniform(Run::Unallocated));
+    assert_eq!((look.count, look.bytes), ((1 << 55) - entries, 1));
+}

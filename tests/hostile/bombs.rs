@@ -6,8 +6,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qcow2fs::ErrorKind;
 use qcow2fs::format::{EXTENSION_BITMAPS, Header};
-use qcow2fs::image::{Image, Options};
+use qcow2fs::image::{Backing, Image, Options};
 use qcow2fs::storage::{HostFile, Storage};
 
 use crate::meter::{self, Alone, LIMIT};
@@ -142,16 +143,8 @@ fn millions_of_clusters_far_from_each_other() {
 /// Whoever copies such a disk asks where its data is.
 #[test]
 fn looking_for_data_behind_millions_of_empty_tables() {
-    let l2 = FAR + 64 * MIB;
     for (name, entry) in [("zeros", 1), ("data, cluster by cluster", (8 * MIB) | COPIED)] {
-        let bomb = Bomb::new("one L2 table for all", PLAIN)
-            .l1(L1_ENTRIES, FAR)
-            .words(FAR, u64::from(L1_ENTRIES), |_| l2)
-            .words(l2, 8192, |_| entry)
-            .put(24, &(u64::from(L1_ENTRIES) << 29).to_be_bytes())
-            .length(2 * FAR);
-        let storage = Arc::new(HostFile::new(bomb.file.try_clone().unwrap()));
-        let image = Image::open(storage, &Options::default()).unwrap();
+        let image = opened(&one_table_for_all(name, |_| entry).file, None);
         let _watchdog = Watchdog::new(name.to_owned(), 120);
         let started = Instant::now();
         let data = image.next_data(0).unwrap();
@@ -162,6 +155,134 @@ fn looking_for_data_behind_millions_of_empty_tables() {
             _ => assert_eq!((data, hole), (Some(0), image.virtual_size())),
         }
         assert!(started.elapsed() < PATIENCE, "{name}: {:?}", started.elapsed());
+        let looked = bytes_looked_at(&image);
+        assert!(looked <= 2 * SEARCH + MIB, "{name}: {looked} bytes");
+    }
+}
+
+/// What one search for data or a hole may go through, in bytes of tables.
+const SEARCH: u64 = 32 * MIB;
+
+/// At least so many bytes of L2 tables were read or gone through: a part of a table has 4 KiB, and each
+/// look counts as 64 bytes.
+fn bytes_looked_at(image: &Image) -> u64 {
+    let counts = image.status().unwrap().table_cache;
+    counts.misses * 4096 + (counts.hits + counts.misses) * 64
+}
+
+fn opened(file: &File, backing: Option<Arc<dyn Backing>>) -> Arc<Image> {
+    let storage = Arc::new(HostFile::new(file.try_clone().unwrap()));
+    Image::open_over(storage, &Options::default(), backing).unwrap()
+}
+
+/// One L2 table, of entries that `entry` makes, for a disk of 2 PiB.
+fn one_table_for_all(name: &'static str, entry: impl Fn(u64) -> u64) -> Bomb {
+    let l2 = FAR + 64 * MIB;
+    Bomb::new(name, PLAIN)
+        .l1(L1_ENTRIES, FAR)
+        .words(FAR, u64::from(L1_ENTRIES), |_| l2)
+        .words(l2, 8192, entry)
+        .put(24, &(u64::from(L1_ENTRIES) << 29).to_be_bytes())
+        .length(2 * FAR)
+}
+
+#[test]
+fn looking_for_data_in_a_chain_costs_no_more_than_in_one_file() {
+    let base = opened(&one_table_for_all("zeros", |_| 1).file, None);
+    // The size and the name of a backing file make it an overlay.
+    let name = [0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 4];
+    let overlay = one_table_for_all("zeros here and there", |guest| guest % 2)
+        .put(8, &name)
+        .put(768, b"base");
+    let top = opened(&overlay.file, Some(base.clone()));
+    let _watchdog = Watchdog::new("a chain".to_owned(), 120);
+    let started = Instant::now();
+    let data = top.next_data(0).unwrap();
+    println!("a chain: data at {data:x?} in {:.1?}", started.elapsed());
+    assert!(data.is_some_and(|at| at > 0), "{data:x?}");
+    let looked = bytes_looked_at(&top) + bytes_looked_at(&base);
+    assert!(looked <= SEARCH + MIB, "{looked} bytes");
+}
+
+/// Tables that lie in a hole cost their owner nothing.
+#[test]
+fn looking_for_data_through_large_tables_reads_little_of_them() {
+    let bomb = Bomb::new("65536 tables of 2 MiB", "cluster_size=2M")
+        .l1(1 << 16, FAR)
+        .words(FAR, 1 << 16, |i| 2 * FAR + (i << 21))
+        .put(24, &(1u64 << 55).to_be_bytes())
+        .length(1 << 40);
+    let image = opened(&bomb.file, None);
+    let _watchdog = Watchdog::new("large tables".to_owned(), 120);
+    let started = Instant::now();
+    let data = image.next_data(0).unwrap();
+    println!("large tables: data at {data:x?} in {:.1?}", started.elapsed());
+    assert!(data.is_some_and(|at| at > 0), "{data:x?}");
+    assert_eq!(image.next_hole(0).unwrap(), 0);
+    let looked = bytes_looked_at(&image);
+    assert!(looked <= 2 * SEARCH + MIB, "{looked} bytes");
+}
+
+/// What is no bomb: a disk that is large and empty.
+#[test]
+fn a_huge_disk_without_tables_is_one_hole() {
+    let (entries, l2) = (32768, FAR + 64 * MIB);
+    let bomb = Bomb::new("16 TiB without tables", PLAIN)
+        .l1(entries, FAR)
+        .put(24, &(16u64 << 40).to_be_bytes())
+        .length(2 * FAR);
+    let empty = opened(&bomb.file, None);
+    assert_eq!((empty.next_data(0).unwrap(), empty.next_hole(0).unwrap()), (None, 0));
+    let bomb = bomb
+        .put(FAR + 8 * u64::from(entries - 1), &l2.to_be_bytes())
+        .put(l2, &[0, 0, 0, 0, 0, 128]);
+    let last = 16u64 << 40;
+    assert_eq!(opened(&bomb.file, None).next_data(0).unwrap(), Some(last - (1 << 29)));
+}
+
+#[test]
+fn snapshots_that_claim_a_huge_disk() {
+    // Two L1 entries, of tables in a hole, map 1 GiB.
+    let l1 = 2 * FAR;
+    for (size, opens) in [
+        (Some(1 << 29), true),
+        (Some(1 << 30), true),
+        (Some((1 << 30) + 512), false),
+        (Some(1 << 62), false),
+        (Some(u64::MAX), false),
+        // As QEMU once made them: the size is that of the disk, which may have grown since.
+        (None, true),
+    ] {
+        let mut entry = snapshot(l1, 2, b"s");
+        match size {
+            Some(size) => entry[48..56].copy_from_slice(&u64::to_be_bytes(size)),
+            None => {
+                entry[39] = 0;
+                entry[40] = b's';
+            }
+        }
+        let grown = 1u64 << 40;
+        let bomb = Bomb::new("a snapshot of a huge disk", PLAIN)
+            .l1(L1_ENTRIES, FAR)
+            .put(24, &grown.to_be_bytes())
+            .words(l1, 2, |i| 3 * FAR + (i << 16))
+            .snapshots(1, FAR + 64 * MIB)
+            .put(FAR + 64 * MIB, &entry)
+            .length(4 * FAR);
+        let image = opened(&bomb.file, None);
+        let _watchdog = Watchdog::new(format!("{size:x?}"), 60);
+        match image.open_snapshot(b"s") {
+            Ok(view) => {
+                assert!(opens, "{size:x?}");
+                assert_eq!(view.info().disk_size, size.unwrap_or(grown));
+                assert_eq!((view.next_data(0).unwrap(), view.next_hole(0).unwrap()), (None, 0));
+            }
+            Err(e) => {
+                assert!(!opens, "{size:x?}: {e}");
+                assert_eq!(e.kind(), ErrorKind::Corrupt);
+                assert!(e.to_string().contains("snapshot s claims a disk of"), "{e}");
+            }
+        }
     }
 }
 

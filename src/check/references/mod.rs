@@ -109,6 +109,7 @@ pub(super) fn count_into(
         report,
         watch,
         structures: Vec::new(),
+        l1_indices: BTreeMap::new(),
         result: ReferenceCounts { contents, ..ReferenceCounts::default() },
     };
     counter.structure(HostOffset(0), counter.g.cluster_size(), "the header");
@@ -143,6 +144,9 @@ struct Counter<'a> {
     report: &'a mut Report,
     watch: &'a dyn Watch,
     structures: Vec<Structure>,
+    /// With an external data file, the first index of each L2 table in the disk's L1 table: it says
+    /// where the data of its entries has its place.
+    l1_indices: BTreeMap<u64, u64>,
     result: ReferenceCounts,
 }
 
@@ -288,6 +292,9 @@ impl Counter<'_> {
             return;
         }
         self.result.any_not_copied |= uses.active != 0 && raw & COPIED == 0;
+        if self.data_file && uses.active != 0 {
+            self.l1_indices.entry(offset.0).or_insert((at - table) / 8);
+        }
         let inside = self.refer(offset, self.g.cluster_size(), uses.total);
         if !self.g.is_aligned(offset.0) {
             self.distrust(uses.total, format!("{} {}", name(), BadEntry::Unaligned(offset)));
@@ -365,6 +372,10 @@ impl Counter<'_> {
             self.entry_corruption(entry, "has subclusters both allocated and zero");
         }
         let offset = self.g.host_offset(cluster);
+        if self.is_misplaced(entry, cluster) {
+            let what = "of the data file instead of the guest's own offset";
+            self.entry_corruption(entry, &format!("points to {offset} {what}"));
+        }
         if !self.data_file && !self.refer(offset, self.g.cluster_size(), uses.total) {
             self.report.corruption(uses.total, || {
                 format!("{} points past the end of the file", entry.name())
@@ -372,6 +383,13 @@ impl Counter<'_> {
             self.unusable(entry, "points past the end of the file");
         }
         Some(offset)
+    }
+
+    /// Whether an entry keeps another place of an external data file than the guest's own.
+    fn is_misplaced(&self, entry: &Entry, cluster: HostCluster) -> bool {
+        let first = |&index: &u64| index * self.g.l2_entries();
+        let first = self.l1_indices.get(&entry.table).map(first);
+        first.is_some_and(|first| cluster.0 != first + entry.index)
     }
 
     fn compressed(&mut self, entry: &Entry, offset: HostOffset, length: u64) {

@@ -24,7 +24,7 @@ impl Image {
         };
         let old_l1 = {
             let _flush = self.hold_flush(writer);
-            self.record_apply(writer, self.size_of(&snapshot))?;
+            self.record_apply(writer, self.size_of(&snapshot)?)?;
             let _guard = self.locks.exclusive(0..u64::MAX);
             self.note(self.apply_held(writer, &snapshot))?
         };
@@ -34,11 +34,6 @@ impl Image {
                 e.context("the snapshot is applied, clusters of the old disk may be leaked")
             });
         self.note(dropped)
-    }
-
-    /// Bytes of the disk that a snapshot holds.
-    fn size_of(&self, snapshot: &Snapshot) -> u64 {
-        snapshot.disk_size().unwrap_or_else(|| self.virtual_size())
     }
 
     /// To the bitmaps the whole disk changes, without a write.
@@ -53,7 +48,7 @@ impl Image {
 
     /// Returns the L1 table that was the disk's. The flush lock and all guest clusters are held.
     fn apply_held(&self, writer: &Writer, snapshot: &Snapshot) -> Result<Vec<u64>> {
-        let size = self.size_of(snapshot);
+        let size = self.size_of(snapshot)?;
         let entries = self.geometry.l1_entries_for(size).max(1);
         if entries > MAX_L1_BYTES / 8 || !size.is_multiple_of(512) {
             return Err(Error::new(

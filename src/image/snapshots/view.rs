@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 
 use super::table::check_l1;
 use super::{Image, SnapshotKey, Snapshots, info};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Snapshot;
 use crate::image::SnapshotInfo;
 use crate::image::health::Health;
@@ -93,7 +93,27 @@ impl Image {
         self.snapshots.state.lock().views.extend(views);
     }
 
+    /// Bytes of the disk that a snapshot holds: those of the disk where the entry says none, as QEMU
+    /// takes it. What is not mapped then, since the disk has grown, is a hole.
+    ///
+    /// # Errors
+    /// `Corrupt` where its L1 table is too short for the size that it claims, which no program makes.
+    /// (It may well be longer: the state of a virtual machine lies behind the disk.)
+    pub(super) fn size_of(&self, snapshot: &Snapshot) -> Result<u64> {
+        let Some(size) = snapshot.disk_size() else { return Ok(self.virtual_size()) };
+        let entries = u64::from(snapshot.l1_size);
+        if self.geometry.l1_entries_for(size) <= entries && i64::try_from(size).is_ok() {
+            return Ok(size);
+        }
+        Err(Error::corrupt(format!(
+            "snapshot {} claims a disk of {size} bytes, more than its L1 table of {entries} entries \
+             can map: nothing in it can be relied on, delete it",
+            snapshot.label()
+        )))
+    }
+
     fn snapshot_disk(&self, entry: &Snapshot) -> Result<Image> {
+        let size = self.size_of(entry)?;
         let tables = Tables::open(
             self.storage.clone(),
             self.geometry,
@@ -106,7 +126,7 @@ impl Image {
             storage: self.storage.clone(),
             data: self.data.clone(),
             geometry: self.geometry,
-            size: AtomicU64::new(entry.disk_size().unwrap_or_else(|| self.virtual_size())),
+            size: AtomicU64::new(size),
             locks: GuestLocks::default(),
             tables,
             requests: AtomicU64::new(0),
