@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::{Allocated, Refcounts, State};
-use crate::error::{Error, Result};
-use crate::format::{HostCluster, refcount};
+use crate::error::Result;
+use crate::format::HostCluster;
 use crate::rules::Rule;
 
 /// Which clusters of a file are counted.
@@ -28,39 +28,60 @@ pub struct Usage {
 }
 
 impl Refcounts {
-    /// How many clusters are counted, and which. Others get to the refcounts between two blocks, so
-    /// the sum may be of no single moment.
+    /// How many clusters of the file are counted, and which. Others get to the refcounts between two
+    /// pieces of a block, so the sum may be of no single moment. `None` where `go_on`, which is asked
+    /// at each of them, said `false`.
     ///
     /// # Errors
     /// Host errors.
-    pub fn usage(&self) -> Result<Usage> {
+    pub fn usage(&self, mut go_on: impl FnMut() -> bool) -> Result<Option<Usage>> {
         let per_block = self.geometry.refcounts_per_block();
+        let file_end = self.end_in(&self.state.lock())?;
         let (mut used, mut end) = (0, 0);
-        // The clusters that the blocks before one count, by the block.
+        // The clusters that the blocks before one count, by the block; those that count nothing are
+        // left out.
         let mut before = BTreeMap::new();
-        for index in self.blocks() {
-            before.insert(index, used);
-            self.counted_in(index, |cluster| {
+        for index in self.blocks().into_iter().take_while(|i| i * per_block < file_end) {
+            let used_before = used;
+            let block = index * per_block..file_end.min((index + 1) * per_block);
+            let is_whole = self.counted_in(block, &mut go_on, |cluster| {
                 used += 1;
                 end = cluster + 1;
             })?;
+            if !is_whole {
+                return Ok(None);
+            }
+            if used > used_before {
+                before.insert(index, used_before);
+            }
         }
         // Those in the blocks before the one that the end falls into, and the first ones in that.
         let block = used / per_block;
         let mut below = before.range(block..).next().map_or(used, |(_, count)| *count);
-        self.counted_in(block, |cluster| below += u64::from(cluster < used))?;
-        Ok(Usage { used, end, behind: used.saturating_sub(below) })
+        let is_whole = self.counted_in(block * per_block..used, &mut go_on, |_| below += 1)?;
+        Ok(is_whole.then(|| Usage { used, end, behind: used.saturating_sub(below) }))
     }
 
-    /// Calls `each` for every cluster that block `index` counts, in ascending order.
-    fn counted_in(&self, index: u64, mut each: impl FnMut(u64)) -> Result<()> {
-        let order = self.geometry.refcount_order();
-        let per_block = self.geometry.refcounts_per_block();
-        let Some(bytes) = self.block_bytes(&self.state.lock(), index as usize)? else {
-            return Ok(());
-        };
-        refcount::in_use(&bytes, order).for_each(|i| each(index * per_block + i as u64));
-        Ok(())
+    /// Calls `each` for every cluster of `range` that is counted, in ascending order, all of which one
+    /// block counts; whether `go_on` let it get through.
+    fn counted_in(
+        &self,
+        range: Range<u64>,
+        go_on: &mut impl FnMut() -> bool,
+        mut each: impl FnMut(u64),
+    ) -> Result<bool> {
+        let mut from = range.start;
+        while from < range.end {
+            if !go_on() {
+                return Ok(false);
+            }
+            let piece = self.next_piece(&self.state.lock(), from..range.end)?;
+            let Some(piece) = piece else { break };
+            let clusters = piece.counted().map(|(cluster, _)| cluster);
+            clusters.filter(|cluster| range.contains(cluster)).for_each(&mut each);
+            from = piece.end();
+        }
+        Ok(true)
     }
 
     /// Tells of each cluster that is counted: its number, its refcount, and whether it is a refcount
@@ -73,20 +94,22 @@ impl Refcounts {
         mut tell: impl FnMut(u64, u64, bool) -> Result<()>,
     ) -> Result<()> {
         let state = self.state.lock();
-        let (bits, order) = (self.geometry.cluster_bits(), self.geometry.refcount_order());
+        let bits = self.geometry.cluster_bits();
         let per_block = self.geometry.refcounts_per_block();
         let first = self.geometry.host_cluster(state.table_offset).0;
         let table = first..first + self.geometry.clusters_for(state.table.len() as u64 * 8).0;
         let blocks: BTreeSet<u64> = state.table.iter().map(|offset| offset >> bits).collect();
-        for index in 0..state.table.len() {
-            let Some(bytes) = self.block_bytes(&state, index)? else { continue };
-            for i in refcount::in_use(&bytes, order) {
-                let count = refcount::get(&bytes, i, order);
-                let cluster = index as u64 * per_block + i as u64;
-                // Offset 0 in the table means none.
-                let is_structure =
-                    cluster > 0 && (table.contains(&cluster) || blocks.contains(&cluster));
-                tell(cluster, count, is_structure)?;
+        for index in 0..state.table.len() as u64 {
+            let (mut from, end) = (index * per_block, (index + 1) * per_block);
+            while from < end {
+                let Some(piece) = self.next_piece(&state, from..end)? else { break };
+                for (cluster, count) in piece.counted() {
+                    // Offset 0 in the table means none.
+                    let is_structure =
+                        cluster > 0 && (table.contains(&cluster) || blocks.contains(&cluster));
+                    tell(cluster, count, is_structure)?;
+                }
+                from = piece.end();
             }
         }
         Ok(())
@@ -169,7 +192,7 @@ impl Refcounts {
             {
                 continue;
             }
-            if self.describes_nothing(&state, index, place)? {
+            if self.describes_nothing(&state, index as u64, place)? {
                 self.unlink_block(&mut state, index, place);
                 freed += 1;
             }
@@ -184,13 +207,17 @@ impl Refcounts {
     }
 
     /// Whether block `index` counts no cluster but perhaps its own, `place`.
-    fn describes_nothing(&self, state: &State, index: usize, place: u64) -> Result<bool> {
-        let order = self.geometry.refcount_order();
+    fn describes_nothing(&self, state: &State, index: u64, place: u64) -> Result<bool> {
         let per_block = self.geometry.refcounts_per_block();
-        let first = index as u64 * per_block;
-        let Some(bytes) = self.block_bytes(state, index)? else { return Ok(false) };
-        Ok((0..per_block)
-            .all(|i| first + i == place || refcount::get(&bytes, i as usize, order) == 0))
+        let (mut from, end) = (index * per_block, (index + 1) * per_block);
+        while from < end {
+            let Some(piece) = self.next_piece(state, from..end)? else { break };
+            if piece.counted().any(|(cluster, _)| cluster != place) {
+                return Ok(false);
+            }
+            from = piece.end();
+        }
+        Ok(true)
     }
 
     fn unlink_block(&self, state: &mut State, index: usize, place: u64) {
@@ -265,14 +292,7 @@ impl Refcounts {
         };
         // The table of an image that was found corrupt may hold anything.
         self.check_entry(index, start)?;
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-        if !state.cache.read_cluster(start, &mut bytes) {
-            self.storage
-                .read_at(&mut bytes, start)
-                .map_err(|e| Error::io(format!("reading a refcount block at {start:#x}"), e))?;
-            state.cache.read_cluster(start, &mut bytes);
-        }
-        Ok(Some(bytes))
+        self.bytes_at(state, start..start + self.geometry.cluster_size()).map(Some)
     }
 
     /// Whether a cluster may be handed out: not counted, and no place that a block has just left.

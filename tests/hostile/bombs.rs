@@ -4,11 +4,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use qcow2fs::ErrorKind;
+use qcow2fs::check::check;
 use qcow2fs::format::{EXTENSION_BITMAPS, Header};
-use qcow2fs::image::{Image, Options};
-use qcow2fs::storage::{HostFile, Storage};
+use qcow2fs::image::{CompactAfter, Image, Options};
+use qcow2fs::storage::{HostFile, Storage, testing};
 
 use crate::meter::{self, Alone, LIMIT};
 use crate::support::{Watchdog, qemu, scratch};
@@ -70,6 +73,12 @@ impl Bomb {
         self.put(48, &at.to_be_bytes()).put(56, &clusters.to_be_bytes())
     }
 
+    /// The file, which fails the test once more than `most` reads were made of it.
+    fn metered(&self, most: u64) -> Arc<Metered> {
+        let file = HostFile::new(self.file.try_clone().unwrap());
+        Arc::new(Metered { file, most, reads: AtomicU64::new(0) })
+    }
+
     fn snapshots(self, count: u32, at: u64) -> Bomb {
         self.put(60, &count.to_be_bytes()).put(64, &at.to_be_bytes())
     }
@@ -104,6 +113,36 @@ impl Bomb {
             assert!(took < PATIENCE, "{what}: opening took {took:?}");
             assert!(peak < LIMIT, "{what}: {peak} bytes of memory");
         }
+    }
+}
+
+/// A file that counts reads.
+struct Metered {
+    file: HostFile,
+    most: u64,
+    reads: AtomicU64,
+}
+
+impl testing::Layer for Metered {
+    fn below(&self) -> &dyn Storage {
+        &self.file
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let reads = self.reads.fetch_add(1, Ordering::Relaxed);
+        assert!(reads < self.most, "{reads} reads");
+        self.file.read_at(buf, offset)
+    }
+}
+
+/// Nothing is done but what is called.
+fn by_hand(writable: bool) -> Options {
+    Options {
+        writable,
+        threads: false,
+        keep_erased: 0,
+        compact_after: CompactAfter::Off,
+        ..Options::default()
     }
 }
 
@@ -176,6 +215,70 @@ fn refcount_blocks_all_over_a_huge_hole() {
 #[test]
 fn a_refcount_table_that_is_a_hole() {
     Bomb::new("refcount table, a hole", PLAIN).refcount_table(FAR, 128).length(1 << 46).goes_off();
+}
+
+/// 2 MiB each, which count 16 million clusters, and take nothing of the host.
+#[test]
+fn refcount_blocks_in_holes_are_neither_read_nor_looked_through() {
+    let (first, blocks) = (64, 1000);
+    let bomb = Bomb::new("refcount blocks of 2 MiB in holes", "cluster_size=2M,refcount_bits=1");
+    let table = bomb.header.refcount_table_offset.0;
+    let mut entry = [0; 8];
+    bomb.file.read_exact_at(&mut entry, table).unwrap();
+    let block = u64::from_be_bytes(entry);
+    // Their places are counted: the image is sound.
+    let bomb = bomb
+        .words(table + 8, blocks, |i| (first + i) << 21)
+        .put(block + first / 8, &vec![0xff; blocks as usize / 8])
+        .length((first + blocks) << 21);
+    assert_eq!(check(&*bomb.metered(10_000)).unwrap().corruptions, 0);
+    let _watchdog = Watchdog::new(bomb.name.to_owned(), 120);
+
+    let read = Image::open(bomb.metered(200), &by_hand(false)).unwrap();
+    let prospect = read.prospect().unwrap();
+    assert!(prospect.used > blocks && prospect.end == first + blocks, "{prospect:?}");
+
+    // The search for leaks is over when it is open.
+    let written = Image::open(bomb.metered(2000), &by_hand(true)).unwrap();
+    let live = written.status().unwrap().live.unwrap();
+    assert_eq!(live, prospect.used << 21);
+    written.compact(|_| true).unwrap();
+    written.close().unwrap();
+    assert!(bomb.file.metadata().unwrap().len() < first << 21, "they described nothing");
+    assert_eq!(check(&*bomb.metered(10_000)).unwrap().exit_code(), 0);
+}
+
+#[test]
+fn what_there_is_to_win_is_not_counted_over_and_over() {
+    // All entries name the first block: only an image that is not written may be open like that.
+    let bomb = Bomb::new("one refcount block for all", "cluster_size=2M,refcount_bits=1");
+    let table = bomb.header.refcount_table_offset.0;
+    let mut entry = [0; 8];
+    bomb.file.read_exact_at(&mut entry, table).unwrap();
+    let bomb = bomb.words(table, 1000, |_| u64::from_be_bytes(entry)).length(1 << 46);
+    let image = Image::open(bomb.metered(1000), &by_hand(false)).unwrap();
+    let error = image.prospect().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    drop(image);
+    drop(bomb);
+
+    // And who asks may lose patience.
+    let bomb = Bomb::new("no patience", PLAIN);
+    let image = Image::open(bomb.metered(1000), &by_hand(false)).unwrap();
+    assert!(image.prospect_while(|| true).unwrap().is_some());
+    assert_eq!(image.prospect_while(|| false).unwrap(), None);
+}
+
+#[test]
+fn status_counts_only_what_few_refcount_blocks_say() {
+    let bomb = Bomb::new("many small refcount blocks", "cluster_size=512,refcount_bits=64");
+    let is_counted = |length| {
+        bomb.file.set_len(length).unwrap();
+        let options = Options { return_leaks: false, ..by_hand(true) };
+        let image = Image::open(bomb.metered(100_000), &options).unwrap();
+        image.status().unwrap().live.is_some()
+    };
+    assert!(is_counted(100 * MIB) && !is_counted(200 * MIB));
 }
 
 #[test]

@@ -43,7 +43,7 @@ use serde::Serialize;
 use occupancy::Occupancy;
 
 use super::{Image, Writer};
-use crate::alloc::Refcounts;
+use crate::alloc::{Refcounts, Usage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
 use crate::rules::Rule;
@@ -327,15 +327,32 @@ impl Image {
     /// # Errors
     /// Host errors.
     pub fn prospect(&self) -> Result<Prospect> {
+        Ok(self.prospect_while(|| true)?.unwrap_or_default())
+    }
+
+    /// The same, which may take long; `None` where `go_on`, which is asked now and then, said `false`.
+    ///
+    /// # Errors
+    /// As [`Image::prospect`]; `Corrupt` where it is open read-only and its refcount table makes no
+    /// sense.
+    pub fn prospect_while(&self, go_on: impl FnMut() -> bool) -> Result<Option<Prospect>> {
         let usage = match &self.writer {
-            Some(writer) => writer.refcounts.usage()?,
-            None => {
-                let metadata = Arc::new(MetadataMap::new(u64::MAX));
-                let header = super::open::read_header(&*self.storage)?;
-                Refcounts::open(self.storage.clone(), &header, metadata)?.usage()?
-            }
+            Some(writer) => writer.refcounts.usage(go_on)?,
+            None => self.refcounts_read()?.usage(go_on)?,
         };
-        Ok(Prospect { used: usage.used, end: usage.end, behind: usage.behind })
+        let of = |usage: Usage| Prospect { used: usage.used, end: usage.end, behind: usage.behind };
+        Ok(usage.map(of))
+    }
+
+    /// The refcounts of an image that is open read-only.
+    fn refcounts_read(&self) -> Result<Refcounts> {
+        let header = super::open::read_header(&*self.storage)?;
+        let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let metadata = Arc::new(MetadataMap::new(self.geometry.clusters_for(length).0));
+        let refcounts = Refcounts::open(self.storage.clone(), &header, metadata)?;
+        // All entries may name one block, which would be read as often as there are entries.
+        refcounts.register_metadata()?;
+        Ok(refcounts)
     }
 
     /// Asks the recycler to make the file as short as it gets, at its own pace and whatever there
@@ -377,7 +394,8 @@ impl Image {
         loop {
             self.settle()?;
             let writer = self.writer()?;
-            let prospect = self.prospect()?;
+            let go_on = || progress(&writer.compaction_status.lock().clone());
+            let Some(prospect) = self.prospect_while(go_on)? else { return Ok(()) };
             let surveys = {
                 let compaction = writer.compaction.lock();
                 compaction.has_compressed && compaction.surveyed_at.is_none()
@@ -586,7 +604,9 @@ impl Image {
             return Ok(Look::Not(Compacted::Later(quiet_at)));
         }
         compaction.due_since = None;
-        let prospect = self.prospect()?;
+        let Some(prospect) = self.prospect_unless_closing(writer)? else {
+            return Ok(Look::Not(Compacted::Nothing));
+        };
         let win = prospect.win() << self.geometry.cluster_bits();
         compaction.looked_at = Some((freed, win));
         let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
@@ -595,6 +615,12 @@ impl Image {
         }
         compaction.asked = false;
         Ok(Look::Not(Compacted::Nothing))
+    }
+
+    /// What there is to win, for the recycler's thread, which whoever closes the image waits for.
+    fn prospect_unless_closing(&self, writer: &Writer) -> Result<Option<Prospect>> {
+        let wake = writer.recycler.wake_signal();
+        self.prospect_while(|| !wake.is_stopped())
     }
 
     fn begin_pass(
@@ -753,7 +779,7 @@ impl Image {
 
     fn end_pass(&self, writer: &Writer, compaction: &mut Compaction, pass: &Pass) -> Result<()> {
         self.assert_counts(writer, compaction)?;
-        let prospect = self.prospect()?;
+        let Some(prospect) = self.prospect_unless_closing(writer)? else { return Ok(()) };
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
