@@ -31,7 +31,7 @@ mod shrink;
 pub use cluster_set::ClusterSet;
 use shrink::is_kept_back;
 
-pub use shrink::Usage;
+pub use shrink::{ShrinkWalk, Usage};
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -16,6 +16,53 @@ use crate::error::Result;
 use crate::format::HostCluster;
 use crate::rules::Rule;
 
+/// So many blocks move, or are looked at, in one step at most: a flush may have to link each in a turn
+/// of its own.
+const BLOCKS_AT_ONCE: u64 = 128;
+/// And blocks of so many bytes, which the flush writes.
+const BYTES_AT_ONCE: u64 = 32 << 20;
+
+/// How far the steps of [`Refcounts::shrink_structure`] have got.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ShrinkWalk {
+    stage: ShrinkStage,
+    /// The next block to be looked at.
+    index: usize,
+    /// Blocks move to ascending places: the next one is at or after this.
+    place: u64,
+    freed: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum ShrinkStage {
+    #[default]
+    Unlink,
+    Move,
+    Table,
+    Over,
+}
+
+impl ShrinkWalk {
+    /// No step was taken yet.
+    pub fn is_at_start(&self) -> bool {
+        self.stage == ShrinkStage::Unlink && self.index == 0
+    }
+
+    /// The last step was taken.
+    pub fn is_over(&self) -> bool {
+        self.stage == ShrinkStage::Over
+    }
+
+    /// Clusters that all steps so far have freed.
+    pub fn freed(&self) -> u64 {
+        self.freed
+    }
+
+    fn enter(&mut self, stage: ShrinkStage) {
+        (self.stage, self.index) = (stage, 0);
+    }
+}
+
 /// Which clusters of a file are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -129,27 +176,42 @@ impl Refcounts {
     /// Host errors; `Corrupt` where metadata is found free.
     pub fn allocate_run_before(&self, wanted: u64, end: u64) -> Result<Option<Range<u64>>> {
         let mut state = self.state.lock();
-        self.find_run(&mut state, wanted, end)
+        self.find_run(&mut state, wanted, 0..end)
     }
 
-    fn find_run(&self, state: &mut State, wanted: u64, end: u64) -> Result<Option<Range<u64>>> {
-        let mut first = state.first_free;
+    /// The first run of free clusters that have blocks within `range`; they are counted now.
+    fn find_run(
+        &self,
+        state: &mut State,
+        wanted: u64,
+        range: Range<u64>,
+    ) -> Result<Option<Range<u64>>> {
+        let per_block = self.geometry.refcounts_per_block();
+        let mut first = range.start;
+        if first <= state.first_free {
+            // Who looks next need not go through what is taken again.
+            state.first_free = self.first_free(state, state.first_free)?;
+            first = state.first_free;
+        }
         loop {
             first = self.first_free(state, first)?;
             let run = first..first + wanted;
-            if run.end > end.min(state.end) {
+            if run.end > range.end.min(state.end) {
                 return Ok(None);
             }
-            let used = run
-                .clone()
-                .find_map(|c| match self.is_free(state, c) {
-                    Ok(true) if self.has_block(state, c) => None,
-                    Ok(_) => Some(Ok(c)),
-                    Err(e) => Some(Err(e)),
-                })
-                .transpose()?;
-            match used {
-                Some(used) => first = used + 1,
+            let mut unfit = None;
+            for cluster in run.clone() {
+                if !self.has_block(state, cluster) {
+                    unfit = Some((cluster / per_block + 1) * per_block);
+                } else if !self.is_free(state, cluster)? {
+                    unfit = Some(cluster + 1);
+                } else {
+                    continue;
+                }
+                break;
+            }
+            match unfit {
+                Some(next) => first = next,
                 None => {
                     for cluster in run.clone() {
                         self.check_unused(cluster)?;
@@ -172,38 +234,75 @@ impl Refcounts {
         self.raise_in(&mut self.state.lock(), cluster.0, by)
     }
 
-    /// Moves refcount blocks that lie at or after `from` to free clusters before it, and the
-    /// refcount table as well; lets go of blocks that describe nothing at or after `from`. How many
-    /// clusters that frees, after the next flush.
+    /// The next step of a walk that lets go of blocks which describe nothing at or after `from`, then
+    /// moves those that lie there to free clusters before it, and in the end the refcount table. How
+    /// many clusters that frees, after the next flush.
     ///
-    /// The caller holds the flush lock, and nothing of an earlier call waits for a flush: so blocks
+    /// The caller holds the flush lock, and nothing of an earlier step waits for a flush: so blocks
     /// never come to lie in clusters that count each other in a circle, and can be linked in turns.
-    /// (Blocks move in ascending order to ascending places, and new ones are counted by themselves or by
-    /// one before them.)
+    /// Blocks move in ascending order to ascending places: a block that comes later is counted by the
+    /// same one or a later one, so following who counts whom among them never leads back. New ones,
+    /// which others may make between two blocks of a step as they may before it, are counted by
+    /// themselves or by one before them.
     ///
     /// # Errors
     /// Host errors; `Corrupt` where metadata is found free.
-    pub fn shrink_structure(&self, from: u64) -> Result<u64> {
-        let mut state = self.state.lock();
-        let mut freed = 0;
-        for index in 1..state.table.len() {
-            let place = state.table[index] >> self.geometry.cluster_bits();
-            if state.table[index] == 0 || index as u64 * self.geometry.refcounts_per_block() < from
-            {
-                continue;
+    pub fn shrink_structure(&self, from: u64, walk: &mut ShrinkWalk) -> Result<u64> {
+        let before = walk.freed;
+        let most = (BYTES_AT_ONCE >> self.geometry.cluster_bits()).clamp(1, BLOCKS_AT_ONCE);
+        for _ in 0..most {
+            // Nobody who wants a refcount waits for more than one block.
+            let mut state = self.state.lock();
+            walk.freed += match walk.stage {
+                ShrinkStage::Unlink => self.unlink_next(&mut state, from, walk)?,
+                ShrinkStage::Move => self.move_next(&mut state, from, walk)?,
+                ShrinkStage::Table => {
+                    walk.enter(ShrinkStage::Over);
+                    self.move_table(&mut state, from)?
+                }
+                ShrinkStage::Over => break,
+            };
+        }
+        Ok(walk.freed - before)
+    }
+
+    /// Lets go of the next block that describes clusters from `from` on, if none of them is in use.
+    fn unlink_next(&self, state: &mut State, from: u64, walk: &mut ShrinkWalk) -> Result<u64> {
+        // The first block stays, whatever it describes.
+        let first = from.div_ceil(self.geometry.refcounts_per_block()).max(1) as usize;
+        let Some(index) = next_block(state, walk.index.max(first), |_| true) else {
+            walk.enter(ShrinkStage::Move);
+            return Ok(0);
+        };
+        walk.index = index + 1;
+        let place = state.table[index] >> self.geometry.cluster_bits();
+        if !self.describes_nothing(state, index as u64, place)? {
+            return Ok(0);
+        }
+        self.unlink_block(state, index, place);
+        Ok(1)
+    }
+
+    /// Moves the next block that lies at or after `from`.
+    fn move_next(&self, state: &mut State, from: u64, walk: &mut ShrinkWalk) -> Result<u64> {
+        let bits = self.geometry.cluster_bits();
+        let Some(index) = next_block(state, walk.index, |offset| offset >> bits >= from) else {
+            walk.enter(ShrinkStage::Table);
+            return Ok(0);
+        };
+        walk.index = index + 1;
+        let place = state.table[index] >> bits;
+        match self.move_block(state, index, place, walk.place..from)? {
+            Some(target) => {
+                walk.place = target + 1;
+                Ok(1)
             }
-            if self.describes_nothing(&state, index as u64, place)? {
-                self.unlink_block(&mut state, index, place);
-                freed += 1;
+            // There is no room for the others either.
+            None => {
+                walk.enter(ShrinkStage::Table);
+                Ok(0)
             }
         }
-        for index in 0..state.table.len() {
-            let place = state.table[index] >> self.geometry.cluster_bits();
-            if place >= from && self.move_block(&mut state, index, place, from)? {
-                freed += 1;
-            }
-        }
-        Ok(freed + self.move_table(&mut state, from)?)
     }
 
     /// Whether block `index` counts no cluster but perhaps its own, `place`.
@@ -232,14 +331,20 @@ impl Refcounts {
         }
     }
 
-    /// Moves block `index` from `place` to before `end`; whether there was room.
-    fn move_block(&self, state: &mut State, index: usize, place: u64, end: u64) -> Result<bool> {
-        let Some(target) = self.find_run(state, 1, end)? else { return Ok(false) };
+    /// Moves block `index` from `place` to a free cluster in `range`, where there is one: which.
+    fn move_block(
+        &self,
+        state: &mut State,
+        index: usize,
+        place: u64,
+        range: Range<u64>,
+    ) -> Result<Option<u64>> {
+        let Some(target) = self.find_run(state, 1, range)? else { return Ok(None) };
         // The block itself may count the target: its content is taken after that.
         let moved = self.reserve(target.clone()).and_then(|()| self.block_bytes(state, index));
         let bytes = match moved {
             Ok(Some(bytes)) => bytes,
-            Ok(None) => return Ok(false),
+            Ok(None) => return Ok(None),
             Err(e) => {
                 self.write(state, target.start, 0)?;
                 return Err(e);
@@ -254,7 +359,7 @@ impl Refcounts {
         self.metadata.insert(HostCluster(target.start));
         // Counted, wherever its count stands now, until the entry is durable.
         state.left.push(place..place + 1);
-        Ok(true)
+        Ok(Some(target.start))
     }
 
     /// Moves the refcount table where it lies at or after `end`, as short as it can be; the
@@ -268,7 +373,7 @@ impl Refcounts {
         if first + old <= end || !state.moved_from.is_empty() {
             return Ok(0);
         }
-        let Some(place) = self.find_run(state, clusters, end)? else { return Ok(0) };
+        let Some(place) = self.find_run(state, clusters, 0..end)? else { return Ok(0) };
         if let Err(e) = self.reserve(place.clone()) {
             for cluster in place {
                 self.write(state, cluster, 0)?;
@@ -310,6 +415,12 @@ impl Refcounts {
             }
         }
     }
+}
+
+/// The first block from `index` on that lies where `is_wanted` says of its offset.
+fn next_block(state: &State, index: usize, is_wanted: impl Fn(u64) -> bool) -> Option<usize> {
+    let rest = state.table.iter().enumerate().skip(index);
+    rest.filter(|(_, offset)| **offset != 0 && is_wanted(**offset)).map(|(index, _)| index).next()
 }
 
 /// Whether a block that was let go of has just left a cluster, which is not counted any more.

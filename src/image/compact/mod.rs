@@ -43,7 +43,7 @@ use serde::Serialize;
 use occupancy::Occupancy;
 
 use super::{Image, Writer};
-use crate::alloc::{Refcounts, Usage};
+use crate::alloc::{Refcounts, ShrinkWalk, Usage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
 use crate::rules::Rule;
@@ -197,6 +197,7 @@ struct Pass {
     /// Bytes to be moved, by the count of clusters.
     to_move: u64,
     /// Of the last stage.
+    shrinking: ShrinkWalk,
     flushes: u32,
     waits: u32,
 }
@@ -673,6 +674,7 @@ impl Image {
             emptied: 0,
             unflushed: 0,
             moved: 0,
+            shrinking: ShrinkWalk::default(),
             flushes: 0,
             waits: 0,
             to_move: prospect.behind << self.geometry.cluster_bits(),
@@ -746,29 +748,46 @@ impl Image {
     }
 
     /// When all that was dropped is free, lets go of the refcount blocks that describe the end of the file,
-    /// moves those that lie there, and cuts.
+    /// moves those that lie there, some at a time, and cuts.
     fn cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Step> {
+        if pass.shrinking.is_at_start()
+            && let Some(step) = self.settle_before_cut(writer, pass)?
+        {
+            return Ok(step);
+        }
+        let flush = self.hold_flush(writer);
+        if writer.refcounts.shrink_structure(pass.end, &mut pass.shrinking)? > 0 {
+            self.flush_held(writer)?;
+        }
+        drop(flush);
+        if !pass.shrinking.is_over() {
+            return Ok(Step::Taken);
+        }
+        if std::mem::take(&mut pass.shrinking).freed() > 0 {
+            // What has left the end may leave other blocks with nothing to describe.
+            return Ok(Step::Taken);
+        }
+        writer.recycler.cut_tail()?;
+        Ok(Step::Last)
+    }
+
+    /// What has to be done first so that all that was dropped is free; `None` when it is, or when it has
+    /// been waited for long enough.
+    fn settle_before_cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Option<Step>> {
         if writer.recycler.awaits_flush() && pass.flushes < MOST_LAST_FLUSHES {
             pass.flushes += 1;
             self.flush()?;
-            return Ok(Step::Taken);
+            return Ok(Some(Step::Taken));
         }
         if !writer.recycler.is_settled() && pass.waits < MOST_WAITS {
             // The thread frees what waits for it before it comes back here.
             pass.waits += 1;
-            return Ok(match writer.recycler.are_frees_held() {
+            return Ok(Some(match writer.recycler.are_frees_held() {
                 true => Step::Last,
                 false => Step::Waits,
-            });
+            }));
         }
-        let flush = self.hold_flush(writer);
-        if writer.refcounts.shrink_structure(pass.end)? > 0 {
-            self.flush_held(writer)?;
-            return Ok(Step::Taken);
-        }
-        drop(flush);
-        writer.recycler.cut_tail()?;
-        Ok(Step::Last)
+        Ok(None)
     }
 
     /// Bytes that have become free in any way since the image was opened.
