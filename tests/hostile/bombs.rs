@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use qcow2fs::ErrorKind;
-use qcow2fs::check::check;
+use qcow2fs::check::{Repair, check, repair};
 use qcow2fs::format::{EXTENSION_BITMAPS, Header};
 use qcow2fs::image::{CompactAfter, Image, Options};
 use qcow2fs::storage::{HostFile, Storage, testing};
@@ -333,6 +333,33 @@ fn refcount_blocks_at_the_end_move_in_one_walk_of_small_steps() {
     image.close().unwrap();
     assert!(bomb.file.metadata().unwrap().len() < end * 512);
     assert_eq!(check(&*bomb.metered(u64::MAX)).unwrap().exit_code(), 0);
+}
+
+/// A kilobyte of tables asks for a refcount block of its own with each entry.
+#[test]
+fn refcounts_out_of_proportion_are_not_rebuilt() {
+    let (entries, apart) = (40960u64, 32 * MIB);
+    let (l1, l2) = (64 * MIB, 65 * MIB);
+    let bomb = Bomb::new("references far apart", "cluster_size=16k,refcount_bits=64")
+        .l1(entries as u32 / 2048, l1)
+        .words(l1, entries / 2048, |i| (l2 + i * 16384) | COPIED)
+        .words(l2, entries, |i| (FAR + i * apart) | COPIED)
+        .put(24, &(entries * 16384).to_be_bytes())
+        .dirty()
+        .length(FAR + entries * apart);
+    let storage = bomb.metered(100_000);
+    let (length, allocated) = (storage.len().unwrap(), storage.allocated().unwrap());
+    let error = Image::open(storage.clone(), &by_hand(true)).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TooBig);
+    assert!(error.to_string().contains("qemu-img convert"), "{error}");
+    let report = repair(&*storage, Repair::All).unwrap();
+    let conclusion = report.findings.last().unwrap();
+    assert!(conclusion.starts_with("not repairable, nothing was changed: its refcounts"));
+    assert_eq!(report.exit_code(), 2);
+    assert_eq!(storage.written.load(Ordering::Relaxed), 0);
+    assert_eq!((storage.len().unwrap(), storage.allocated().unwrap()), (length, allocated));
+    let image = Image::open(storage, &by_hand(false)).unwrap();
+    image.read(0, &mut [0; 4096]).unwrap();
 }
 
 #[test]
