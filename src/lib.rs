@@ -93,6 +93,9 @@
 //! | runs of zeros or data beyond number, or all over tables of gigabytes in holes, in one file or in each of a chain, for who looks for data or holes | each file is looked at once, 32 MiB of tables in all; what follows counts as data | `tests/hostile/bombs.rs`, `tests/regressions.rs` |
 //! | a snapshot whose disk is larger than its L1 table can map | not opened, not applied | `tests/hostile/bombs.rs` |
 //! | a cluster that inflates to gigabytes, a zstd window of gigabytes | inflated no further than a cluster, windows of 16 MiB at most | `tests/hostile/bombs.rs` |
+//! | refcount blocks of megabytes in holes by the thousand, one block for all entries of the refcount table | what is a hole is neither read nor looked through, and others get to the refcounts meanwhile; not counted twice | `tests/hostile/bombs.rs` |
+//! | refcount blocks by the thousand at the end of the file, each of which has to move | in one walk, in steps of a bounded size | `tests/hostile/bombs.rs` |
+//! | the dirty bit with references so far apart that each needs a refcount block of its own | not opened for writing where the blocks would take more than the file | `tests/hostile/bombs.rs` |
 //! | data over metadata, metadata over metadata | looked up before every write, of the header, all L1 and L2 tables, refcount table and blocks, snapshot table, bitmaps; read-only, marked as corrupt | `tests/check/damage.rs`, `tests/hostile/mutation.rs` |
 //! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
 //! | a COPIED flag on data or an L2 table that is counted as free | looked at before the first change that goes by it: `EIO`; read-only, marked as corrupt | `tests/hostile/ownership.rs` |

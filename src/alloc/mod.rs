@@ -24,13 +24,14 @@
 
 mod cluster_set;
 mod grow;
+mod holes;
 pub mod rebuild;
 mod shrink;
 
 pub use cluster_set::ClusterSet;
 use shrink::is_kept_back;
 
-pub use shrink::Usage;
+pub use shrink::{ShrinkWalk, Usage};
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -390,9 +391,7 @@ impl Refcounts {
 
     /// See [`Refcounts::used_end`].
     fn find_end(&self, state: &mut State, spare: impl Fn(u64) -> bool) -> Result<u64> {
-        // A cluster may have been in use past the end that the file had when it was opened; being
-        // written in place it made the file longer since.
-        let file_end = state.end.max(self.geometry.clusters_for(self.file_length()?).0);
+        let file_end = self.end_in(state)?;
         let end = self.last_used_before(state, file_end, spare)?.map_or(1, |last| last + 1);
         // What a refcount table on disk may still point to stays within the file.
         let unlinked = state.unlinked.last().filter(|_| Rule::UnlinkedPlacesInFile.is_kept());
@@ -405,8 +404,16 @@ impl Refcounts {
         Ok(end)
     }
 
-    /// The last cluster before `end` that is counted and not `spare`. What has no refcount block is
-    /// passed over as a whole.
+    /// No cluster after this one is in use. Past the end of the file refcounts may be left over from a
+    /// crash, or anything.
+    fn end_in(&self, state: &State) -> Result<u64> {
+        // A cluster may have been in use past the end that the file had when it was opened; being
+        // written in place it made the file longer since.
+        Ok(state.end.max(self.geometry.clusters_for(self.file_length()?).0))
+    }
+
+    /// The last cluster before `end` that is counted and not `spare`. What has no refcount block, or
+    /// whose counts are a hole of the file, is passed over as a whole.
     fn last_used_before(
         &self,
         state: &mut State,
@@ -418,17 +425,25 @@ impl Refcounts {
         end = end.min(state.table.len() as u64 * per_block);
         while end > 0 {
             let last = end - 1;
-            let Some((key, index)) = self.locate(state, last) else {
-                end = last / per_block * per_block;
+            let block_first = last / per_block * per_block;
+            let Some((key, _)) = self.locate(state, last) else {
+                end = block_first;
                 continue;
             };
-            self.load(state, key)?;
-            let counts = state.cache.get(key).unwrap_or_default();
-            let first = last - index as u64;
+            let block = state.table[(last / per_block) as usize];
+            let slices = block..key + state.cache.slice_size();
+            let Some(slice) = self.last_slice(state, slices)? else {
+                end = block_first;
+                continue;
+            };
+            self.load(state, slice)?;
+            let counts = state.cache.get(slice).unwrap_or_default();
+            let first = block_first + ((slice - block) << 3 >> order);
+            let entries = (end - first).min((counts.len() as u64 * 8) >> order);
             let is_used =
-                |&i: &usize| refcount::get(counts, i, order) != 0 && !spare(first + i as u64);
-            if let Some(used) = (0..=index).rev().find(is_used) {
-                return Ok(Some(first + used as u64));
+                |i: &u64| refcount::get(counts, *i as usize, order) != 0 && !spare(first + i);
+            if let Some(used) = (0..entries).rev().find(is_used) {
+                return Ok(Some(first + used));
             }
             end = first;
         }
@@ -565,12 +580,12 @@ impl Refcounts {
         (0u64..).zip(&state.table).filter(|(_, offset)| **offset != 0).map(|(i, _)| i).collect()
     }
 
-    /// The first cluster of `range` whose refcount is not 0.
+    /// The first cluster of `range` whose refcount is not 0. Others get to the refcounts meanwhile.
     ///
     /// # Errors
     /// Host errors.
     pub fn next_counted(&self, range: Range<u64>) -> Result<Option<u64>> {
-        self.next_counted_in(&mut self.state.lock(), range)
+        first_counted(range, |rest| self.look_for_counted(&mut self.state.lock(), rest))
     }
 
     /// Lowers the counts of the clusters of `range` that are too high, as far as they are what they were
@@ -610,26 +625,30 @@ impl Refcounts {
     }
 
     fn next_counted_in(&self, state: &mut State, range: Range<u64>) -> Result<Option<u64>> {
+        first_counted(range, |rest| self.look_for_counted(state, rest))
+    }
+
+    /// Looks for the first cluster of `range` that is counted, in one slice at most.
+    fn look_for_counted(&self, state: &mut State, range: Range<u64>) -> Result<Looked> {
         let order = self.geometry.refcount_order();
         let per_block = self.geometry.refcounts_per_block();
-        let per_slice = (state.cache.slice_size() * 8) >> order;
-        let mut cluster = range.start;
-        while cluster < range.end {
-            let Some((key, index)) = self.locate(state, cluster) else {
-                cluster = (cluster / per_block + 1) * per_block;
-                continue;
-            };
-            self.load(state, key)?;
-            let counts = state.cache.get(key).unwrap_or_default();
-            match refcount::next_used(counts, index, order) {
-                Some(used) => {
-                    let found = cluster + (used - index) as u64;
-                    return Ok((found < range.end).then_some(found));
-                }
-                None => cluster += per_slice - index as u64,
-            }
-        }
-        Ok(None)
+        let block_first = range.start / per_block * per_block;
+        let Some((key, index)) = self.locate(state, range.start) else {
+            return Ok(Looked::NoneBefore(block_first + per_block));
+        };
+        let block = state.table[(range.start / per_block) as usize];
+        let slices = key..block + self.geometry.cluster_size();
+        let Some(slice) = self.next_slice(state, slices)? else {
+            return Ok(Looked::NoneBefore(block_first + per_block));
+        };
+        self.load(state, slice)?;
+        let counts = state.cache.get(slice).unwrap_or_default();
+        let first = block_first + ((slice - block) << 3 >> order);
+        let index = if slice == key { index } else { 0 };
+        Ok(match refcount::next_used(counts, index, order) {
+            Some(used) => Looked::Counted(first + used as u64),
+            None => Looked::NoneBefore(first + ((counts.len() as u64 * 8) >> order)),
+        })
     }
 
     /// The first cluster from `from` on whose refcount is 0; clusters without a block are free.
@@ -708,9 +727,7 @@ impl Refcounts {
             return Ok(());
         }
         let mut bytes = vec![0; state.cache.slice_size() as usize].into_boxed_slice();
-        self.storage
-            .read_at(&mut bytes, key)
-            .map_err(|e| Error::io(format!("reading a refcount block at {key:#x}"), e))?;
+        self.read_block(&mut bytes, key)?;
         state.cache.insert(key, bytes);
         Ok(())
     }
@@ -724,6 +741,28 @@ impl Refcounts {
             self.geometry.host_offset(HostCluster(cluster))
         )))
     }
+}
+
+/// What a look for a counted cluster came to.
+enum Looked {
+    Counted(u64),
+    /// Go on with this one.
+    NoneBefore(u64),
+}
+
+/// The first cluster of `range` that is counted, found by one look after the other.
+fn first_counted(
+    range: Range<u64>,
+    mut look: impl FnMut(Range<u64>) -> Result<Looked>,
+) -> Result<Option<u64>> {
+    let mut from = range.start;
+    while from < range.end {
+        match look(from..range.end)? {
+            Looked::Counted(found) => return Ok((found < range.end).then_some(found)),
+            Looked::NoneBefore(next) => from = next,
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -741,11 +780,11 @@ mod tests {
         let mut start = [0; 512];
         file.read_at(&mut start, 0).unwrap();
         let header = Header::parse(&start).unwrap();
-        let second_entry = header.refcount_table_offset.0 + 8;
-        file.write_at(&REFCOUNT_TABLE_OFFSET_MASK.to_be_bytes(), second_entry).unwrap();
+        let entry = REFCOUNT_TABLE_OFFSET_MASK.to_be_bytes();
+        file.write_at(&entry, header.refcount_table_offset.0).unwrap();
         let metadata = Arc::new(MetadataMap::new(u64::MAX));
         let refcounts = Refcounts::open(file, &header, metadata).unwrap();
-        let error = refcounts.usage().unwrap_err().to_string();
+        let error = refcounts.usage(|| true).unwrap_err().to_string();
         assert!(error.contains("malformed"), "{error}");
     }
 }

@@ -18,6 +18,12 @@ use crate::storage::Storage;
 
 /// What a change of the header is written in: old or new, never half.
 const SECTOR: usize = 512;
+/// A new structure of so many bytes is made in any case; a longer one only where the file has as much
+/// on the host already. That is far from any sound image: each reference stands in a table entry of 8
+/// bytes, its refcount takes 8 at most, and the old structure takes as much as the new one. Only where
+/// references are strewn over a file of holes, one in the range of each block, a few kilobytes of
+/// tables ask for gigabytes of blocks.
+const ALWAYS_BUILT: u64 = 64 << 20;
 
 /// Makes the refcounts of an image whose dirty bit is set right. Returns the new header.
 ///
@@ -33,8 +39,9 @@ pub fn rebuild_dirty(storage: &dyn Storage, header: &Header) -> Result<Header> {
 /// # Errors
 /// `Corrupt` where the tables cannot be believed: references that could not be followed, structures
 /// that overlap, a COPIED flag on a cluster with several references, more references than a refcount
-/// can say. `TooBig` where the refcount table would pass its limit. Host errors. After an error the
-/// image is what it was, if perhaps longer.
+/// can say. `TooBig` where the refcount table would pass its limit, or the whole structure would be out
+/// of proportion to what the file takes on the host. Host errors. After an error the image is what it
+/// was, if perhaps longer.
 pub fn rebuild(
     storage: &dyn Storage,
     header: &Header,
@@ -42,14 +49,46 @@ pub fn rebuild(
 ) -> Result<Header> {
     references.trusted()?;
     refuse_shared_copied(storage, header, references)?;
-    let length = storage.len().map_err(|e| Error::io("asking for the file's length", e))?;
-    let first = header.geometry.clusters_for(length).0.max(references.end().0);
-    let plan = Plan::new(header, references, first)?;
+    let plan = plan(storage, header, references)?;
     plan.write(storage, header, references)?;
     sync(storage, Rule::RebuiltBeforeHeader)?;
     let new = switch(storage, header, &plan)?;
     sync(storage, Rule::RebuiltSwitchBeforeUse)?;
     Ok(new)
+}
+
+/// Whether [`rebuild`] would refuse to build for what it would take; nothing is written.
+///
+/// # Errors
+/// `TooBig`, as [`rebuild`]; host errors.
+pub fn refuse_too_big(
+    storage: &dyn Storage,
+    header: &Header,
+    references: &ReferenceCounts,
+) -> Result<()> {
+    plan(storage, header, references).map(drop)
+}
+
+/// Where a new structure goes, if it is not out of proportion.
+fn plan(storage: &dyn Storage, header: &Header, references: &ReferenceCounts) -> Result<Plan> {
+    let length = storage.len().map_err(|e| Error::io("asking for the file's length", e))?;
+    let allocated = storage.allocated().map_err(|e| Error::io("asking for the file's space", e))?;
+    let first = header.geometry.clusters_for(length).0.max(references.end().0);
+    let plan = Plan::new(header, references, first)?;
+    let clusters = plan.clusters.end - plan.clusters.start;
+    let bytes = header.geometry.bytes(crate::format::ClusterCount(clusters));
+    if bytes > ALWAYS_BUILT.max(allocated) {
+        return Err(Error::new(
+            ErrorKind::TooBig,
+            format!(
+                "its refcounts have to be rebuilt, which would take {} MiB, more than all that the \
+                 file takes on the host ({} MiB); copy the image with `qemu-img convert`",
+                bytes >> 20,
+                allocated >> 20
+            ),
+        ));
+    }
+    Ok(plan)
 }
 
 /// A cluster that is COPIED would be written in place though others refer to it.

@@ -11,7 +11,7 @@ use super::copied::{self, WrongFlag};
 use super::refcounts::{Refcounts, Used};
 use super::references::{self, ReferenceCounts};
 use super::{Examination, Report, Watch, examine, read_header};
-use crate::alloc::rebuild::rebuild;
+use crate::alloc::rebuild::{rebuild, refuse_too_big};
 use crate::error::{Error, Result};
 use crate::format::{
     Geometry, Header, HostOffset, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, refcount,
@@ -45,11 +45,15 @@ pub fn repair_watched(storage: &dyn Storage, what: Repair, watch: &dyn Watch) ->
     let mut header = read_header(storage)?;
     let before = examine(storage, &header, watch)?;
     let mut references = references::count(storage, &header)?;
-    if what == Repair::All && references.distrust.is_none() {
+    let mut untrusted = match what == Repair::All && before.needs_rebuild {
+        true => refuse_too_big(storage, &header, &references).err(),
+        false => None,
+    };
+    if what == Repair::All && references.distrust.is_none() && untrusted.is_none() {
         forget_preallocations(storage, &header, &references)?;
         references = references::count(storage, &header)?;
     }
-    let mut untrusted = references.trusted().err();
+    untrusted = untrusted.or_else(|| references.trusted().err());
     if what == Repair::Leaks && !before.sound_structure {
         // What it says where a refcount block is may be anything, data too.
         let reason = "the refcount structure is broken, which only `--repair all` repairs";
@@ -67,7 +71,7 @@ pub fn repair_watched(storage: &dyn Storage, what: Repair, watch: &dyn Watch) ->
         clear_features(storage, &header, INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT)?;
     }
     if let Some(reason) = untrusted {
-        after.note(|| format!("not repairable, nothing was changed: {reason}"));
+        after.conclude(format!("not repairable, nothing was changed: {reason}"));
     }
     after.corruptions_fixed = before.report.corruptions.saturating_sub(after.corruptions);
     after.leaks_fixed = before.report.leaks.saturating_sub(after.leaks);

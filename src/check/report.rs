@@ -60,6 +60,11 @@ impl Report {
         self.note(text);
     }
 
+    /// Adds the line that says what comes of all the others, however many they are.
+    pub(super) fn conclude(&mut self, text: String) {
+        self.findings.push(text);
+    }
+
     /// Adds a line that counts for nothing.
     pub(super) fn note(&mut self, text: impl FnOnce() -> String) {
         if self.findings.len() < MAX_FINDINGS {
@@ -83,6 +88,8 @@ mod tests {
         assert_eq!((report.leaks, report.findings.len()), (5000, MAX_FINDINGS));
         assert_eq!(report.findings_left_out, 4000);
         assert_eq!(report.exit_code(), 3);
+        report.conclude("nothing was changed".into());
+        assert_eq!(report.findings.last().unwrap(), "nothing was changed");
         report.corruption(2, || "bad".into());
         assert_eq!((report.corruptions, report.exit_code()), (2, 2));
     }

@@ -188,15 +188,10 @@ impl Image {
             let end = (block + 1) * per_block;
             let mut from = block * per_block;
             while from < end && !stop.load(Ordering::Acquire) {
-                let until = end.min(from + AT_ONCE);
-                from = match writer.refcounts.next_counted(from..until)? {
-                    None => until,
-                    Some(first) => {
-                        let part = first..end.min(first + AT_ONCE);
-                        returned += self.return_leaked_of(writer, counts, part.clone())?;
-                        part.end
-                    }
-                };
+                let Some(first) = writer.refcounts.next_counted(from..end)? else { break };
+                let part = first..end.min(first + AT_ONCE);
+                returned += self.return_leaked_of(writer, counts, part.clone())?;
+                from = part.end;
             }
         }
         if returned > 0 {

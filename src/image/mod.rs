@@ -61,6 +61,8 @@ pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotView};
 
 /// `status` counts the clusters in use of a file that has at most so many: some milliseconds.
 const MOST_COUNTED: u64 = 1 << 20;
+/// And whose refcounts are at most so many blocks, each of which is looked for in the file.
+const MOST_BLOCKS_COUNTED: u64 = 1 << 12;
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -257,10 +259,12 @@ impl Image {
     /// to make it worse.
     fn live(&self, writer: &Writer) -> Option<u64> {
         let length = self.storage.len().ok()?;
-        if length >> self.geometry.cluster_bits() > MOST_COUNTED {
+        let clusters = length >> self.geometry.cluster_bits();
+        let blocks = clusters.div_ceil(self.geometry.refcounts_per_block());
+        if clusters > MOST_COUNTED || blocks > MOST_BLOCKS_COUNTED {
             return None;
         }
-        let used = writer.refcounts.usage().ok()?.used;
+        let used = writer.refcounts.usage(|| true).ok()??.used;
         let counts = writer.recycler.counts();
         let idle = counts.junk + counts.released + counts.erased + counts.available;
         Some(used.saturating_sub(idle) << self.geometry.cluster_bits())

@@ -80,6 +80,21 @@ impl SliceCache {
         Some(&slice.bytes)
     }
 
+    /// The first slice that is here of those that start in `range`, which starts with one.
+    pub fn first_in(&self, range: Range<u64>) -> Option<u64> {
+        self.keys(range).find(|key| self.slices.contains_key(key))
+    }
+
+    /// The last one, likewise.
+    pub fn last_in(&self, range: Range<u64>) -> Option<u64> {
+        self.keys(range).rfind(|key| self.slices.contains_key(key))
+    }
+
+    fn keys(&self, range: Range<u64>) -> impl DoubleEndedIterator<Item = u64> {
+        let size = self.slice_size;
+        (range.start / size..range.end.div_ceil(size)).map(move |slice| slice * size)
+    }
+
     /// Changes the slice at `key`, whose bytes `changed` will differ; `None` when it is not here.
     pub fn get_mut(&mut self, key: u64, changed: Range<usize>) -> Option<&mut [u8]> {
         let slice = self.slices.get_mut(&key)?;

@@ -4,12 +4,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use qcow2fs::ErrorKind;
+use qcow2fs::check::{Repair, check, repair};
 use qcow2fs::format::{EXTENSION_BITMAPS, Header};
-use qcow2fs::image::{Backing, Image, Options};
-use qcow2fs::storage::{HostFile, Storage};
+use qcow2fs::image::{Backing, CompactAfter, Image, Options};
+use qcow2fs::storage::{HostFile, Storage, testing};
 
 use crate::meter::{self, Alone, LIMIT};
 use crate::support::{Watchdog, qemu, scratch};
@@ -71,6 +73,17 @@ impl Bomb {
         self.put(48, &at.to_be_bytes()).put(56, &clusters.to_be_bytes())
     }
 
+    /// The dirty bit: the refcounts are rebuilt before anything is written.
+    fn dirty(self) -> Bomb {
+        self.put(72, &1u64.to_be_bytes())
+    }
+
+    /// The file, which fails the test once more than `most` reads were made of it.
+    fn metered(&self, most: u64) -> Arc<Metered> {
+        let file = HostFile::new(self.file.try_clone().unwrap());
+        Arc::new(Metered { file, most, reads: AtomicU64::new(0), written: AtomicU64::new(0) })
+    }
+
     fn snapshots(self, count: u32, at: u64) -> Bomb {
         self.put(60, &count.to_be_bytes()).put(64, &at.to_be_bytes())
     }
@@ -108,6 +121,42 @@ impl Bomb {
             assert!(took < PATIENCE, "{what}: opening took {took:?}");
             assert!(peak < LIMIT, "{what}: {peak} bytes of memory");
         }
+    }
+}
+
+/// A file that counts reads and bytes written.
+struct Metered {
+    file: HostFile,
+    most: u64,
+    reads: AtomicU64,
+    written: AtomicU64,
+}
+
+impl testing::Layer for Metered {
+    fn below(&self) -> &dyn Storage {
+        &self.file
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let reads = self.reads.fetch_add(1, Ordering::Relaxed);
+        assert!(reads < self.most, "{reads} reads");
+        self.file.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> std::io::Result<()> {
+        self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.file.write_at(data, offset)
+    }
+}
+
+/// Nothing is done but what is called.
+fn by_hand(writable: bool) -> Options {
+    Options {
+        writable,
+        threads: false,
+        keep_erased: 0,
+        compact_after: CompactAfter::Off,
+        ..Options::default()
     }
 }
 
@@ -312,6 +361,140 @@ fn refcount_blocks_all_over_a_huge_hole() {
 #[test]
 fn a_refcount_table_that_is_a_hole() {
     Bomb::new("refcount table, a hole", PLAIN).refcount_table(FAR, 128).length(1 << 46).goes_off();
+}
+
+/// 2 MiB each, which count 16 million clusters, and take nothing of the host.
+#[test]
+fn refcount_blocks_in_holes_are_neither_read_nor_looked_through() {
+    let (first, blocks) = (64, 1000);
+    let bomb = Bomb::new("refcount blocks of 2 MiB in holes", "cluster_size=2M,refcount_bits=1");
+    let table = bomb.header.refcount_table_offset.0;
+    let mut entry = [0; 8];
+    bomb.file.read_exact_at(&mut entry, table).unwrap();
+    let block = u64::from_be_bytes(entry);
+    // Their places are counted: the image is sound.
+    let bomb = bomb
+        .words(table + 8, blocks, |i| (first + i) << 21)
+        .put(block + first / 8, &vec![0xff; blocks as usize / 8])
+        .length((first + blocks) << 21);
+    assert_eq!(check(&*bomb.metered(10_000)).unwrap().corruptions, 0);
+    let _watchdog = Watchdog::new(bomb.name.to_owned(), 120);
+
+    let read = Image::open(bomb.metered(200), &by_hand(false)).unwrap();
+    let prospect = read.prospect().unwrap();
+    assert!(prospect.used > blocks && prospect.end == first + blocks, "{prospect:?}");
+
+    // The search for leaks is over when it is open.
+    let written = Image::open(bomb.metered(2000), &by_hand(true)).unwrap();
+    let live = written.status().unwrap().live.unwrap();
+    assert_eq!(live, prospect.used << 21);
+    written.compact(|_| true).unwrap();
+    written.close().unwrap();
+    assert!(bomb.file.metadata().unwrap().len() < first << 21, "they described nothing");
+    assert_eq!(check(&*bomb.metered(10_000)).unwrap().exit_code(), 0);
+}
+
+#[test]
+fn what_there_is_to_win_is_not_counted_over_and_over() {
+    // All entries name the first block: only an image that is not written may be open like that.
+    let bomb = Bomb::new("one refcount block for all", "cluster_size=2M,refcount_bits=1");
+    let table = bomb.header.refcount_table_offset.0;
+    let mut entry = [0; 8];
+    bomb.file.read_exact_at(&mut entry, table).unwrap();
+    let bomb = bomb.words(table, 1000, |_| u64::from_be_bytes(entry)).length(1 << 46);
+    let image = Image::open(bomb.metered(1000), &by_hand(false)).unwrap();
+    let error = image.prospect().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    drop(image);
+    drop(bomb);
+
+    // And who asks may lose patience.
+    let bomb = Bomb::new("no patience", PLAIN);
+    let image = Image::open(bomb.metered(1000), &by_hand(false)).unwrap();
+    assert!(image.prospect_while(|| true).unwrap().is_some());
+    assert_eq!(image.prospect_while(|| false).unwrap(), None);
+}
+
+#[test]
+fn status_counts_only_what_few_refcount_blocks_say() {
+    let bomb = Bomb::new("many small refcount blocks", "cluster_size=512,refcount_bits=64");
+    let is_counted = |length| {
+        bomb.file.set_len(length).unwrap();
+        let options = Options { return_leaks: false, ..by_hand(true) };
+        let image = Image::open(bomb.metered(100_000), &options).unwrap();
+        image.status().unwrap().live.is_some()
+    };
+    assert!(is_counted(100 * MIB) && !is_counted(200 * MIB));
+}
+
+/// A rebuild has put all of them at the end of a file whose free clusters are all over it. Their counts
+/// are more than the cache keeps, so who goes through them for each block reads them for each.
+#[test]
+fn refcount_blocks_at_the_end_move_in_one_walk_of_small_steps() {
+    let clusters = 9000u64 * 64;
+    let l2_tables = clusters / 64;
+    let l1 = 64 * 512;
+    let l2 = l1 + (l2_tables * 8).next_multiple_of(512);
+    let first = l2 / 512 + l2_tables;
+    let place = |i: u64| first + i + i / 31;
+    let end = place(clusters);
+    let blocks = end / 64;
+    let bomb = Bomb::new("refcount blocks at the end", "cluster_size=512,refcount_bits=64")
+        .l1(l2_tables as u32, l1)
+        .words(l1, l2_tables, |i| (l2 + i * 512) | COPIED)
+        .words(l2, clusters, |i| (place(i) * 512) | COPIED)
+        .put(24, &(clusters * 512).to_be_bytes())
+        .dirty()
+        .length(end * 512);
+    let _watchdog = Watchdog::new(bomb.name.to_owned(), 300);
+    let options = Options { return_leaks: false, ..by_hand(true) };
+    drop(Image::open(bomb.metered(u64::MAX), &options).unwrap());
+    let storage = bomb.metered(60 * blocks);
+    let image = Image::open(storage.clone(), &options).unwrap();
+    let (mut before, mut most) = (0, 0);
+    let started = Instant::now();
+    image
+        .compact(|_| {
+            let written = storage.written.load(Ordering::Relaxed);
+            most = most.max(written - std::mem::replace(&mut before, written));
+            true
+        })
+        .unwrap();
+    let reads = storage.reads.load(Ordering::Relaxed);
+    println!("{blocks} blocks: {reads} reads, {most} bytes in a step, {:.1?}", started.elapsed());
+    // Most is written where the moves of a column are flushed.
+    assert!(most < 3 * MIB && blocks * 512 > 4 * MIB, "{most} bytes were written in one step");
+    assert!(image.prospect().unwrap().win() < 500, "{:?}", image.prospect());
+    image.close().unwrap();
+    assert!(bomb.file.metadata().unwrap().len() < end * 512);
+    assert_eq!(check(&*bomb.metered(u64::MAX)).unwrap().exit_code(), 0);
+}
+
+/// A kilobyte of tables asks for a refcount block of its own with each entry.
+#[test]
+fn refcounts_out_of_proportion_are_not_rebuilt() {
+    let (entries, apart) = (40960u64, 32 * MIB);
+    let (l1, l2) = (64 * MIB, 65 * MIB);
+    let bomb = Bomb::new("references far apart", "cluster_size=16k,refcount_bits=64")
+        .l1(entries as u32 / 2048, l1)
+        .words(l1, entries / 2048, |i| (l2 + i * 16384) | COPIED)
+        .words(l2, entries, |i| (FAR + i * apart) | COPIED)
+        .put(24, &(entries * 16384).to_be_bytes())
+        .dirty()
+        .length(FAR + entries * apart);
+    let storage = bomb.metered(100_000);
+    let (length, allocated) = (storage.len().unwrap(), storage.allocated().unwrap());
+    let error = Image::open(storage.clone(), &by_hand(true)).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TooBig);
+    assert!(error.to_string().contains("qemu-img convert"), "{error}");
+    let report = repair(&*storage, Repair::All).unwrap();
+    let conclusion = report.findings.last().unwrap();
+    assert!(conclusion.starts_with("not repairable, nothing was changed: its refcounts"));
+    assert_eq!(report.exit_code(), 2);
+    assert_eq!(storage.written.load(Ordering::Relaxed), 0);
+    assert_eq!((storage.len().unwrap(), storage.allocated().unwrap()), (length, allocated));
+    let image = Image::open(storage, &by_hand(false)).unwrap();
+    image.read(0, &mut [0; 4096]).unwrap();
 }
 
 #[test]

@@ -182,10 +182,10 @@ fn one(path: &Path, args: &Args, stop: &Stop) -> Result<Done, String> {
 fn look(image: &Image, args: &Args, stop: &Stop, progress: &mut Progress) -> Result<Done> {
     let before = Size::of(image)?;
     let zeros = args.detect_zeroes.then(|| free_zeros(image, stop, progress)).transpose()?;
-    let prospect = image.prospect()?;
-    let used = prospect.used * image.cluster_size() - zeros.unwrap_or(0);
+    let prospect = image.prospect_while(|| stop.signal().is_none())?;
+    let used = prospect.map_or(u64::MAX, |p| p.used * image.cluster_size() - zeros.unwrap_or(0));
     let after = Size { length: used.min(before.length), allocated: before.allocated.min(used) };
-    let moved = prospect.behind * image.cluster_size();
+    let moved = prospect.map_or(0, |p| p.behind * image.cluster_size());
     Ok(Done { before, after, moved, zeros, pinned: None, mountpoint: None, stopped: stop.signal() })
 }
 

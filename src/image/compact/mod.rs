@@ -43,7 +43,7 @@ use serde::Serialize;
 use occupancy::Occupancy;
 
 use super::{Image, Writer};
-use crate::alloc::Refcounts;
+use crate::alloc::{Refcounts, ShrinkWalk, Usage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recycler::Compacted;
 use crate::rules::Rule;
@@ -197,6 +197,7 @@ struct Pass {
     /// Bytes to be moved, by the count of clusters.
     to_move: u64,
     /// Of the last stage.
+    shrinking: ShrinkWalk,
     flushes: u32,
     waits: u32,
 }
@@ -327,15 +328,32 @@ impl Image {
     /// # Errors
     /// Host errors.
     pub fn prospect(&self) -> Result<Prospect> {
+        Ok(self.prospect_while(|| true)?.unwrap_or_default())
+    }
+
+    /// The same, which may take long; `None` where `go_on`, which is asked now and then, said `false`.
+    ///
+    /// # Errors
+    /// As [`Image::prospect`]; `Corrupt` where it is open read-only and its refcount table makes no
+    /// sense.
+    pub fn prospect_while(&self, go_on: impl FnMut() -> bool) -> Result<Option<Prospect>> {
         let usage = match &self.writer {
-            Some(writer) => writer.refcounts.usage()?,
-            None => {
-                let metadata = Arc::new(MetadataMap::new(u64::MAX));
-                let header = super::open::read_header(&*self.storage)?;
-                Refcounts::open(self.storage.clone(), &header, metadata)?.usage()?
-            }
+            Some(writer) => writer.refcounts.usage(go_on)?,
+            None => self.refcounts_read()?.usage(go_on)?,
         };
-        Ok(Prospect { used: usage.used, end: usage.end, behind: usage.behind })
+        let of = |usage: Usage| Prospect { used: usage.used, end: usage.end, behind: usage.behind };
+        Ok(usage.map(of))
+    }
+
+    /// The refcounts of an image that is open read-only.
+    fn refcounts_read(&self) -> Result<Refcounts> {
+        let header = super::open::read_header(&*self.storage)?;
+        let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let metadata = Arc::new(MetadataMap::new(self.geometry.clusters_for(length).0));
+        let refcounts = Refcounts::open(self.storage.clone(), &header, metadata)?;
+        // All entries may name one block, which would be read as often as there are entries.
+        refcounts.register_metadata()?;
+        Ok(refcounts)
     }
 
     /// Asks the recycler to make the file as short as it gets, at its own pace and whatever there
@@ -377,7 +395,8 @@ impl Image {
         loop {
             self.settle()?;
             let writer = self.writer()?;
-            let prospect = self.prospect()?;
+            let go_on = || progress(&writer.compaction_status.lock().clone());
+            let Some(prospect) = self.prospect_while(go_on)? else { return Ok(()) };
             let surveys = {
                 let compaction = writer.compaction.lock();
                 compaction.has_compressed && compaction.surveyed_at.is_none()
@@ -586,7 +605,9 @@ impl Image {
             return Ok(Look::Not(Compacted::Later(quiet_at)));
         }
         compaction.due_since = None;
-        let prospect = self.prospect()?;
+        let Some(prospect) = self.prospect_unless_closing(writer)? else {
+            return Ok(Look::Not(Compacted::Nothing));
+        };
         let win = prospect.win() << self.geometry.cluster_bits();
         compaction.looked_at = Some((freed, win));
         let dropped = writer.compressed_dropped.load(Ordering::Relaxed);
@@ -595,6 +616,12 @@ impl Image {
         }
         compaction.asked = false;
         Ok(Look::Not(Compacted::Nothing))
+    }
+
+    /// What there is to win, for the recycler's thread, which whoever closes the image waits for.
+    fn prospect_unless_closing(&self, writer: &Writer) -> Result<Option<Prospect>> {
+        let wake = writer.recycler.wake_signal();
+        self.prospect_while(|| !wake.is_stopped())
     }
 
     fn begin_pass(
@@ -647,6 +674,7 @@ impl Image {
             emptied: 0,
             unflushed: 0,
             moved: 0,
+            shrinking: ShrinkWalk::default(),
             flushes: 0,
             waits: 0,
             to_move: prospect.behind << self.geometry.cluster_bits(),
@@ -720,29 +748,46 @@ impl Image {
     }
 
     /// When all that was dropped is free, lets go of the refcount blocks that describe the end of the file,
-    /// moves those that lie there, and cuts.
+    /// moves those that lie there, some at a time, and cuts.
     fn cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Step> {
+        if pass.shrinking.is_at_start()
+            && let Some(step) = self.settle_before_cut(writer, pass)?
+        {
+            return Ok(step);
+        }
+        let flush = self.hold_flush(writer);
+        if writer.refcounts.shrink_structure(pass.end, &mut pass.shrinking)? > 0 {
+            self.flush_held(writer)?;
+        }
+        drop(flush);
+        if !pass.shrinking.is_over() {
+            return Ok(Step::Taken);
+        }
+        if std::mem::take(&mut pass.shrinking).freed() > 0 {
+            // What has left the end may leave other blocks with nothing to describe.
+            return Ok(Step::Taken);
+        }
+        writer.recycler.cut_tail()?;
+        Ok(Step::Last)
+    }
+
+    /// What has to be done first so that all that was dropped is free; `None` when it is, or when it has
+    /// been waited for long enough.
+    fn settle_before_cut(&self, writer: &Writer, pass: &mut Pass) -> Result<Option<Step>> {
         if writer.recycler.awaits_flush() && pass.flushes < MOST_LAST_FLUSHES {
             pass.flushes += 1;
             self.flush()?;
-            return Ok(Step::Taken);
+            return Ok(Some(Step::Taken));
         }
         if !writer.recycler.is_settled() && pass.waits < MOST_WAITS {
             // The thread frees what waits for it before it comes back here.
             pass.waits += 1;
-            return Ok(match writer.recycler.are_frees_held() {
+            return Ok(Some(match writer.recycler.are_frees_held() {
                 true => Step::Last,
                 false => Step::Waits,
-            });
+            }));
         }
-        let flush = self.hold_flush(writer);
-        if writer.refcounts.shrink_structure(pass.end)? > 0 {
-            self.flush_held(writer)?;
-            return Ok(Step::Taken);
-        }
-        drop(flush);
-        writer.recycler.cut_tail()?;
-        Ok(Step::Last)
+        Ok(None)
     }
 
     /// Bytes that have become free in any way since the image was opened.
@@ -753,7 +798,7 @@ impl Image {
 
     fn end_pass(&self, writer: &Writer, compaction: &mut Compaction, pass: &Pass) -> Result<()> {
         self.assert_counts(writer, compaction)?;
-        let prospect = self.prospect()?;
+        let Some(prospect) = self.prospect_unless_closing(writer)? else { return Ok(()) };
         let bits = self.geometry.cluster_bits();
         let win = prospect.win() << bits;
         log::debug!("compacted: {} bytes moved, {} clusters left", pass.moved, prospect.end);
