@@ -12,6 +12,7 @@ use super::encryption::{Encryption, fitting};
 use super::flush_lock::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
+use super::leaks::LeakSearch;
 use super::ownership::Trusted;
 use super::snapshots::{Snapshots, Table};
 use super::{Backing, Image, Options, Writer};
@@ -235,7 +236,7 @@ impl Image {
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
                 agenda: Mutex::new(Agenda::new(options.flush_after, options.recycle_rate)),
-                leak_search: Mutex::new(None),
+                leak_search: LeakSearch::default(),
             });
         }
         let image = Arc::new(Image {
@@ -266,7 +267,7 @@ impl Image {
         let Some(writer) = &self.writer else { return Ok(()) };
         self.note_leaks_at_open(writer)?;
         if options.return_leaks {
-            *writer.leak_search.lock() = self.search_leaks(header)?;
+            self.search_leaks(header)?;
         }
         if !options.threads {
             return self.finish_search(writer);
