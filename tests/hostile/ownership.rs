@@ -288,6 +288,16 @@ fn assert_snapshot_refused(what: &str, file: &Arc<MemoryStorage>, options: &Opti
     assert!(bytes_at(file, data..data + 512).iter().all(|byte| *byte == 7), "{what}: the data");
 }
 
+/// Freeing it with the snapshot would make room for data in a table of the disk.
+#[test]
+fn a_table_that_a_snapshot_shares_and_is_counted_once_is_not_freed_with_it() {
+    let victim = Victim::new(false).with_a_snapshot();
+    for (what, change) in CHANGES {
+        let file = victim.with_refcount(victim.table(), 1);
+        assert_snapshot_refused(what, &file, &alone(), change);
+    }
+}
+
 /// The table alone does not tell. The search does, and nobody who is quick is spared it.
 #[test]
 fn snapshots_wait_for_the_search_and_do_not_change_where_it_finds_damage() {

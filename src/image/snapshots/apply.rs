@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::table::read_l1;
+use super::table::{l2_tables, read_l1};
 use super::{Image, SnapshotKey, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{COPIED, HostCluster, MAX_L1_BYTES, Snapshot};
@@ -18,10 +18,11 @@ impl Image {
     pub fn apply_snapshot<'a>(&self, which: impl Into<SnapshotKey<'a>>) -> Result<()> {
         let _change = self.snapshots.change.lock();
         let (writer, _held) = self.begin_snapshot_change()?;
-        let snapshot = {
+        let (snapshot, all) = {
             let state = self.snapshots.state.lock();
-            state.table.entries[state.find(which)?].clone()
+            (state.table.entries[state.find(which)?].clone(), state.table.entries.clone())
         };
+        self.note(self.refuse_low_counts_of(writer, &self.tables.l1(), &all))?;
         let old_l1 = {
             let _flush = self.hold_flush(writer);
             self.record_apply(writer, self.size_of(&snapshot))?;
@@ -76,7 +77,13 @@ impl Image {
         self.raise_references(writer, &l1)?;
         let old_l1 = self.tables.l1();
         match self.switch_disk(writer, size, &l1) {
-            Ok(()) => Ok(old_l1),
+            Ok(()) => {
+                // The disk may have given them up once.
+                l2_tables(&l1, &self.geometry, snapshot)?.into_iter().for_each(|table| {
+                    self.tables.metadata().insert(table);
+                });
+                Ok(old_l1)
+            }
             Err(e) => {
                 if self.health.is_good() {
                     self.undo_raise(writer, &l1, u64::MAX);

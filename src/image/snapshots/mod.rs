@@ -258,6 +258,7 @@ impl Image {
         });
         let table = Table { clusters, entries };
         let old = std::mem::replace(&mut self.snapshots.state.lock().table, table);
+        self.tables.metadata().give_up(old.clusters.clone());
         Ok(old.clusters)
     }
 

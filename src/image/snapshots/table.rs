@@ -178,7 +178,7 @@ pub(super) fn read_l1(
 }
 
 /// Calls `visit` with each L2 table that the L1 table of a snapshot refers to, perhaps repeatedly.
-fn for_each_table(
+pub(super) fn for_each_table(
     storage: &dyn Storage,
     geometry: &Geometry,
     snapshot: &Snapshot,
