@@ -310,3 +310,26 @@ fn snapshots_wait_for_the_search_and_do_not_change_where_it_finds_damage() {
         assert_snapshot_refused(what, &file, &at_once, change);
     }
 }
+
+/// As in the L1 table of the disk: nobody makes that, and it would be work without end.
+#[test]
+fn a_snapshot_whose_l1_entries_lead_to_one_table_does_not_change() {
+    const ENTRIES: u64 = 4;
+    let table_maps = CLUSTER / 8 * CLUSTER;
+    let victim = Victim::of(ENTRIES * table_maps, false).with_a_snapshot();
+    let l1 = victim.word(victim.header().snapshots_offset.0);
+    let entry = victim.word(l1);
+    for index in 1..ENTRIES {
+        victim.file.write_at(&entry.to_be_bytes(), l1 + index * 8).unwrap();
+    }
+    // All of it is counted as it should be.
+    let table = entry & OFFSETS;
+    let mut file = victim.file.fork();
+    for host in [table, victim.word(table) & OFFSETS, victim.word(table + 8) & OFFSETS] {
+        let counted = Victim { file, extended_l2: false };
+        file = counted.with_refcount(host, 1 + ENTRIES as u16).fork();
+    }
+    for (what, change) in CHANGES {
+        assert_snapshot_refused(what, &Arc::new(file.fork()), &alone(), change);
+    }
+}

@@ -2,7 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::table::{l2_tables, read_l1};
+use super::references::distinct_tables;
+use super::table::read_l1;
 use super::{Image, SnapshotKey, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{COPIED, HostCluster, MAX_L1_BYTES, Snapshot};
@@ -72,6 +73,8 @@ impl Image {
         let mut l1 = read_l1(&*self.storage, &self.geometry, snapshot)?;
         l1.resize(entries as usize, 0);
         l1.iter_mut().for_each(|entry| *entry &= !COPIED);
+        let tables = distinct_tables(&l1, &self.geometry)
+            .map_err(|e| e.context(format!("snapshot {}", snapshot.label())))?;
         // QEMU leaves COPIED in tables that only one snapshot refers to.
         self.share_entries(writer, &l1, snapshot)?;
         self.raise_references(writer, &l1)?;
@@ -79,7 +82,7 @@ impl Image {
         match self.switch_disk(writer, size, &l1) {
             Ok(()) => {
                 // The disk may have given them up once.
-                l2_tables(&l1, &self.geometry, snapshot)?.into_iter().for_each(|table| {
+                tables.into_iter().for_each(|table| {
                     self.tables.metadata().insert(table);
                 });
                 Ok(old_l1)

@@ -1,10 +1,14 @@
 //! What an L1 table refers to, as a whole: counted up, counted down, marked as its own again.
+//!
+//! An L1 table that leads to one L2 table twice is damaged, as that of the disk is
+//! ([`crate::tables::Tables::register_metadata`]): nobody makes one, and the work would be as much as it
+//! claims. So each L2 table is read once.
 
 use std::ops::Range;
 
 use super::table::for_each_table;
 use super::{Image, Writer};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Geometry, GuestCluster, HostCluster, L1Entry, L2Entry, Snapshot, be64};
 use crate::rules::Rule;
 use crate::tables::{LinkOrder, TableState};
@@ -161,10 +165,20 @@ impl Image {
                 break;
             }
             if let Some(table) = decode(index, raw, &self.geometry)?.table {
+                self.refuse_closing()?;
                 walk.table(table)?;
             }
         }
         Ok(())
+    }
+
+    /// Ends a long walk where somebody waits with closing the image.
+    fn refuse_closing(&self) -> Result<()> {
+        let is_closing = |writer: &Writer| writer.recycler.wake_signal().is_stopped();
+        match self.writer.as_ref().is_some_and(is_closing) {
+            true => Err(Error::new(ErrorKind::ReadOnly, "the image is being closed")),
+            false => Ok(()),
+        }
     }
 
     /// Gives those entries of the disk their COPIED flag back that are the only ones to refer to
@@ -179,6 +193,7 @@ impl Image {
     ) -> Result<()> {
         let entries = self.geometry.l2_entries();
         for index in indices.filter(|&index| index < self.tables.l1_entries() as u64) {
+            self.refuse_closing()?;
             if self.tables.is_crowded() {
                 self.flush()?;
             }
