@@ -550,6 +550,37 @@ fn snapshots_do_not_change_where_the_host_could_not_read_what_is_searched() {
     image.close().unwrap();
 }
 
+/// Applying such a snapshot would clear flags in the LUKS header: keys.
+#[test]
+fn a_luks_header_is_no_l2_table_of_a_snapshot() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[7; CLUSTER as usize]).unwrap();
+    image.take_snapshot(b"s").unwrap();
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    let luks = (bytes.len() as u64).next_multiple_of(CLUSTER);
+    bytes.resize((luks + CLUSTER) as usize, 0xff);
+    let mut put = |at: u64, new: &[u8]| {
+        bytes[at as usize..at as usize + new.len()].copy_from_slice(new);
+    };
+    let extensions = 112;
+    put(100, &(extensions as u32).to_be_bytes());
+    put(extensions, &0x0537_be77u32.to_be_bytes());
+    put(extensions + 4, &16u32.to_be_bytes());
+    put(extensions + 8, &luks.to_be_bytes());
+    put(extensions + 16, &CLUSTER.to_be_bytes());
+    put(extensions + 24, &[0; 8]);
+    let l1 = be64(&storage.contents(), be64(&storage.contents(), 64));
+    put(l1, &luks.to_be_bytes());
+    put(refcount_at(&storage.contents(), luks / CLUSTER), &2u16.to_be_bytes());
+    let image = Image::open(Arc::new(MemoryStorage::new(bytes)), &quiet()).unwrap();
+    let health = image.status().unwrap().health;
+    assert!(health.contains("which is other metadata"), "{health}");
+    let refused = image.apply_snapshot(b"s").unwrap_err();
+    assert_eq!(refused.kind(), qcow2fs::ErrorKind::ReadOnly, "{refused}");
+}
+
 /// A raw data file reads by itself as the disk does, after a crash too: data may go only where the
 /// mapping is durable, though somebody else has made it and has not flushed it.
 #[test]

@@ -175,10 +175,13 @@ impl Image {
         let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
         let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
+        let mut sound = Ok(());
         if let Some((offset, length)) = header.luks()? {
             let clusters = header.geometry.host_clusters(offset, length);
             for cluster in clusters {
-                metadata.insert(HostCluster(cluster));
+                if !metadata.insert(HostCluster(cluster)) {
+                    sound = Err(Error::corrupt("the LUKS header and the header overlap"));
+                }
             }
         }
         let tables = Tables::open(
@@ -189,7 +192,7 @@ impl Image {
             header.l1_size,
             options.metadata_cache,
         )?;
-        let mut sound = tables.register_metadata();
+        sound = sound.and(tables.register_metadata());
         let snapshots = Table::read(&*storage, &header);
         let mut writer = None;
         if writable {
