@@ -100,6 +100,10 @@
 //! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
 //! | a COPIED flag on data or an L2 table that is counted as free | looked at before the first change that goes by it: `EIO`; read-only, marked as corrupt | `tests/hostile/ownership.rs` |
 //! | the same where it is counted more than once | copied, not written in place; read-only, marked as corrupt, once more than one reference is found | `tests/hostile/ownership.rs` |
+//! | what calls the search for damage off: an entry that makes no sense, void bitmaps, a snapshot that is changed at once | what cannot be counted is damage, void bitmaps are not counted, snapshots wait: read-only, marked as corrupt | `tests/hostile/ownership.rs`, `tests/regressions.rs` |
+//! | an L2 table that a snapshot shares, counted as if it did not | counted before the snapshot goes; nothing that an L1 table leads to is freed; read-only, marked as corrupt | `tests/hostile/ownership.rs` |
+//! | a snapshot whose L1 entries all lead to one L2 table | not deleted or applied: read-only, marked as corrupt | `tests/hostile/ownership.rs` |
+//! | a LUKS header that is an L2 table of a snapshot too, or lies over the header | read-only, marked as corrupt | `tests/regressions.rs` |
 //! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
 //! | the same, to a file that only another user may open | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |

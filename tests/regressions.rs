@@ -487,6 +487,100 @@ fn two_references_that_are_counted_once_make_an_image_read_only() {
     assert_ne!(storage.contents()[79] & 2, 0, "the corrupt bit");
 }
 
+/// Waits until the search after the open is over; the image is closed then. How it was, and its bytes.
+fn searched(bytes: Vec<u8>) -> (String, Vec<u8>) {
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    wait_until("the search does not end", || !image.status().unwrap().searching_leaks);
+    let health = image.status().unwrap().health;
+    let _says_so_again = image.close();
+    (health, storage.contents())
+}
+
+/// Where not all references can be counted, one of the others may be to the same cluster: a single entry
+/// that makes no sense does not call the search off.
+#[test]
+fn references_that_cannot_be_counted_make_an_image_read_only() {
+    let (mut bytes, _) = with_a_shared_cluster();
+    let at = l2_entry_at(&bytes, 50) as usize;
+    bytes[at] = 0x80;
+    let (health, bytes) = searched(bytes);
+    assert!(health.contains("is COPIED but has no cluster"), "{health}");
+    assert_ne!(bytes[79] & 2, 0, "the corrupt bit");
+}
+
+/// Bitmaps that make no sense are void after the first change: they are no damage, and hide none.
+#[test]
+fn void_bitmaps_do_not_call_the_search_for_damage_off() {
+    let (mut bytes, cluster) = with_a_shared_cluster();
+    let extensions = u32::from_be_bytes(bytes[100..104].try_into().unwrap()) as usize;
+    bytes[extensions..extensions + 40].fill(0);
+    bytes[extensions..extensions + 4].copy_from_slice(&0x2385_2875u32.to_be_bytes());
+    bytes[extensions + 7] = 24;
+    bytes[95] = 1;
+    let (health, after) = searched(bytes.clone());
+    assert_eq!(health, "ok");
+    assert!(after == bytes, "the image was changed");
+
+    let count = refcount_at(&bytes, cluster) as usize;
+    bytes[count..count + 2].copy_from_slice(&1u16.to_be_bytes());
+    let (health, after) = searched(bytes);
+    assert!(health.contains("2 references and refcount 1"), "{health}");
+    assert_ne!(after[79] & 2, 0, "the corrupt bit");
+}
+
+/// A host that cannot read says nothing about the image, which stays writable. But what is freed by
+/// refcounts alone stays until they are known to be right.
+#[test]
+fn snapshots_do_not_change_where_the_host_could_not_read_what_is_searched() {
+    let (bytes, _) = with_a_shared_cluster();
+    let storage = Probe::new(bytes.clone());
+    let table = l2_entry_at(&bytes, 0);
+    *storage.cannot_read.lock().unwrap() = table..table + 1;
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    wait_until("the search does not end", || !image.status().unwrap().searching_leaks);
+    *storage.cannot_read.lock().unwrap() = 0..0;
+    let refused = image.take_snapshot(b"s").unwrap_err().to_string();
+    assert!(refused.contains("open it again"), "{refused}");
+    assert!(image.is_writable());
+    image.write(0, &[1; 512]).unwrap();
+    image.close().unwrap();
+    let image = Image::open(storage, &quiet()).unwrap();
+    image.take_snapshot(b"s").unwrap();
+    image.close().unwrap();
+}
+
+/// Applying such a snapshot would clear flags in the LUKS header: keys.
+#[test]
+fn a_luks_header_is_no_l2_table_of_a_snapshot() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[7; CLUSTER as usize]).unwrap();
+    image.take_snapshot(b"s").unwrap();
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    let luks = (bytes.len() as u64).next_multiple_of(CLUSTER);
+    bytes.resize((luks + CLUSTER) as usize, 0xff);
+    let mut put = |at: u64, new: &[u8]| {
+        bytes[at as usize..at as usize + new.len()].copy_from_slice(new);
+    };
+    let extensions = 112;
+    put(100, &(extensions as u32).to_be_bytes());
+    put(extensions, &0x0537_be77u32.to_be_bytes());
+    put(extensions + 4, &16u32.to_be_bytes());
+    put(extensions + 8, &luks.to_be_bytes());
+    put(extensions + 16, &CLUSTER.to_be_bytes());
+    put(extensions + 24, &[0; 8]);
+    let l1 = be64(&storage.contents(), be64(&storage.contents(), 64));
+    put(l1, &luks.to_be_bytes());
+    put(refcount_at(&storage.contents(), luks / CLUSTER), &2u16.to_be_bytes());
+    let image = Image::open(Arc::new(MemoryStorage::new(bytes)), &quiet()).unwrap();
+    let health = image.status().unwrap().health;
+    assert!(health.contains("which is other metadata"), "{health}");
+    let refused = image.apply_snapshot(b"s").unwrap_err();
+    assert_eq!(refused.kind(), qcow2fs::ErrorKind::ReadOnly, "{refused}");
+}
+
 /// A raw data file reads by itself as the disk does, after a crash too: data may go only where the
 /// mapping is durable, though somebody else has made it and has not flushed it.
 #[test]

@@ -278,7 +278,8 @@ impl Refcounts {
     /// disk may refer to it any more.
     ///
     /// # Errors
-    /// Host errors; `Corrupt` where a refcount is 0 already. The clusters before it are freed.
+    /// Host errors; `Corrupt` where a refcount is 0 already, or would become 0 of metadata that nobody
+    /// has given up. The clusters before it are freed.
     pub fn release(&self, clusters: Range<u64>) -> Result<()> {
         let mut state = self.state.lock();
         for cluster in clusters {
@@ -289,6 +290,9 @@ impl Refcounts {
                     self.geometry.host_offset(HostCluster(cluster))
                 )));
             };
+            if less == 0 {
+                self.refuse_kept(cluster..cluster + 1)?;
+            }
             self.write(&mut state, cluster, less)?;
             if less == 0 {
                 // It may have been a table.
@@ -297,6 +301,20 @@ impl Refcounts {
             }
         }
         Ok(())
+    }
+
+    /// Refuses to free metadata whose owner has not given it up, whatever is counted for it.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn refuse_kept(&self, mut clusters: Range<u64>) -> Result<()> {
+        match clusters.find(|cluster| self.metadata.is_kept(HostCluster(*cluster))) {
+            None => Ok(()),
+            Some(kept) => Err(Error::corrupt(format!(
+                "the last reference to the cluster at {} is dropped, which is metadata in use",
+                self.geometry.host_offset(HostCluster(kept))
+            ))),
+        }
     }
 
     /// Adds one reference to each of `clusters`.
@@ -786,5 +804,26 @@ mod tests {
         let refcounts = Refcounts::open(file, &header, metadata).unwrap();
         let error = refcounts.usage(|| true).unwrap_err().to_string();
         assert!(error.contains("malformed"), "{error}");
+    }
+
+    #[test]
+    fn metadata_is_not_freed_before_its_owner_gives_it_up() {
+        let file = Arc::new(MemoryStorage::default());
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        Image::create(&*file, &options).unwrap();
+        let mut start = [0; 512];
+        file.read_at(&mut start, 0).unwrap();
+        let header = Header::parse(&start).unwrap();
+        let metadata = Arc::new(MetadataMap::new(u64::MAX));
+        let refcounts = Refcounts::open(file, &header, metadata.clone()).unwrap();
+        let table = refcounts.allocate(1).unwrap().clusters;
+        let cluster = HostCluster(table.start);
+        metadata.insert(cluster);
+        let error = refcounts.release(table.clone()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(metadata.contains(cluster) && refcounts.get(cluster).unwrap() == 1);
+        metadata.give_up(table.clone());
+        refcounts.release(table).unwrap();
+        assert!(!metadata.contains(cluster) && refcounts.get(cluster).unwrap() == 0);
     }
 }

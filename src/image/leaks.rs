@@ -14,9 +14,13 @@
 //! it since, or not so often. Where a snapshot was being taken or deleted, COPIED flags may be
 //! missing too; they are set in the end.
 //! A refcount that is below the references is damage, and so is a COPIED flag that leads to a cluster
-//! with several references: the image turns read-only, while nothing has been freed yet.
+//! with several references: the image turns read-only, while nothing has been freed yet. So are
+//! references that cannot be counted: one of them may be the second to somebody's data. Only a host
+//! that cannot read says nothing about the image; snapshots, which are changed by refcounts alone, stay
+//! as they are then.
 //! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
-//! the format nobody may believe their directory any more.
+//! the format nobody may believe their directory any more. Those that make no sense are void after the
+//! first change, and such leaks after the next open; until then they are left alone, and not counted.
 //!
 //! [`Refcounts::leaked`]: crate::alloc::Refcounts::leaked
 
@@ -26,91 +30,138 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use parking_lot::Mutex;
+
 use super::{Image, Writer, open};
-use crate::check::{copied, references};
-use crate::error::{Error, Result};
-use crate::format::{Header, HostCluster};
+use crate::check::copied;
+use crate::check::references::{self, ReferenceCounts};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
 use crate::storage::Storage;
 
 /// So many clusters are looked at while others wait. One refcount block may count millions.
 const AT_ONCE: u64 = 1 << 14;
 
-/// A search that is under way.
-#[derive(Debug)]
+/// The search of an image: none, one that is under way, or how it went.
+#[derive(Debug, Default)]
 pub(super) struct LeakSearch {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
+    /// Until somebody has waited for it, who holds the lock meanwhile: nobody goes on before its end.
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Why it could not rule out that the image is damaged.
+    failed: Mutex<Option<Error>>,
 }
 
 impl LeakSearch {
     /// Ends the search and waits for its thread; whether that went as it should.
-    pub(super) fn stop(self) -> bool {
+    pub(super) fn stop(&self) -> bool {
         self.stop.store(true, Ordering::Release);
         self.wait()
     }
 
     /// Waits for the end of the search; whether that went as it should.
-    fn wait(self) -> bool {
-        self.thread.join().is_ok()
+    fn wait(&self) -> bool {
+        let mut thread = self.thread.lock();
+        thread.take().is_none_or(|thread| thread.join().is_ok())
     }
+}
+
+/// What the search reads.
+struct Searched {
+    storage: Stoppable,
+    header: Header,
+    /// The bitmaps make no sense and are void after the first change: they are not counted, and since
+    /// they are still there nothing is returned.
+    void_bitmaps: bool,
+}
+
+impl Searched {
+    fn count(&self) -> Result<ReferenceCounts> {
+        let mut header = self.header.clone();
+        if self.void_bitmaps {
+            header.autoclear_features &= !AUTOCLEAR_BITMAPS;
+        }
+        references::count(&self.storage, &header)
+    }
+}
+
+/// What the search has found in an image that is not damaged.
+struct Sound {
+    counts: ReferenceCounts,
+    /// Some COPIED flags are missing.
+    misses_flags: bool,
 }
 
 impl Image {
     /// Starts the search on an image that was just opened as `header` says.
-    pub(super) fn search_leaks(self: &Arc<Self>, header: &Header) -> Result<Option<LeakSearch>> {
-        let Some(writer) = &self.writer else { return Ok(None) };
+    pub(super) fn search_leaks(self: &Arc<Self>, header: &Header) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
         writer.refcounts.remember_counted(true);
         writer.recycler.hold_frees(true);
-        let stop = Arc::new(AtomicBool::new(false));
-        let storage = Stoppable { storage: self.storage.clone(), stop: stop.clone(), room: ROOM };
-        let (image, header) = (Arc::downgrade(self), header.clone());
+        let stop = writer.leak_search.stop.clone();
+        let has_bitmaps = header.autoclear_features & AUTOCLEAR_BITMAPS != 0
+            && header.extension(EXTENSION_BITMAPS).is_some();
+        let searched = Searched {
+            storage: Stoppable { storage: self.storage.clone(), stop },
+            header: header.clone(),
+            void_bitmaps: has_bitmaps && writer.bitmaps.is_none(),
+        };
+        let image = Arc::downgrade(self);
         let search = move || {
-            let counted = references::count(&storage, &header);
-            let counted = counted.and_then(|counts| counts.trusted().map(|()| counts));
+            let counted = searched.count();
             if let Some(image) = image.upgrade() {
-                image.end_search(counted, &storage, &header);
+                image.end_search(counted, searched);
             }
         };
         let thread = std::thread::Builder::new()
             .name("leak search".into())
             .spawn(search)
             .map_err(|e| Error::io("starting the search for leaked clusters", e))?;
-        Ok(Some(LeakSearch { stop, thread }))
+        *writer.leak_search.thread.lock() = Some(thread);
+        Ok(())
     }
 
     /// Waits for the end of the search, if there is one.
     pub(super) fn finish_search(&self, writer: &Writer) -> Result<()> {
-        let search = writer.leak_search.lock().take();
-        match search.is_none_or(LeakSearch::wait) {
+        match writer.leak_search.wait() {
             true => Ok(()),
             false => Err(Error::invalid("the search for leaks ended by a defect in this program")),
         }
     }
 
-    fn end_search(
-        &self,
-        counted: Result<references::ReferenceCounts>,
-        storage: &Stoppable,
-        header: &Header,
-    ) {
-        let stop = &*storage.stop;
+    /// Waits for the end of the search before a change that goes by refcounts alone.
+    ///
+    /// # Errors
+    /// Where the search has found damage, or could not rule it out.
+    pub(super) fn require_search(&self, writer: &Writer) -> Result<()> {
+        if let Err(e) = self.finish_search(writer) {
+            self.health.latch(&e.to_string());
+        }
+        self.writer()?;
+        writer.leak_search.failed.lock().as_ref().map_or(Ok(()), |e| {
+            Err(e.duplicate().context("it is not known whether the image is sound, open it again"))
+        })
+    }
+
+    fn end_search(&self, counted: Result<ReferenceCounts>, mut searched: Searched) {
         let Some(writer) = &self.writer else { return };
-        let is_stopped = stop.load(Ordering::Acquire);
-        match &counted {
-            Ok(counts) => {
+        let stop = searched.storage.stop.clone();
+        let found = counted.and_then(|counts| self.judge(writer, &searched, counts));
+        let found = match found {
+            Err(e) if is_damage(&e) => self.judge_again(writer, &mut searched),
+            other => other,
+        };
+        match &found {
+            Ok(Sound { counts, .. }) => {
                 self.judge_bitmaps(writer, Some(|cluster| counts.get(HostCluster(cluster))));
             }
-            Err(_) if is_stopped => {}
+            Err(_) if stop.load(Ordering::Acquire) => {}
             Err(_) => self.judge_bitmaps(writer, None::<fn(u64) -> u64>),
         }
-        let returned = counted.and_then(|counts| {
-            let flags = Flags::read(storage, header, &counts)?;
-            self.refuse_damage(writer, &counts, &flags, &storage.stop)?;
-            let returned = self.return_leaked(writer, &counts, stop)?;
-            if flags.any_missing {
-                self.set_missing_flags(writer, stop)?;
-            }
-            Ok(returned)
+        *writer.leak_search.failed.lock() = found.as_ref().err().map(Error::duplicate);
+        let returned = found.and_then(|sound| match searched.void_bitmaps {
+            true => Ok(0),
+            false => self.mend(writer, &sound, &stop),
         });
         writer.refcounts.remember_counted(false);
         writer.recycler.hold_frees(false);
@@ -128,58 +179,73 @@ impl Image {
         }
     }
 
-    /// What only a damaged image has makes it read-only: a refcount that is lower than the references,
-    /// since to drop one would free what others still refer to, and a flag that denies references.
-    /// Nothing has been freed since the image was opened.
-    fn refuse_damage(
+    /// Returns what has leaked and sets the flags that are missing; how many clusters leaked.
+    fn mend(&self, writer: &Writer, sound: &Sound, stop: &AtomicBool) -> Result<u64> {
+        let returned = self.return_leaked(writer, &sound.counts, stop)?;
+        if sound.misses_flags {
+            self.set_missing_flags(writer, stop)?;
+        }
+        Ok(returned)
+    }
+
+    /// What only a damaged image has: references that cannot be counted, a refcount that is lower than
+    /// the references, since to drop one would free what others still refer to, and a flag that denies
+    /// references. Nothing has been freed since the image was opened.
+    ///
+    /// # Errors
+    /// The damage ([`is_damage`]), host errors.
+    fn judge(
         &self,
         writer: &Writer,
-        counts: &references::ReferenceCounts,
-        flags: &Flags,
-        stop: &Arc<AtomicBool>,
-    ) -> Result<()> {
-        // What was counted while the tables changed is no proof.
-        if flags.wrongly_set.is_none() && self.find_low_count(writer, counts, stop)?.is_none() {
-            return Ok(());
+        searched: &Searched,
+        counts: ReferenceCounts,
+    ) -> Result<Sound> {
+        counts.trusted()?;
+        self.refuse_low_counts(writer, &searched.storage, &counts)?;
+        let flags = Flags::read(&searched.storage, &searched.header, &counts)?;
+        match flags.wrongly_set {
+            Some(wrong) => Err(Error::corrupt(wrong)),
+            None => Ok(Sound { counts, misses_flags: flags.any_missing }),
         }
+    }
+
+    /// Counts and judges once more while nothing changes, since what was counted while the tables
+    /// changed is no proof. Damage makes the image read-only.
+    fn judge_again(&self, writer: &Writer, searched: &mut Searched) -> Result<Sound> {
         let _flush = self.hold_flush(writer);
         let _guard = self.locks.exclusive(0..u64::MAX);
         self.flush_held(writer)?;
-        let storage = Stoppable { storage: self.storage.clone(), stop: stop.clone(), room: 0 };
-        let header = open::read_header(&storage)?;
-        let counts = references::count(&storage, &header)?;
-        let found = match self.find_low_count(writer, &counts, stop)? {
-            None => Flags::read(&storage, &header, &counts)?.wrongly_set,
-            found => found,
-        };
-        found.map_or(Ok(()), |found| self.note(Err(Error::corrupt(found))))
+        searched.header = open::read_header(&searched.storage)?;
+        let found = searched.count().and_then(|counts| self.judge(writer, searched, counts));
+        match found {
+            Err(e) if is_damage(&e) => self.note(Err(Error::corrupt(e.to_string()))),
+            other => other,
+        }
     }
 
-    fn find_low_count(
+    fn refuse_low_counts(
         &self,
         writer: &Writer,
-        counts: &references::ReferenceCounts,
-        stop: &AtomicBool,
-    ) -> Result<Option<String>> {
+        storage: &Stoppable,
+        counts: &ReferenceCounts,
+    ) -> Result<()> {
         for (cluster, references) in counts.range(0..u64::MAX) {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
+            storage.going_on().map_err(|e| Error::io("comparing refcounts", e))?;
             let count = writer.refcounts.get(cluster)?;
             if count < references {
                 let at = self.geometry.host_offset(cluster);
-                return Ok(Some(format!(
+                return Err(Error::corrupt(format!(
                     "the cluster at {at} has {references} references and refcount {count}"
                 )));
             }
         }
-        Ok(None)
+        Ok(())
     }
 
     fn return_leaked(
         &self,
         writer: &Writer,
-        counts: &references::ReferenceCounts,
+        counts: &ReferenceCounts,
         stop: &AtomicBool,
     ) -> Result<u64> {
         let per_block = self.geometry.refcounts_per_block();
@@ -206,7 +272,7 @@ impl Image {
     fn return_leaked_of(
         &self,
         writer: &Writer,
-        counts: &references::ReferenceCounts,
+        counts: &ReferenceCounts,
         clusters: Range<u64>,
     ) -> Result<u64> {
         // Nobody is between dropping a cluster from a table and telling the recycler.
@@ -228,6 +294,12 @@ impl Image {
     }
 }
 
+/// Whether an error of the search lies in what the image says, not in the host, which also says that
+/// the search was stopped.
+fn is_damage(error: &Error) -> bool {
+    error.kind() != ErrorKind::Io
+}
+
 /// What is wrong with the COPIED flags in a file.
 #[derive(Default)]
 struct Flags {
@@ -238,11 +310,7 @@ struct Flags {
 
 impl Flags {
     /// Looks at the tables on disk beside the references that were counted, perhaps a little earlier.
-    fn read(
-        storage: &dyn Storage,
-        header: &Header,
-        counts: &references::ReferenceCounts,
-    ) -> Result<Flags> {
+    fn read(storage: &dyn Storage, header: &Header, counts: &ReferenceCounts) -> Result<Flags> {
         let mut flags = Flags::default();
         if !counts.any_not_copied && counts.range(0..u64::MAX).all(|(_, count)| count == 1) {
             return Ok(flags);
@@ -274,8 +342,6 @@ const ROOM: u64 = 1 << 40;
 struct Stoppable {
     storage: Arc<dyn Storage>,
     stop: Arc<AtomicBool>,
-    /// Bytes by which it seems longer.
-    room: u64,
 }
 
 impl Stoppable {
@@ -290,7 +356,7 @@ impl Stoppable {
 /// Only what reads is ever called.
 impl Storage for Stoppable {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.going_on()?.len()?.saturating_add(self.room))
+        Ok(self.going_on()?.len()?.saturating_add(ROOM))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

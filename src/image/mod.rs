@@ -204,7 +204,7 @@ struct Writer {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// What the recycler's thread would remember, where there is none.
     agenda: Mutex<Agenda>,
-    leak_search: Mutex<Option<leaks::LeakSearch>>,
+    leak_search: leaks::LeakSearch,
 }
 
 impl Image {
@@ -277,8 +277,7 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        let search = writer.leak_search.lock().take();
-        let searched = search.is_none_or(leaks::LeakSearch::stop);
+        let searched = writer.leak_search.stop();
         writer.recycler.wake_signal().stop();
         if let Some(thread) = writer.thread.lock().take()
             && thread.join().is_err() | !searched

@@ -12,6 +12,7 @@ use super::encryption::{Encryption, fitting};
 use super::flush_lock::FlushLock;
 use super::health::Health;
 use super::inflate::{Compression, InflateCache};
+use super::leaks::LeakSearch;
 use super::ownership::Trusted;
 use super::snapshots::{Snapshots, Table};
 use super::{Backing, Image, Options, Writer};
@@ -174,10 +175,13 @@ impl Image {
         let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
         let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
+        let mut sound = Ok(());
         if let Some((offset, length)) = header.luks()? {
             let clusters = header.geometry.host_clusters(offset, length);
             for cluster in clusters {
-                metadata.insert(HostCluster(cluster));
+                if !metadata.insert(HostCluster(cluster)) {
+                    sound = Err(Error::corrupt("the LUKS header and the header overlap"));
+                }
             }
         }
         let tables = Tables::open(
@@ -188,7 +192,7 @@ impl Image {
             header.l1_size,
             options.metadata_cache,
         )?;
-        let mut sound = tables.register_metadata();
+        sound = sound.and(tables.register_metadata());
         let snapshots = Table::read(&*storage, &header);
         let mut writer = None;
         if writable {
@@ -235,7 +239,7 @@ impl Image {
                 prepared: AtomicBool::new(false),
                 thread: Mutex::new(None),
                 agenda: Mutex::new(Agenda::new(options.flush_after, options.recycle_rate)),
-                leak_search: Mutex::new(None),
+                leak_search: LeakSearch::default(),
             });
         }
         let image = Arc::new(Image {
@@ -266,7 +270,7 @@ impl Image {
         let Some(writer) = &self.writer else { return Ok(()) };
         self.note_leaks_at_open(writer)?;
         if options.return_leaks {
-            *writer.leak_search.lock() = self.search_leaks(header)?;
+            self.search_leaks(header)?;
         }
         if !options.threads {
             return self.finish_search(writer);

@@ -240,6 +240,7 @@ impl Image {
         let installed = self.tables.install_table_if(cluster, copy, replaces, order, is_shared)?;
         if installed {
             rooted.linked(1);
+            self.tables.metadata().give_up(table.0..table.0 + 1);
             self.drop_reference(writer, table)?;
         }
         Ok(installed)

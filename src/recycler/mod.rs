@@ -503,6 +503,7 @@ impl Recycler {
 
     /// Punches clusters that are about to be free.
     fn punch_freed(&self, clusters: Range<u64>) -> Result<()> {
+        self.refcounts.refuse_kept(clusters.clone())?;
         self.punch(clusters.clone())?;
         self.work.freed.fetch_add(self.bytes(&clusters), Ordering::Relaxed);
         self.work.loosened.fetch_add(clusters.end - clusters.start, Ordering::Relaxed);

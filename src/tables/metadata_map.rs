@@ -3,12 +3,15 @@
 //!
 //! Data is never written to, read from or punched out of a cluster that holds metadata, and none is
 //! ever handed out (invariant 5). The map is built from the L1 and refcount tables at open and kept
-//! up to date; a look-up is one hash and one bit. Its lock is a leaf.
+//! up to date; a look-up is one hash and one bit. Its locks are leaves, taken one at a time.
+//!
+//! A cluster stays in the map until its owner has given it up and nothing is counted for it any more:
+//! a refcount alone, which an image may have wrong, takes nothing out of it.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 use parking_lot::{RwLock, RwLockWriteGuard};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -25,6 +28,8 @@ const MAX_WORDS: usize = 7 << 17;
 #[derive(Debug)]
 pub struct MetadataMap {
     words: RwLock<HashMap<u64, u64>>,
+    /// Those that are given up and not free yet.
+    given_up: RwLock<HashSet<u64>>,
     /// The first cluster past all that were ever in the file since it was opened.
     end: AtomicU64,
 }
@@ -32,7 +37,11 @@ pub struct MetadataMap {
 impl MetadataMap {
     /// The map of a file of `end` clusters, the last of which need not be whole, with nothing in it.
     pub fn new(end: u64) -> Self {
-        MetadataMap { words: RwLock::default(), end: AtomicU64::new(end) }
+        MetadataMap {
+            words: RwLock::default(),
+            given_up: RwLock::default(),
+            end: AtomicU64::new(end),
+        }
     }
 
     /// The file has `end` clusters at least.
@@ -62,11 +71,31 @@ impl MetadataMap {
 
     /// Marks a cluster; whether it was not marked before.
     pub fn insert(&self, cluster: HostCluster) -> bool {
+        self.take_back(cluster);
         insert(&mut self.words.write(), cluster)
+    }
+
+    /// The owner of `clusters` refers to them no more: they are no metadata any more once they are free
+    /// ([`MetadataMap::remove`]).
+    pub fn give_up(&self, clusters: Range<u64>) {
+        self.given_up.write().extend(clusters);
+    }
+
+    fn take_back(&self, cluster: HostCluster) {
+        let is_given_up = self.given_up.read().contains(&cluster.0);
+        if is_given_up {
+            self.given_up.write().remove(&cluster.0);
+        }
+    }
+
+    /// Whether the cluster holds metadata that nobody has given up.
+    pub fn is_kept(&self, cluster: HostCluster) -> bool {
+        self.contains(cluster) && !self.given_up.read().contains(&cluster.0)
     }
 
     /// The cluster is no metadata any more.
     pub fn remove(&self, cluster: HostCluster) {
+        self.take_back(cluster);
         let (at, bit) = locate(cluster);
         let mut words = self.words.write();
         if let Some(word) = words.get_mut(&at) {
@@ -192,5 +221,22 @@ mod tests {
         map.remove(HostCluster(FAR));
         assert!(!map.contains(HostCluster(FAR)));
         assert!(map.contains(HostCluster(1 << 54)));
+    }
+
+    #[test]
+    fn metadata_is_kept_until_it_is_given_up_and_again_once_it_is_back() {
+        let map = MetadataMap::new(FAR);
+        let cluster = HostCluster(9);
+        assert!(!map.is_kept(cluster));
+        map.insert(cluster);
+        assert!(map.is_kept(cluster));
+        map.give_up(9..10);
+        assert!(!map.is_kept(cluster) && map.contains(cluster), "given up, not free yet");
+        map.remove(cluster);
+        map.insert(cluster);
+        assert!(map.is_kept(cluster), "metadata again");
+        map.give_up(9..10);
+        assert!(!map.insert(cluster), "it is there");
+        assert!(map.is_kept(cluster), "somebody refers to it again");
     }
 }

@@ -36,9 +36,13 @@ struct Victim {
 
 impl Victim {
     fn new(extended_l2: bool) -> Victim {
+        Victim::of(64 * CLUSTER, extended_l2)
+    }
+
+    fn of(virtual_size: u64, extended_l2: bool) -> Victim {
         let file = Arc::new(MemoryStorage::default());
         let options = CreateOptions {
-            virtual_size: 64 * CLUSTER,
+            virtual_size,
             cluster_size: CLUSTER,
             extended_l2,
             ..CreateOptions::default()
@@ -72,6 +76,15 @@ impl Victim {
         let entry = self.word(self.table() + guest * if self.extended_l2 { 16 } else { 8 });
         assert_ne!(entry & COPIED, 0, "{entry:#x}");
         entry & OFFSETS
+    }
+
+    /// The same with a snapshot that shares everything.
+    fn with_a_snapshot(self) -> Victim {
+        let file = Arc::new(self.file);
+        let image = Image::open(file.clone(), &alone()).unwrap();
+        image.take_snapshot(b"s").unwrap();
+        image.close().unwrap();
+        Victim { file: file.fork(), ..self }
     }
 
     /// The image with another refcount for what is at `host`: 16 bits, in the first block.
@@ -245,5 +258,78 @@ fn a_flag_that_denies_a_snapshot_is_found() {
         let _says_so_again = image.close();
         let header = Header::parse(&file.contents()).unwrap();
         assert_ne!(header.incompatible_features & INCOMPATIBLE_CORRUPT, 0);
+    }
+}
+
+const CHANGES: [(&str, Act); 2] = [
+    ("deleting", |image| image.delete_snapshot(b"s")),
+    ("applying", |image| image.apply_snapshot(b"s")),
+];
+
+/// Does `change` to the snapshot of an image that says `why` it refuses: the tables and the data are
+/// what they were.
+fn assert_snapshot_refused(what: &str, file: &Arc<MemoryStorage>, options: &Options, change: Act) {
+    let before = file.contents();
+    let header = Header::parse(&before).unwrap();
+    let image = Image::open(file.clone(), options).unwrap();
+    let error = change(&image).expect_err(what);
+    assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::ReadOnly), "{what}: {error}");
+    assert!(!image.is_writable(), "{what}");
+    assert_eq!(image.snapshots().unwrap().len(), 1, "{what}: the snapshot");
+    let _says_so_again = image.close();
+    let after = file.contents();
+    assert_ne!(after[79] & INCOMPATIBLE_CORRUPT as u8, 0, "{what}");
+    // The features apart, and the block of refcounts, whose content does not matter any more.
+    let l1 = header.l1_table_offset.0 as usize;
+    assert_eq!(after[l1..l1 + 8], before[l1..l1 + 8], "{what}: the L1 table");
+    let table = (u64::from_be_bytes(after[l1..l1 + 8].try_into().unwrap()) & OFFSETS) as usize;
+    assert!(after[table..table + 16] == before[table..table + 16], "{what}: the L2 table");
+    let data = u64::from_be_bytes(after[table..table + 8].try_into().unwrap()) & OFFSETS;
+    assert!(bytes_at(file, data..data + 512).iter().all(|byte| *byte == 7), "{what}: the data");
+}
+
+/// Freeing it with the snapshot would make room for data in a table of the disk.
+#[test]
+fn a_table_that_a_snapshot_shares_and_is_counted_once_is_not_freed_with_it() {
+    let victim = Victim::new(false).with_a_snapshot();
+    for (what, change) in CHANGES {
+        let file = victim.with_refcount(victim.table(), 1);
+        assert_snapshot_refused(what, &file, &alone(), change);
+    }
+}
+
+/// The table alone does not tell. The search does, and nobody who is quick is spared it.
+#[test]
+fn snapshots_wait_for_the_search_and_do_not_change_where_it_finds_damage() {
+    let victim = Victim::new(false).with_a_snapshot();
+    let entry = victim.word(victim.table());
+    assert_eq!(entry & COPIED, 0, "shared");
+    for (what, change) in CHANGES {
+        let file = victim.with_refcount(entry & OFFSETS, 1);
+        let at_once = Options { threads: true, ..searching() };
+        assert_snapshot_refused(what, &file, &at_once, change);
+    }
+}
+
+/// As in the L1 table of the disk: nobody makes that, and it would be work without end.
+#[test]
+fn a_snapshot_whose_l1_entries_lead_to_one_table_does_not_change() {
+    const ENTRIES: u64 = 4;
+    let table_maps = CLUSTER / 8 * CLUSTER;
+    let victim = Victim::of(ENTRIES * table_maps, false).with_a_snapshot();
+    let l1 = victim.word(victim.header().snapshots_offset.0);
+    let entry = victim.word(l1);
+    for index in 1..ENTRIES {
+        victim.file.write_at(&entry.to_be_bytes(), l1 + index * 8).unwrap();
+    }
+    // All of it is counted as it should be.
+    let table = entry & OFFSETS;
+    let mut file = victim.file.fork();
+    for host in [table, victim.word(table) & OFFSETS, victim.word(table + 8) & OFFSETS] {
+        let counted = Victim { file, extended_l2: false };
+        file = counted.with_refcount(host, 1 + ENTRIES as u16).fork();
+    }
+    for (what, change) in CHANGES {
+        assert_snapshot_refused(what, &Arc::new(file.fork()), &alone(), change);
     }
 }

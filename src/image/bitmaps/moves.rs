@@ -151,6 +151,9 @@ impl Image {
                 error
             })?;
         }
-        copies.left.into_iter().try_for_each(|old| writer.recycler.drop_used(old))
+        copies.left.into_iter().try_for_each(|old| {
+            self.tables.metadata().give_up(old.clone());
+            writer.recycler.drop_used(old)
+        })
     }
 }

@@ -110,7 +110,10 @@ impl Image {
         }
         written.map_err(|e| Error::io("writing the header's bitmaps extension", e))?;
         self.sync_for(writer, Rule::BitmapSwitchBeforeReuse)?;
-        change.left.into_iter().for_each(|clusters| writer.recycler.release(clusters));
+        change.left.into_iter().for_each(|clusters| {
+            self.tables.metadata().give_up(clusters.clone());
+            writer.recycler.release(clusters);
+        });
         Ok(())
     }
 

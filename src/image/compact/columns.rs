@@ -170,6 +170,7 @@ impl Image {
         }
         self.tables.remove_table(column);
         pass.emptied += 1;
+        self.tables.metadata().give_up(table.0..table.0 + 1);
         writer.recycler.drop_used(table.0..table.0 + 1)?;
         Ok(true)
     }
@@ -444,6 +445,7 @@ impl Image {
             }
             target.linked(1);
             pass.note_moved(self.cluster_size());
+            self.tables.metadata().give_up(table.cluster.0..table.cluster.0 + 1);
             self.drop_all(writer, table.cluster, table.paths)?;
         }
         Ok(())

@@ -159,6 +159,7 @@ impl Image {
             return Err(e);
         }
         place.map(HostCluster).for_each(|cluster| self.tables.enter_metadata(cluster));
+        self.tables.metadata().give_up(old.clone());
         writer.recycler.drop_used(old)?;
         Ok(Some(offset))
     }

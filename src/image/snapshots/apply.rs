@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::references::distinct_tables;
 use super::table::read_l1;
 use super::{Image, SnapshotKey, Writer};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,10 +19,11 @@ impl Image {
     pub fn apply_snapshot<'a>(&self, which: impl Into<SnapshotKey<'a>>) -> Result<()> {
         let _change = self.snapshots.change.lock();
         let (writer, _held) = self.begin_snapshot_change()?;
-        let snapshot = {
+        let (snapshot, all) = {
             let state = self.snapshots.state.lock();
-            state.table.entries[state.find(which)?].clone()
+            (state.table.entries[state.find(which)?].clone(), state.table.entries.clone())
         };
+        self.note(self.refuse_low_counts_of(writer, &self.tables.l1(), &all))?;
         let old_l1 = {
             let _flush = self.hold_flush(writer);
             self.record_apply(writer, self.size_of(&snapshot)?)?;
@@ -66,12 +68,20 @@ impl Image {
         let mut l1 = read_l1(&*self.storage, &self.geometry, snapshot)?;
         l1.resize(entries as usize, 0);
         l1.iter_mut().for_each(|entry| *entry &= !COPIED);
+        let tables = distinct_tables(&l1, &self.geometry)
+            .map_err(|e| e.context(format!("snapshot {}", snapshot.label())))?;
         // QEMU leaves COPIED in tables that only one snapshot refers to.
         self.share_entries(writer, &l1, snapshot)?;
         self.raise_references(writer, &l1)?;
         let old_l1 = self.tables.l1();
         match self.switch_disk(writer, size, &l1) {
-            Ok(()) => Ok(old_l1),
+            Ok(()) => {
+                // The disk may have given them up once.
+                tables.into_iter().for_each(|table| {
+                    self.tables.metadata().insert(table);
+                });
+                Ok(old_l1)
+            }
             Err(e) => {
                 if self.health.is_good() {
                     self.undo_raise(writer, &l1, u64::MAX);

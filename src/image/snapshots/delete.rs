@@ -60,14 +60,20 @@ impl Image {
     /// its L1 table and of the old snapshot table back. Returns the L1 table.
     fn unlink_snapshot(&self, writer: &Writer, snapshot: &Snapshot) -> Result<Vec<u64>> {
         let l1 = read_l1(&*self.storage, &self.geometry, snapshot)?;
-        let _flush = self.hold_flush(writer);
         let entries = self.snapshots.state.lock().table.entries.clone();
+        self.refuse_low_counts_of(
+            writer,
+            &l1,
+            &[std::slice::from_ref(snapshot), &entries].concat(),
+        )?;
+        let _flush = self.hold_flush(writer);
         let old = self.switch_table(writer, entries)?;
         self.snapshots.state.lock().taken_out = None;
         writer.recycler.release(old);
         let bytes = l1.len() as u64 * 8;
         if bytes > 0 {
             let place = self.geometry.host_clusters(snapshot.l1_table_offset, bytes);
+            self.tables.metadata().give_up(place.clone());
             writer.recycler.release_used(place)?;
         }
         Ok(l1)

@@ -190,13 +190,11 @@ impl Image {
     }
 
     /// What a change of snapshots begins with. Nothing moves meanwhile: the lock is that of
-    /// compaction. The search for leaks ends: it cannot tell what a whole disk gains or loses.
+    /// compaction. The search for leaks ends first: it cannot tell what a whole disk gains or loses, and
+    /// what it has found says whether refcounts may be believed when much is freed by them.
     fn begin_snapshot_change(&self) -> Result<(&Writer, MutexGuard<'_, Compaction>)> {
+        self.require_search(self.writer()?)?;
         let writer = self.begin_change()?;
-        let search = writer.leak_search.lock().take();
-        if search.is_some_and(|search| !search.stop()) {
-            self.health.latch("its search for leaks ended by a defect in this program");
-        }
         let held = self.hold_moves(writer)?;
         // What moved clusters may have failed.
         let writer = self.writer()?;
@@ -260,6 +258,7 @@ impl Image {
         });
         let table = Table { clusters, entries };
         let old = std::mem::replace(&mut self.snapshots.state.lock().table, table);
+        self.tables.metadata().give_up(old.clusters.clone());
         Ok(old.clusters)
     }
 

@@ -1,14 +1,106 @@
 //! What an L1 table refers to, as a whole: counted up, counted down, marked as its own again.
+//!
+//! An L1 table that leads to one L2 table twice is damaged, as that of the disk is
+//! ([`crate::tables::Tables::register_metadata`]): nobody makes one, and the work would be as much as it
+//! claims. So each L2 table is read once.
 
 use std::ops::Range;
 
+use super::table::for_each_table;
 use super::{Image, Writer};
-use crate::error::{Error, Result};
-use crate::format::{GuestCluster, HostCluster, L1Entry, L2Entry, be64};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Geometry, GuestCluster, HostCluster, L1Entry, L2Entry, Snapshot, be64};
 use crate::rules::Rule;
 use crate::tables::{LinkOrder, TableState};
 
+/// The L2 tables that an L1 table leads to, in ascending order.
+///
+/// # Errors
+/// `Corrupt` where it leads to one of them twice, or an entry is malformed.
+pub(super) fn distinct_tables(l1: &[u64], geometry: &Geometry) -> Result<Vec<HostCluster>> {
+    let mut tables = Vec::new();
+    for (index, &raw) in l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+        tables.extend(decode(index, raw, geometry)?.table);
+    }
+    tables.sort_unstable();
+    match tables.windows(2).find(|pair| pair[0] == pair[1]) {
+        None => Ok(tables),
+        Some(pair) => Err(Error::corrupt(format!(
+            "two entries of one L1 table lead to the L2 table at {}",
+            geometry.host_offset(pair[0])
+        ))),
+    }
+}
+
+fn decode(index: usize, raw: u64, geometry: &Geometry) -> Result<L1Entry> {
+    L1Entry::decode(raw, geometry).map_err(|bad| Error::corrupt(format!("L1 entry {index} {bad}")))
+}
+
 impl Image {
+    /// Refuses to give up what `l1` refers to where L2 tables of it are counted less often than the L1
+    /// tables of the disk and of `snapshots`, which are all there are, lead to them: one would be freed
+    /// that is still in use. Snapshots do not change meanwhile.
+    ///
+    /// # Errors
+    /// `Corrupt`, host errors.
+    pub(super) fn refuse_low_counts_of(
+        &self,
+        writer: &Writer,
+        l1: &[u64],
+        snapshots: &[Snapshot],
+    ) -> Result<()> {
+        // The counts first: where the disk leaves a table meanwhile, its count falls afterwards.
+        let mut left = Vec::new();
+        for table in distinct_tables(l1, &self.geometry)? {
+            left.push((table, writer.refcounts.get(table)?));
+        }
+        let lead_to = |table: HostCluster| {
+            let Ok(found) = left.binary_search_by_key(&table, |(table, _)| *table) else {
+                return Ok(());
+            };
+            left[found].1 = left[found].1.checked_sub(1).ok_or_else(|| {
+                Error::corrupt(format!(
+                    "the L2 table at {} has more references than its refcount says",
+                    self.geometry.host_offset(table)
+                ))
+            })?;
+            Ok(())
+        };
+        self.for_each_table_of(snapshots, lead_to)
+    }
+
+    /// Shows `visit` each L2 table that the L1 tables of the disk and of `snapshots` lead to, once for
+    /// each of them.
+    fn for_each_table_of(
+        &self,
+        snapshots: &[Snapshot],
+        mut visit: impl FnMut(HostCluster) -> Result<()>,
+    ) -> Result<()> {
+        for (index, raw) in self.tables.l1().into_iter().enumerate().filter(|(_, raw)| *raw != 0) {
+            decode(index, raw, &self.geometry)?.table.map_or(Ok(()), &mut visit)?;
+        }
+        snapshots.iter().try_for_each(|snapshot| {
+            for_each_table(&*self.storage, &self.geometry, snapshot, &mut visit)
+        })
+    }
+
+    /// Gives up those L2 tables of `l1`, of a disk or snapshot that is gone, that no L1 table leads to.
+    fn give_up_tables(&self, l1: &[u64]) -> Result<()> {
+        let tables = distinct_tables(l1, &self.geometry)?;
+        let mut kept = vec![false; tables.len()];
+        let snapshots = self.snapshots.state.lock().table.entries.clone();
+        self.for_each_table_of(&snapshots, |table| {
+            if let Ok(found) = tables.binary_search(&table) {
+                kept[found] = true;
+            }
+            Ok(())
+        })?;
+        for (table, _) in tables.iter().zip(kept).filter(|(_, kept)| !kept) {
+            self.tables.metadata().give_up(table.0..table.0 + 1);
+        }
+        Ok(())
+    }
+
     /// Adds a reference to everything that `l1` refers to, in memory.
     ///
     /// # Errors
@@ -40,11 +132,13 @@ impl Image {
     }
 
     /// Drops a reference from everything that `l1` refers to, which no table on disk leads to any
-    /// more, durably. What nothing else refers to goes to the recycler.
+    /// more, durably. What nothing else refers to goes to the recycler, which refuses L2 tables that some
+    /// L1 table still leads to. Snapshots do not change meanwhile.
     ///
     /// # Errors
     /// `Corrupt`, host errors; what was not reached is leaked.
     pub(super) fn drop_references(&self, writer: &Writer, l1: &[u64]) -> Result<()> {
+        self.give_up_tables(l1)?;
         self.for_each_reference(l1, u64::MAX, |clusters| {
             let mut last = clusters.start..clusters.start;
             for cluster in clusters {
@@ -70,13 +164,21 @@ impl Image {
             if walk.left == 0 {
                 break;
             }
-            let entry = L1Entry::decode(raw, &self.geometry)
-                .map_err(|bad| Error::corrupt(format!("L1 entry {index} {bad}")))?;
-            if let Some(table) = entry.table {
+            if let Some(table) = decode(index, raw, &self.geometry)?.table {
+                self.refuse_closing()?;
                 walk.table(table)?;
             }
         }
         Ok(())
+    }
+
+    /// Ends a long walk where somebody waits with closing the image.
+    fn refuse_closing(&self) -> Result<()> {
+        let is_closing = |writer: &Writer| writer.recycler.wake_signal().is_stopped();
+        match self.writer.as_ref().is_some_and(is_closing) {
+            true => Err(Error::new(ErrorKind::ReadOnly, "the image is being closed")),
+            false => Ok(()),
+        }
     }
 
     /// Gives those entries of the disk their COPIED flag back that are the only ones to refer to
@@ -91,6 +193,7 @@ impl Image {
     ) -> Result<()> {
         let entries = self.geometry.l2_entries();
         for index in indices.filter(|&index| index < self.tables.l1_entries() as u64) {
+            self.refuse_closing()?;
             if self.tables.is_crowded() {
                 self.flush()?;
             }

@@ -89,6 +89,9 @@ impl Table {
         let geometry = &header.geometry;
         let active = geometry.host_clusters(header.l1_table_offset, u64::from(header.l1_size) * 8);
         let mut structures: BTreeSet<u64> = active.chain([0]).collect();
+        if let Some((offset, length)) = header.luks()? {
+            structures.extend(geometry.host_clusters(offset, length));
+        }
         let mut own = |clusters: Range<u64>, what: &str| {
             if !metadata.is_in_file(&clusters) {
                 return Err(Error::corrupt(format!("{what} ends past the end of the file")));
@@ -113,21 +116,19 @@ impl Table {
         for snapshot in &self.entries {
             for_each_table(storage, geometry, snapshot, |table| {
                 metadata.check_room()?;
-                if structures.contains(&table.0) {
-                    return Err(Error::corrupt(format!(
-                        "an L1 entry of snapshot {} points to {}, which is other metadata",
-                        snapshot.label(),
-                        geometry.host_offset(table)
-                    )));
-                }
+                let bad = |what| {
+                    let (name, at) = (snapshot.label(), geometry.host_offset(table));
+                    let text =
+                        format!("an L1 entry of snapshot {name} points to {at}, which is {what}");
+                    Err(Error::corrupt(text))
+                };
                 if !metadata.is_in_file(&(table.0..table.0 + 1)) {
-                    return Err(Error::corrupt(format!(
-                        "an L1 entry of snapshot {} points to {}, which is past the end of the file",
-                        snapshot.label(),
-                        geometry.host_offset(table)
-                    )));
+                    return bad("past the end of the file");
                 }
-                metadata.insert(table);
+                // An L2 table is in the map already where the disk or another snapshot has it too.
+                if !metadata.insert(table) && structures.contains(&table.0) {
+                    return bad("other metadata");
+                }
                 Ok(())
             })?;
         }
@@ -178,7 +179,7 @@ pub(super) fn read_l1(
 }
 
 /// Calls `visit` with each L2 table that the L1 table of a snapshot refers to, perhaps repeatedly.
-fn for_each_table(
+pub(super) fn for_each_table(
     storage: &dyn Storage,
     geometry: &Geometry,
     snapshot: &Snapshot,
