@@ -16,6 +16,8 @@ use std::time::SystemTime;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
+pub(super) use crate::storage::regular::{open_place as open_file, path_of};
+
 /// How often an open is tried again while names are being moved about.
 const ATTEMPTS: u32 = 16;
 
@@ -150,18 +152,6 @@ impl Root {
         }
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
-}
-
-/// A path that leads to exactly this open file, whatever has become of its name.
-pub(super) fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-/// Opens a regular file, known as a place, for reading or for both.
-pub(super) fn open_file(place: &File, write: bool) -> io::Result<File> {
-    let mut options = File::options();
-    options.read(true).write(write).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK);
-    options.open(path_of(place))
 }
 
 /// Sets a file's times; `None` leaves one as it is.
