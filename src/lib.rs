@@ -97,7 +97,7 @@
 //! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
 //! | the same, to a file that only another user may open | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |
-//! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
+//! | names, or the image directory itself, that are swapped while they are opened | what is looked at is what is opened, and the directory is opened once ([`catalog`]) | `tests/hostile/names.rs` |
 //! | a FIFO or a device where a command is given an image | looked at, and not opened ([`storage::regular`]) | `src/storage/regular.rs` |
 //! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |

@@ -13,7 +13,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub(super) use crate::storage::regular::{open_place as open_file, path_of};
@@ -93,6 +93,24 @@ impl Root {
         let flags = libc::O_PATH | libc::O_DIRECTORY;
         let directory = File::options().read(true).custom_flags(flags).open(source)?;
         Ok(Root { directory })
+    }
+
+    /// As [`Root::open`], for a path without symbolic links: one that is on it by now is not followed.
+    pub(super) fn open_real(source: &Path) -> io::Result<Root> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let rules = ResolveFlags::NO_SYMLINKS;
+        let directory = rustix::fs::openat2(CWD, source, flags, Mode::empty(), rules)?;
+        Ok(Root { directory: directory.into() })
+    }
+
+    /// The same directory once more, whatever has its name by now.
+    pub(super) fn try_clone(&self) -> io::Result<Root> {
+        Ok(Root { directory: self.directory.try_clone()? })
+    }
+
+    /// The directory's own path, without symbolic links in it.
+    pub(super) fn path(&self) -> io::Result<PathBuf> {
+        fs::read_link(path_of(&self.directory))
     }
 
     /// A directory that was found as a place.
