@@ -387,6 +387,7 @@ impl Plan {
             log::warn!("cannot detach {}: {e}", self.mountpoint.display());
         }
         log::info!("{} is no longer served", self.mountpoint.display());
+        log::logger().flush();
         i32::from(failed > 0 || ended.is_err())
     }
 
