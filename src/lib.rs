@@ -107,7 +107,10 @@
 //! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
 //! | the same, to a file that only another user may open | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |
-//! | names that are swapped while they are opened | what is looked at is what is opened ([`catalog`]) | `tests/hostile/names.rs` |
+//! | names, or the image directory itself, that are swapped while they are opened | what is looked at is what is opened, and the directory is opened once ([`catalog`]) | `tests/hostile/names.rs` |
+//! | a FIFO or a device where a command is given an image | looked at, and not opened ([`storage::regular`]) | `src/storage/regular.rs` |
+//! | another user's FUSE server that calls itself qcow2fs, with symbolic links for raw files | commands believe mounts of root and of their own user, and open regular files of that mount only | `src/cli/mountpoint.rs`, `tests/mount/resize.rs` |
+//! | names with line ends and escape sequences, and refusals by the thousand, for the log | a line each, with what a terminal would act on made visible; at most 60 a minute of one kind | `src/cli/logging.rs` |
 //! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | directories and images that get each other's names, owners and access control lists that change under the kernel | what was meant is found, and who may is looked at again | `src/catalog/tests.rs` |

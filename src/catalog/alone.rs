@@ -10,6 +10,7 @@ use super::keys::Keys;
 use super::node::Opened;
 use crate::error::{Error, Result};
 use crate::image::{Image, Options};
+use crate::storage::regular;
 
 /// An open image that belongs to no mount.
 pub struct Alone {
@@ -27,13 +28,12 @@ impl Alone {
         let failed = |e| Error::io("opening the image", e);
         let path = path.canonicalize().map_err(failed)?;
         let name = path.file_name().map(Path::new).unwrap_or(Path::new("/"));
-        let directory = path.parent().unwrap_or(&path);
-        let place = Root::open(directory).and_then(|root| root.place(name)).map_err(failed)?;
-        // Opening a FIFO or a device does something.
-        if !place.metadata().map_err(failed)?.is_file() {
-            return Err(Error::invalid("not a regular file"));
-        }
-        let chains = Chains::new(directory, allowed, keys)?;
+        // Once, for the image and for what it is based on: somebody may put another directory in the
+        // place of this one at any moment.
+        let root = Root::open_real(path.parent().unwrap_or(&path)).map_err(failed)?;
+        let place = root.place(name).map_err(failed)?;
+        regular::look(&place)?;
+        let chains = Chains::new(&root, allowed, keys)?;
         let (opened, _) = Opened::new(&place, options.writable, options, &chains, name)?;
         Ok(Alone { opened })
     }

@@ -162,13 +162,20 @@ impl Chains {
     ///
     /// # Errors
     /// Those of the host for a directory that cannot be opened.
-    pub(super) fn new(source: &Path, allowed: &[PathBuf], keys: Keys) -> Result<Chains> {
-        let directories = std::iter::once(source).chain(allowed.iter().map(PathBuf::as_path));
-        let real = directories.map(|directory| open_root(directory, |path| path.canonicalize()));
-        let given =
-            allowed.iter().map(|directory| open_root(directory, |path| std::path::absolute(path)));
-        let roots = real.chain(given).collect::<Result<Vec<_>>>()?;
+    pub(super) fn new(source: &Root, allowed: &[PathBuf], keys: Keys) -> Result<Chains> {
+        let failed = |e| Error::io("opening the image directory", e);
+        let images = source.path().and_then(|path| Ok((path, source.try_clone()?)));
+        let allowed = allowed.iter().map(|path| open_allowed(path));
+        let (real, given): (Vec<_>, Vec<_>) =
+            allowed.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let images = std::iter::once(images.map_err(failed)?);
+        let roots = images.chain(real).chain(given).collect();
         Ok(Chains { roots, users: Arc::default(), writers: Arc::default(), keys })
+    }
+
+    /// The directories that such files may lie in, the image directory first.
+    pub(super) fn directories(&self) -> impl Iterator<Item = &Root> {
+        self.roots.iter().map(|(_, root)| root)
     }
 
     /// The name of an open image that uses this file as a backing or data file.
@@ -495,13 +502,14 @@ fn not_for(owner: u32, path: &Path) -> Error {
     ))
 }
 
-/// Opens a directory under the path that `name` makes of it.
-fn open_root(
-    directory: &Path,
-    name: impl FnOnce(&Path) -> std::io::Result<PathBuf>,
-) -> Result<(PathBuf, Root)> {
-    let failed = |e| Error::io(format!("opening the directory {}", directory.display()), e);
-    Ok((name(directory).map_err(failed)?, Root::open(directory).map_err(failed)?))
+/// An allowed directory by its real path, and by the path that it was given by. It is opened once.
+fn open_allowed(given: &Path) -> Result<((PathBuf, Root), (PathBuf, Root))> {
+    let open = || {
+        let root = Root::open(given)?;
+        let real = (root.path()?, root.try_clone()?);
+        Ok((real, (std::path::absolute(given)?, root)))
+    };
+    open().map_err(|e| Error::io(format!("opening the directory {}", given.display()), e))
 }
 
 /// The whole path that `name` means inside the file at `image`, `.` and `..` resolved by name: no

@@ -11,7 +11,7 @@ use super::host::HostId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Beside, CompactAfter, CreateOptions, Image, NewDataFile, Options};
 use crate::storage::image_lock::{self, Access};
-use crate::storage::{HostFile, IfTaken, NewFile, Storage};
+use crate::storage::{HostFile, IfTaken, NewFile, Storage, regular};
 
 /// The mode of new files, less the umask.
 const MODE: u32 = 0o666;
@@ -161,16 +161,12 @@ fn directory_of(path: &Path) -> PathBuf {
 
 /// The file that is to be replaced, locked against everybody; `None` where there is none.
 fn hold_replaced(path: &Path) -> Result<Option<File>> {
-    let failed = |e| Error::io(format!("replacing {}", path.display()), e);
-    match path.symlink_metadata() {
+    let replacing = || format!("replacing {}", path.display());
+    let place = match regular::place_itself(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed(e)),
-        Ok(metadata) if !metadata.is_file() => {
-            return Err(Error::invalid(format!("{} is not a regular file", path.display())));
-        }
-        Ok(_) => {}
-    }
-    let file = File::options().read(true).write(true).open(path).map_err(failed)?;
+        place => place.map_err(|e| Error::io(replacing(), e))?,
+    };
+    let file = regular::open(&place, true).map_err(|e| e.context(replacing()))?;
     image_lock::acquire(&file, None, Access::Write).map_err(|e| e.context(path.display()))?;
     Ok(Some(file))
 }

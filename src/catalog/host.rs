@@ -13,8 +13,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::Errno;
+
+pub(super) use crate::storage::regular::{open_place as open_file, path_of};
 
 /// How often an open is tried again while names are being moved about.
 const ATTEMPTS: u32 = 16;
@@ -93,6 +95,24 @@ impl Root {
         Ok(Root { directory })
     }
 
+    /// As [`Root::open`], for a path without symbolic links: one that is on it by now is not followed.
+    pub(super) fn open_real(source: &Path) -> io::Result<Root> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let rules = ResolveFlags::NO_SYMLINKS;
+        let directory = rustix::fs::openat2(CWD, source, flags, Mode::empty(), rules)?;
+        Ok(Root { directory: directory.into() })
+    }
+
+    /// The same directory once more, whatever has its name by now.
+    pub(super) fn try_clone(&self) -> io::Result<Root> {
+        Ok(Root { directory: self.directory.try_clone()? })
+    }
+
+    /// The directory's own path, without symbolic links in it.
+    pub(super) fn path(&self) -> io::Result<PathBuf> {
+        fs::read_link(path_of(&self.directory))
+    }
+
     /// A directory that was found as a place.
     pub(super) fn at(directory: File) -> Root {
         Root { directory }
@@ -150,18 +170,6 @@ impl Root {
         }
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
-}
-
-/// A path that leads to exactly this open file, whatever has become of its name.
-pub(super) fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-/// Opens a regular file, known as a place, for reading or for both.
-pub(super) fn open_file(place: &File, write: bool) -> io::Result<File> {
-    let mut options = File::options();
-    options.read(true).write(write).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK);
-    options.open(path_of(place))
 }
 
 /// Sets a file's times; `None` leaves one as it is.

@@ -175,13 +175,14 @@ pub struct Entry {
 }
 
 impl Catalog {
-    /// The tree beneath `source`, which stays open from now on.
+    /// The tree beneath `source`, which stays open from now on; no symbolic link on its path is
+    /// followed.
     ///
     /// # Errors
     /// Those of the host.
     pub fn new(source: &Path, options: Options) -> Result<Catalog> {
         let failed = |e| Error::io(format!("opening the image directory {}", source.display()), e);
-        let root = Root::open(source).map_err(failed)?;
+        let root = Root::open_real(source).map_err(failed)?;
         let id = HostId::of(&root.directory().metadata().map_err(failed)?);
         let node = Arc::new(Node::new(ROOT, id, true, PathBuf::new()));
         let nodes = Nodes {
@@ -190,14 +191,14 @@ impl Catalog {
             next: FIRST_INO,
         };
         Ok(Catalog {
-            root,
-            source: source.to_owned(),
-            chains: Chains::new(source, &options.allow, options.keys.clone())?,
+            source: root.path().map_err(failed)?,
+            chains: Chains::new(&root, &options.allow, options.keys.clone())?,
             overlays: options
                 .overlay
                 .as_ref()
-                .map(|overlay| Overlays::new(source, overlay))
+                .map(|overlay| Overlays::new(&root, overlay))
                 .transpose()?,
+            root,
             options,
             nodes: RwLock::new(nodes),
             names: RwLock::default(),
@@ -205,6 +206,18 @@ impl Catalog {
             closing: Mutex::new(()),
             ended: AtomicBool::new(false),
         })
+    }
+
+    /// Paths that lead to exactly the directories that images and what they are based on lie in, as
+    /// they were opened.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.chains.directories().map(|root| host::path_of(root.directory())).collect()
+    }
+
+    /// The same of the directory that overlays lie in, if there are any.
+    pub fn overlay_directory(&self) -> Option<PathBuf> {
+        let overlays = self.overlays.as_ref()?;
+        Some(host::path_of(overlays.root().directory()))
     }
 
     /// The node that the kernel knows as `ino`.

@@ -67,18 +67,18 @@ pub(super) struct Overlay {
 }
 
 impl Overlays {
-    /// Those of the images in `source`.
+    /// Those of the images in the directory `images`.
     ///
     /// # Errors
     /// `InUse` for the directory of another mount, and those of the host.
-    pub(super) fn new(source: &Path, options: &OverlayOptions) -> Result<Overlays> {
+    pub(super) fn new(images: &Root, options: &OverlayOptions) -> Result<Overlays> {
         let shown = options.directory.display();
         let failed = |e| Error::io(format!("opening the overlay directory {shown}"), e);
-        let directory = options.directory.canonicalize().map_err(failed)?;
+        let root = Root::open(&options.directory).map_err(failed)?;
         let kind = match options.ephemeral {
             true => Kind::Ephemeral(Mutex::default()),
             false => {
-                let lock = lock(&directory).map_err(|e| match e.kind() {
+                let lock = lock(&root).map_err(|e| match e.kind() {
                     io::ErrorKind::WouldBlock => Error::new(
                         ErrorKind::InUse,
                         format!(
@@ -91,10 +91,10 @@ impl Overlays {
             }
         };
         Ok(Overlays {
-            root: Root::open(&directory).map_err(failed)?,
-            directory,
-            images: Root::open(source).map_err(failed)?,
-            source: source.canonicalize().map_err(failed)?,
+            directory: root.path().map_err(failed)?,
+            root,
+            images: images.try_clone().map_err(failed)?,
+            source: images.path().map_err(failed)?,
             kind,
             making: Mutex::default(),
         })
@@ -304,6 +304,11 @@ impl Overlays {
         host::space(self.root.directory())
     }
 
+    /// The directory that they lie in.
+    pub(super) fn root(&self) -> &Root {
+        &self.root
+    }
+
     fn place(&self, path: &Path) -> String {
         match self.kind {
             Kind::Kept { .. } => self.directory.join(path).display().to_string(),
@@ -313,8 +318,8 @@ impl Overlays {
 }
 
 /// Locks a directory as long as the file is open.
-fn lock(directory: &Path) -> io::Result<File> {
-    let file = File::open(directory)?;
+fn lock(directory: &Root) -> io::Result<File> {
+    let file = File::open(host::path_of(directory.directory()))?;
     // SAFETY: flock takes no pointers; the descriptor is open.
     match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
         0 => Ok(file),

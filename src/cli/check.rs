@@ -1,15 +1,14 @@
 //! `qcow2fs check`: what is wrong with images, and repairs.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::keys;
 use super::progress::Checking;
 use crate::check::{self, Repair, Report};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::HostFile;
 use crate::storage::image_lock::{self, Access};
+use crate::storage::{HostFile, regular};
 
 /// The check could not be done.
 const FAILED: i32 = 1;
@@ -99,16 +98,10 @@ fn check_image(path: &Path, args: &Args) -> Result<Report> {
     }
 }
 
-/// Opens a regular file, and does not wait for the other end of a FIFO.
+/// Opens a regular file; nothing happens to what is something else.
 pub(super) fn open(path: &Path, writable: bool) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
-    let file = options.open(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::EISDIR) => Error::invalid("not a regular file"),
-        _ => Error::io("opening the image", e),
-    })?;
-    let metadata = file.metadata().map_err(|e| Error::io("looking at the image", e))?;
-    if metadata.is_file() { Ok(file) } else { Err(Error::invalid("not a regular file")) }
+    let place = regular::place(path).map_err(|e| Error::io("opening the image", e))?;
+    regular::open(&place, writable)
 }
 
 fn print(path: &Path, report: &Report, args: &Args) {

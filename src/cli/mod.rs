@@ -20,6 +20,7 @@ mod logging;
 mod map;
 mod mount;
 mod mounted;
+mod mountpoint;
 mod options;
 mod progress;
 mod resize;

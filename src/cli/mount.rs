@@ -325,7 +325,7 @@ impl Plan {
         }
         if let (Some(without), Some(helper)) = (&self.confine, &helper) {
             // No thread has been started yet: what is given up now, all of them lack.
-            self.give_up(without, helper);
+            self.give_up(without, helper, &catalog);
         }
         signals.serve(mount, Arc::clone(&catalog)).map_err(starting_a_thread)?;
         Ok(Started { session, catalog, helper })
@@ -341,15 +341,14 @@ impl Plan {
     }
 
     /// Gives up what serving the mount does not need, but for the layers in `without`.
-    fn give_up(&self, without: &[Layer], helper: &Arc<Helper>) {
+    fn give_up(&self, without: &[Layer], helper: &Arc<Helper>, catalog: &Catalog) {
         let searcher = Arc::clone(helper);
         image_lock::search_by(move |wanted| searcher.holder(wanted));
-        let overlay = self.catalog.overlay.as_ref().map(|overlay| &overlay.directory);
+        let overlay = catalog.overlay_directory();
         let write = !self.options.read_only && overlay.is_none();
-        let place = |path: &PathBuf| Place { path: path.clone(), write };
-        let mut places: Vec<Place> = self.catalog.allow.iter().map(place).collect();
-        places.push(place(&self.directory));
-        places.extend(overlay.map(|path| Place { path: path.clone(), write: true }));
+        let directories = catalog.directories().into_iter();
+        let mut places: Vec<Place> = directories.map(|path| Place { path, write }).collect();
+        places.extend(overlay.map(|path| Place { path, write: true }));
         let read = |path: &Path| Place { path: path.to_owned(), write: false };
         let keys = &self.catalog.keys;
         places.extend(keys.directory.iter().chain(&keys.credentials).map(|path| read(path)));
@@ -388,6 +387,7 @@ impl Plan {
             log::warn!("cannot detach {}: {e}", self.mountpoint.display());
         }
         log::info!("{} is no longer served", self.mountpoint.display());
+        log::logger().flush();
         i32::from(failed > 0 || ended.is_err())
     }
 

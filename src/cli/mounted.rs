@@ -16,14 +16,14 @@ impl Mounted {
     /// The mount that has the image at `path` open.
     pub(super) fn open_in(path: &Path) -> Option<Mounted> {
         let path = path.canonicalize().ok()?;
-        let mounts = unmounting::mounts_of("fuse.qcow2fs");
+        let mounts = unmounting::believed_mounts();
         // The latest one covers those before.
         mounts.into_iter().rev().find_map(|(source, mountpoint)| {
             // Others are not asked: they may not answer.
             if !path.starts_with(source) {
                 return None;
             }
-            let status = status::read(&mountpoint).ok()?;
+            let status = status::read_ours(&mountpoint).ok()?;
             if status["overlay"].is_string() {
                 return None;
             }
@@ -55,7 +55,7 @@ impl Mounted {
     /// # Errors
     /// A line for a person, also when the mount has closed the image.
     pub(super) fn status(&self) -> Result<Value, String> {
-        let mut status = status::read(&self.mountpoint)?;
+        let mut status = status::read_ours(&self.mountpoint)?;
         image_mut(&mut status, &self.name)
             .map(Value::take)
             .ok_or_else(|| format!("{} was closed before it was done", self.raw_file().display()))

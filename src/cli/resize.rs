@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::keys;
 use super::mounted::Mounted;
 use super::size::{self, NewSize};
+use super::{keys, shown};
 use crate::catalog::Alone;
 use crate::error::{Error, ErrorKind};
 use crate::image::{CompactAfter, Image, Options};
@@ -92,7 +92,7 @@ fn alone(image: &Image, args: &Args) -> Result<(u64, u64), String> {
 
 fn in_mount(raw: &Path, args: &Args) -> Result<(u64, u64), String> {
     let failed = |e| format!("resizing it through the mount as {}: {e}", raw.display());
-    let file = File::options().write(true).open(raw).map_err(failed)?;
+    let file = shown::open(raw, File::options().write(true)).map_err(failed)?;
     let before = file.metadata().map_err(failed)?.len();
     let after = wanted(before, args)?;
     file.set_len(after).and_then(|()| file.sync_all()).map_err(failed)?;

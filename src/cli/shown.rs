@@ -1,11 +1,12 @@
 //! Which raw file of which mount stands for an image, and which image stands behind a raw file.
 
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use super::mountpoint::MountPoint;
 use super::{status, unmounting};
 
-/// The type that the mount table shows.
-const KIND: &str = "fuse.qcow2fs";
 const IMAGE: &str = "qcow2";
 const RAW: &str = "raw";
 
@@ -13,12 +14,12 @@ const RAW: &str = "raw";
 /// or only with an overlay on it.
 pub(super) fn raw_file_of(image: &Path) -> Option<PathBuf> {
     let image = image.canonicalize().ok()?;
-    let mut mounts = unmounting::mounts_of(KIND);
+    let mut mounts = unmounting::believed_mounts();
     // The latest one covers those before.
     mounts.reverse();
     mounts.into_iter().find_map(|(source, place)| {
         let raw = raw_file_in(&image, &source.canonicalize().ok()?, &place)?;
-        let overlay = status::read(&place).ok()?["overlay"].is_string();
+        let overlay = status::read_ours(&place).ok()?["overlay"].is_string();
         (!overlay).then_some(raw)
     })
 }
@@ -35,13 +36,43 @@ pub(super) fn raw_file_in(image: &Path, source: &Path, place: &Path) -> Option<P
     Some(place.join(beneath).with_extension(RAW))
 }
 
-/// The image behind a file of a mount; `None` for a file that no qcow2fs serves.
+/// The image behind a file of a mount; `None` for a file that no qcow2fs serves which is believed.
 pub(super) fn image_of(raw: &Path) -> Option<PathBuf> {
-    let mounts = unmounting::mounts_of(KIND);
-    let beneath = |place: &Path| raw.strip_prefix(place).ok().map(|rest| rest.components().count());
-    let nearest = mounts.iter().rev().filter(|(_, place)| beneath(place).is_some());
-    let (source, place) = nearest.min_by_key(|(_, place)| beneath(place))?;
-    image_in(raw, source, place)
+    let (source, place) = mount_of(raw)?;
+    image_in(raw, &source, &place)
+}
+
+/// Opens a file of a mount, by its whole path.
+///
+/// # Errors
+/// Those of [`within`] and of [`MountPoint::open`].
+pub(super) fn open(file: &Path, options: &OpenOptions) -> io::Result<File> {
+    let (mount, name) = within(file)?;
+    mount.open(&name, options)
+}
+
+/// The mount that a file of a mount lies in, and its name there.
+///
+/// # Errors
+/// One that says so where it lies in no mount that is believed; those of [`MountPoint::of_ours`].
+pub(super) fn within(file: &Path) -> io::Result<(MountPoint, PathBuf)> {
+    let beneath = |(_, place): (PathBuf, PathBuf)| {
+        let name = file.strip_prefix(&place).ok()?.to_owned();
+        Some((place, name))
+    };
+    let found = mount_of(file).and_then(beneath);
+    let (place, name) =
+        found.ok_or_else(|| io::Error::other("it lies in no mount of root's or of yours"))?;
+    Ok((MountPoint::of_ours(&place)?, name))
+}
+
+/// The source and the place of the mount that a file lies in.
+fn mount_of(file: &Path) -> Option<(PathBuf, PathBuf)> {
+    let mounts = unmounting::believed_mounts();
+    let beneath =
+        |place: &Path| file.strip_prefix(place).ok().map(|rest| rest.components().count());
+    let nearest = mounts.into_iter().rev().filter(|(_, place)| beneath(place).is_some());
+    nearest.min_by_key(|(_, place)| beneath(place))
 }
 
 fn image_in(raw: &Path, source: &Path, place: &Path) -> Option<PathBuf> {

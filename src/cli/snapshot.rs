@@ -3,7 +3,6 @@
 //! An image that a running mount has open is changed by that mount, through its `.snap/`.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, OpenOptions};
 use std::ops::{ControlFlow, Range};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -98,8 +97,8 @@ fn create(path: &Path, name: &OsStr) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::InUse => {
             let shown = shown::raw_file_of(path).ok_or(e)?;
             let place = file_in(&shown, name)?;
-            let created = OpenOptions::new().write(true).create_new(true).open(&place);
-            created.map(drop).map_err(|e| Error::io(format!("creating {}", place.display()), e))
+            let created = shown::within(&place).and_then(|(mount, name)| mount.create(&name));
+            created.map_err(|e| Error::io(format!("creating {}", place.display()), e))
         }
         done => done,
     }
@@ -118,8 +117,8 @@ fn delete(path: &Path, which: &OsStr) -> Result<()> {
             })?;
             let place = file_in(&shown, OsStr::new(&info.name))
                 .or_else(|_| file_in(&shown, OsStr::new(&info.id)))?;
-            fs::remove_file(&place)
-                .map_err(|e| Error::io(format!("removing {}", place.display()), e))
+            let removed = shown::within(&place).and_then(|(mount, name)| mount.remove(&name));
+            removed.map_err(|e| Error::io(format!("removing {}", place.display()), e))
         }
         done => done,
     }

@@ -1,11 +1,13 @@
 //! `qcow2fs status`: what a mount says of itself.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 
+use super::mountpoint::MountPoint;
 use super::watch::Before;
 use super::{size, terminal};
 
@@ -85,13 +87,30 @@ fn images(status: &Value) -> impl Iterator<Item = &Value> {
     status["images"].as_array().into_iter().flatten()
 }
 
-/// What the mount at `mountpoint` says of itself.
+/// What the mount at `mountpoint` says of itself, whoever has made it.
 ///
 /// # Errors
 /// A line for a person.
 pub(super) fn read(mountpoint: &Path) -> Result<Value, String> {
+    read_from(mountpoint, MountPoint::of_anybody(mountpoint))
+}
+
+/// The same of a mount that root or who runs this has made.
+///
+/// # Errors
+/// A line for a person, also where it is somebody else's.
+pub(super) fn read_ours(mountpoint: &Path) -> Result<Value, String> {
+    read_from(mountpoint, MountPoint::of_ours(mountpoint))
+}
+
+fn read_from(mountpoint: &Path, mount: io::Result<MountPoint>) -> Result<Value, String> {
     let shown = mountpoint.display();
-    let text = std::fs::read(mountpoint.join(".qcow2fs/status")).map_err(|e| match e.kind() {
+    let read = |mount: MountPoint| {
+        let mut text = Vec::new();
+        let mut file = mount.open(".qcow2fs/status".as_ref(), File::options().read(true))?;
+        file.read_to_end(&mut text).map(|_| text)
+    };
+    let text = mount.and_then(read).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => format!("no qcow2fs is mounted at {shown}"),
         io::ErrorKind::NotConnected => format!("the process that served {shown} is gone"),
         _ => format!("asking {shown} for its status: {e}"),

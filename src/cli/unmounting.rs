@@ -117,19 +117,61 @@ fn parse(table: &[u8]) -> Vec<(Vec<u8>, PathBuf)> {
     table.split(|byte| *byte == b'\n').filter_map(mount).collect()
 }
 
-/// The mounts of that type in the order in which they were made: the source and the place.
-pub(super) fn mounts_of(kind: &str) -> Vec<(PathBuf, PathBuf)> {
-    sources(&fs::read("/proc/self/mountinfo").unwrap_or_default(), kind)
+/// The type that the mount table shows.
+const KIND: &[u8] = b"fuse.qcow2fs";
+
+/// The mounts of qcow2fs that are believed, in the order in which they were made: the source and the
+/// place. Those of others are left out: what serves them may be anything.
+pub(super) fn believed_mounts() -> Vec<(PathBuf, PathBuf)> {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let believed = served(&table).into_iter().filter(|mount| mount.is_of(&users_believed()));
+    believed.map(|mount| (mount.source, mount.place)).collect()
 }
 
-/// The second field after the hyphen and the fifth field of the lines with that type.
-fn sources(table: &[u8], kind: &str) -> Vec<(PathBuf, PathBuf)> {
+/// Whether the mount of that number is one of those.
+pub(super) fn is_believed(number: u64) -> bool {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let mut mounts = served(&table).into_iter();
+    mounts.any(|mount| mount.number == number && mount.is_of(&users_believed()))
+}
+
+/// Root, and who runs this.
+fn users_believed() -> [u32; 2] {
+    [0, rustix::process::geteuid().as_raw()]
+}
+
+/// A mount that calls itself one of qcow2fs.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    number: u64,
+    source: PathBuf,
+    place: PathBuf,
+    /// Who has mounted it, by the kernel's word.
+    users: Vec<u32>,
+}
+
+impl Mount {
+    fn is_of(&self, users: &[u32]) -> bool {
+        !self.users.is_empty() && self.users.iter().all(|user| users.contains(user))
+    }
+}
+
+/// The mounts of that type, whoever has made them: the first and the fifth field, and of those after
+/// the hyphen the second and what the third says of the user.
+fn served(table: &[u8]) -> Vec<Mount> {
     let mount = |line: &[u8]| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let place = fields.nth(4)?;
+        let number = str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let place = unescape(fields.nth(3)?);
         fields.find(|field| *field == b"-")?;
-        let is_wanted = fields.next()? == kind.as_bytes();
-        Some((unescape(fields.next()?), unescape(place))).filter(|_| is_wanted)
+        let is_ours = fields.next()? == KIND;
+        let source = unescape(fields.next()?);
+        let options = fields.next()?.split(|byte| *byte == b',');
+        let users = options.filter_map(|option| option.strip_prefix(b"user_id="));
+        // One that makes no sense is nobody's that is believed.
+        let user = |id: &[u8]| str::from_utf8(id).ok()?.parse().ok();
+        let users = users.map(|id| user(id).unwrap_or(u32::MAX)).collect();
+        is_ours.then_some(Mount { number, source, place, users })
     };
     table.split(|byte| *byte == b'\n').filter_map(mount).collect()
 }
@@ -234,8 +276,8 @@ mod tests {
     #[test]
     fn the_mount_table_is_read_with_any_name_and_the_latest_mount_last() {
         let table = b"29 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
-            31 29 0:50 / /a\\040b\\134\\012 rw shared:1 - fuse.qcow2fs /i rw\n\
-            32 31 0:51 / /a\\040b\\134\\012 rw - fuse.qcow2fs /j rw\n";
+            31 29 0:50 / /a\\040b\\134\\012 rw shared:1 - fuse.qcow2fs /i rw,user_id=0\n\
+            32 31 0:51 / /a\\040b\\134\\012 rw - fuse.qcow2fs /j rw,user_id=0,group_id=0\n";
         let mounts = parse(table);
         let place = PathBuf::from("/a b\\\n");
         let wanted =
@@ -244,7 +286,39 @@ mod tests {
         assert_eq!(found, wanted.map(|(device, at)| (device.as_bytes(), at)));
         assert!(device_at(Path::new("/")).is_some());
         let place = Path::new("/a b\\\n").to_owned();
-        let ours = [("/i".into(), place.clone()), ("/j".into(), place)];
-        assert_eq!(sources(table, "fuse.qcow2fs"), ours);
+        let ours = [(31, "/i"), (32, "/j")].map(|(number, source)| Mount {
+            number,
+            source: source.into(),
+            place: place.clone(),
+            users: vec![0],
+        });
+        assert_eq!(served(table), ours);
+    }
+
+    #[test]
+    fn a_mount_is_believed_only_of_root_and_of_who_asks() {
+        let line = |options: &str| format!("7 1 0:50 / /m rw - fuse.qcow2fs /i {options}\n");
+        let is_of = |options: &str, users: &[u32]| {
+            let mounts = served(line(options).as_bytes());
+            assert_eq!(mounts.len(), 1, "{options}");
+            mounts[0].is_of(users)
+        };
+        for (options, user) in [
+            ("rw,user_id=0,group_id=0,default_permissions,allow_other", 0),
+            ("rw,user_id=0,group_id=0", 1000),
+            ("rw,user_id=1000,group_id=0", 1000),
+        ] {
+            assert!(is_of(options, &[0, user]), "{options}");
+        }
+        for (options, user) in [
+            ("rw,user_id=1000,group_id=1000,allow_other", 0),
+            ("rw,user_id=1001,group_id=1000,allow_other", 1000),
+            ("rw,user_id=00x,group_id=0", 0),
+            ("rw,user_id=1000,user_id=0", 0),
+            ("rw,max_user_id=0", 0),
+            ("rw", 0),
+        ] {
+            assert!(!is_of(options, &[0, user]), "{options}");
+        }
     }
 }

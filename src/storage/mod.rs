@@ -11,6 +11,7 @@ mod host_file;
 pub mod image_lock;
 mod new_file;
 pub(crate) mod processes;
+pub mod regular;
 pub mod testing;
 
 pub use host_file::HostFile;

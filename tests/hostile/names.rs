@@ -10,7 +10,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use qcow2fs::catalog::{Catalog, Opening, Options, ROOT};
+use qcow2fs::catalog::{Alone, Catalog, Keys, Opening, Options, ROOT};
+use qcow2fs::image;
 
 use crate::support::{Watchdog, qemu, scratch};
 
@@ -111,4 +112,51 @@ fn names_that_are_swapped_under_our_hands_lead_nowhere_else() {
     println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
     assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
     assert_eq!(catalog.close_all(Duration::from_secs(60)), 0);
+}
+
+/// An image that is based on `base.raw` beside it, of which it shows the first byte.
+fn first_byte_alone(image: &Path) -> qcow2fs::Result<u8> {
+    let opened = Alone::open(image, &[], Keys::default(), &image::Options::default())?;
+    let mut first = [0];
+    let read = opened.image().read(0, &mut first);
+    opened.close()?;
+    read.map(|()| first[0])
+}
+
+#[test]
+fn a_directory_that_is_swapped_under_our_hands_lends_no_other_its_images() {
+    let directory = scratch();
+    let [images, outside, link] =
+        ["images", "outside", "link"].map(|name| directory.path().join(name));
+    for (made, byte) in [(&images, RIGHT), (&outside, SECRET)] {
+        fs::create_dir(made).unwrap();
+        fs::write(made.join("base.raw"), vec![byte; 1 << 20]).unwrap();
+    }
+    let disk = images.join("disk.qcow2");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw"]);
+    qemu::run(create.arg(&disk));
+    symlink(&outside, &link).unwrap();
+    let (stop, opened, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let _watchdog = Watchdog::new("opening in what is swapped", 120);
+    std::thread::scope(|scope| {
+        scope.spawn(|| swap(&images, &[&link], &stop));
+        let started = Instant::now();
+        while started.elapsed() < RACE {
+            match first_byte_alone(&disk) {
+                Ok(byte) => {
+                    // Before it fails: the other thread goes on until then.
+                    stop.store(byte != RIGHT, Ordering::Relaxed);
+                    assert_eq!(byte, RIGHT, "the image of one directory reads files of another");
+                    opened.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(_) => {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
+    assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::lab::{Lab, allocated, assert_same, assert_sound, guest_bytes, pattern};
+use crate::lab::{Lab, Mount, allocated, assert_same, assert_sound, guest_bytes, pattern};
 
 fn virtual_size(image: &Path) -> u64 {
     let info = sh!("qemu-img info -U --output=json {}", image.display());
@@ -87,6 +87,45 @@ fn an_overlay_of_version_2_gets_smaller_without_taking_space() {
     let mut bytes = vec![1; 32 << 20];
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes[1 << 20..].iter().all(|byte| *byte == 0), "what was cut came back");
+    drop(file);
+    mount.umount();
+    assert_sound(&image);
+}
+
+#[test]
+fn nothing_is_done_through_a_mount_of_somebody_else_that_nobody_has_named() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "4M", "");
+    let (images, point, log) = (lab.images(), lab.point(), lab.path("log"));
+    // To the kernel it is who is nobody that mounts, as through `fusermount3`.
+    sh!(
+        "setpriv --ruid=65534 $qcow2fs mount -o allow_other --log-file {} {} {}",
+        log.display(),
+        images.display(),
+        point.display()
+    );
+    let mount = Mount::adopt(point, log);
+    assert!(sh!("grep -F {} /proc/self/mountinfo", images.display()).contains("user_id=65534"));
+    let raw = mount.path("disk.raw");
+    let file = File::options().read(true).write(true).open(&raw).unwrap();
+    file.write_all_at(b"written", 0).unwrap();
+    for command in
+        ["resize {} 8M", "compact {}", "snapshot create {} one", "snapshot delete {} one"]
+    {
+        let command = command.replace("{}", &image.display().to_string());
+        let refused = attempt!("$qcow2fs {command}");
+        assert_eq!((refused.code, refused.err.lines().count()), (Some(1), 1), "{refused:?}");
+        assert!(refused.err.contains("in use"), "{refused:?}");
+    }
+    let refused = attempt!("$qcow2fs attach {}", raw.display());
+    let why = "is neither a qcow2 image nor a file of a qcow2fs mount";
+    assert!(refused.code == Some(1) && refused.err.contains(why), "{refused:?}");
+    for command in ["info", "map"] {
+        let told = sh!("$qcow2fs {command} {}", image.display());
+        assert!(!told.contains("mount"), "{told}");
+    }
+    assert_eq!(file.metadata().unwrap().len(), 4 << 20);
+    assert!(sh!("$qcow2fs status {}", mount.point().display()).contains("disk.raw"), "named");
     drop(file);
     mount.umount();
     assert_sound(&image);

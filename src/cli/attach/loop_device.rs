@@ -10,6 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::cli::shown as raw_files;
+
 const SET_FREE: libc::Ioctl = 0x4c01;
 const CONFIGURE: libc::Ioctl = 0x4c0a;
 const GET_FREE: libc::Ioctl = 0x4c82;
@@ -63,21 +65,21 @@ impl LoopDevice {
     /// A line for a person.
     pub(super) fn set_up(file: &Path, read_only: bool) -> Result<LoopDevice, String> {
         let shown = file.display();
-        let backing = File::options().read(true).write(!read_only).open(file).map_err(
-            |e| match e.raw_os_error() {
-                Some(libc::EROFS) => {
-                    format!("{shown} can only be read: attach it with --read-only")
-                }
-                Some(libc::ENOKEY) => format!(
-                    "{shown} is encrypted, or what it is based on, and there is no key: give it \
+        let mut options = File::options();
+        options.read(true).write(!read_only);
+        let backing = raw_files::open(file, &options).map_err(|e| match e.raw_os_error() {
+            Some(libc::EROFS) => {
+                format!("{shown} can only be read: attach it with --read-only")
+            }
+            Some(libc::ENOKEY) => format!(
+                "{shown} is encrypted, or what it is based on, and there is no key: give it \
                          with --key-file or --keys, or at a terminal"
-                ),
-                Some(libc::EKEYREJECTED) => {
-                    format!("the key of {shown} is wrong; the log says more")
-                }
-                _ => format!("opening {shown}: {e}; `qcow2fs status` or the log say more"),
-            },
-        )?;
+            ),
+            Some(libc::EKEYREJECTED) => {
+                format!("the key of {shown} is wrong; the log says more")
+            }
+            _ => format!("opening {shown}: {e}; `qcow2fs status` or the log say more"),
+        })?;
         let control = File::options().read(true).write(true).open("/dev/loop-control");
         let control = control.map_err(|e| {
             format!("opening /dev/loop-control: {e}: load the kernel module `loop`")

@@ -1,6 +1,5 @@
 //! `qcow2fs attach`: an image on a loop device, and mounted, in one step.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -15,6 +14,7 @@ use loop_device::{LoopDevice, listed};
 
 use super::{keys, shown, signals};
 use crate::catalog::Typed;
+use crate::storage::regular;
 
 const EXAMPLES: &str = "Examples:
   qcow2fs attach images/disk.qcow2 /mnt/disk                  # no mount needed before
@@ -93,17 +93,20 @@ impl Target {
     /// By what the file is, not by what it is called.
     fn find(given: &Path) -> Result<Target, String> {
         let shown = given.display();
-        let path = given.canonicalize().map_err(|e| format!("{shown}: {e}"))?;
-        if !path.is_file() {
+        let failed = |e| format!("{shown}: {e}");
+        let place = regular::place(given).map_err(failed)?;
+        if !place.metadata().map_err(failed)?.is_file() {
             return Err(format!("{shown} is neither an image nor a file of a mount"));
         }
+        // That of what was looked at, whatever has its name by now.
+        let path = regular::path_of(&place).read_link().map_err(failed)?;
         if let Some(image) = shown::image_of(&path) {
             return Ok(Target::Raw { raw: path, image });
         }
         let mut magic = [0; 4];
-        File::open(&path)
-            .and_then(|mut file| file.read_exact(&mut magic))
-            .map_err(|e| format!("reading {shown}: {e}"))?;
+        let reading = |e| format!("reading {shown}: {e}");
+        let mut file = regular::open(&place, false).map_err(|e| reading(e.to_string()))?;
+        file.read_exact(&mut magic).map_err(|e| reading(e.to_string()))?;
         if magic != *b"QFI\xfb" {
             return Err(format!("{shown} is neither a qcow2 image nor a file of a qcow2fs mount"));
         }

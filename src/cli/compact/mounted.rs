@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{Done, Size, Stop};
 use crate::cli::mounted::Mounted;
 use crate::cli::progress::Progress;
+use crate::cli::shown;
 
 /// How often the mount is asked how far it is.
 const LOOK: Duration = Duration::from_millis(200);
@@ -65,7 +66,7 @@ pub(super) fn compact(
 
 fn open_control(mount: &Mounted) -> Result<File, String> {
     let place = mount.mountpoint().join(".qcow2fs/control");
-    File::options().write(true).open(&place).map_err(|e| refused(mount, &e))
+    shown::open(&place, File::options().write(true)).map_err(|e| refused(mount, &e))
 }
 
 fn order(mount: &Mounted, control: &mut File, verb: &str) -> Result<(), String> {

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::live::{Every, Live};
 use super::mounted::Mounted;
 use super::progress::Checking;
-use super::{size, terminal};
+use super::{shown, size, terminal};
 use crate::check::{Survey, Watch};
 use crate::error::Result;
 use extents::{Extent, Kind};
@@ -176,7 +176,8 @@ impl View {
 /// Has the mount write what it has in memory.
 fn flush(mount: &Mounted) {
     // One that may not be opened shows the picture of what was written so far.
-    let _ = File::open(mount.raw_file()).and_then(|file| file.sync_all());
+    let file = shown::open(&mount.raw_file(), File::options().read(true));
+    let _ = file.and_then(|file| file.sync_all());
 }
 
 /// The picture and the view of an image that is looked at once.
