@@ -115,7 +115,7 @@
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | directories and images that get each other's names, owners and access control lists that change under the kernel | what was meant is found, and who may is looked at again | `src/catalog/tests.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |
-//! | a defect that runs the attacker's code | no files elsewhere, no network, no other program, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
+//! | a defect that runs the attacker's code | no files elsewhere, not even their modes and owners; no network, no other program, process or socket, no privileges ([`confine`]) | `src/confine/tests.rs`, `tests/mount/confinement.rs` |
 //! | another user of the machine | sees nothing without `allow_other`; with it, owner and mode of the images decide, and those of the image directory about `.qcow2fs/status` and `metrics` | `tests/mount/options.rs` |
 //!
 //! # Unsafe code
@@ -124,7 +124,7 @@
 //!
 //! | file | places | for |
 //! |---|---|---|
-//! | `src/catalog/host.rs` | 6 | `openat2`, times and free space of what is only a place |
+//! | `src/catalog/host.rs` | 5 | `openat2`, and free space of what is only a place |
 //! | `src/catalog/node.rs` | 1 | how a descriptor is open: `F_GETFL` |
 //! | `src/catalog/overlay.rs` | 2 | `flock`, and who runs this |
 //! | `src/cli/attach/loop_device.rs` | 3 | `ioctl` of loop devices |

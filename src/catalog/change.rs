@@ -1,7 +1,7 @@
 //! Changes of attributes, carried out on the image files.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, Permissions};
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
@@ -45,7 +45,7 @@ impl Catalog {
             return Err(errno("changing an owner that the mount's options set", libc::EPERM));
         }
         self.make_changeable(node)?;
-        let changed = self.at_place(node, "changing attributes", |file| {
+        let changed = self.at_opened(node, "changing attributes", |file| {
             self.may_change(file, change, who)?;
             self.apply(node, file, change)
         });
@@ -77,35 +77,53 @@ impl Catalog {
         what: &str,
         verb: impl Fn(&File) -> io::Result<R>,
     ) -> Result<R> {
-        // What is open may be the image below an overlay that has just been made.
-        let open = match &self.overlays {
-            None => node.peek(|_, file, _| verb(file)),
-            Some(_) => None,
-        };
-        let done = match open {
+        let done = match self.at_image(node, &verb) {
             Some(done) => done,
             None => verb(&self.place_of(node)?.0),
         };
         done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
     }
 
-    fn apply(&self, node: &Node, place: &File, change: AttributeChange) -> io::Result<()> {
-        let path = host::path_of(place);
+    /// The same, for what changes attributes: the file is open.
+    fn at_opened<R>(
+        &self,
+        node: &Node,
+        what: &str,
+        verb: impl Fn(&File) -> io::Result<R>,
+    ) -> Result<R> {
+        let done = match self.at_image(node, &verb) {
+            Some(done) => done,
+            None => host::open_to_change(&self.place_of(node)?.0).and_then(|file| verb(&file)),
+        };
+        done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
+    }
+
+    /// Runs `verb` on a node's file on the host where that is open in an image, and is the one whose
+    /// attributes are meant.
+    fn at_image<R>(&self, node: &Node, verb: impl Fn(&File) -> R) -> Option<R> {
+        match &self.overlays {
+            None => node.peek(|_, file, _| verb(file)),
+            // What is open may be the image below an overlay that has just been made.
+            Some(_) => None,
+        }
+    }
+
+    fn apply(&self, node: &Node, file: &File, change: AttributeChange) -> io::Result<()> {
         let uid = change.uid.filter(|_| self.options.uid.is_none());
         let gid = change.gid.filter(|_| self.options.gid.is_none());
         if uid.is_some() || gid.is_some() {
-            std::os::unix::fs::chown(&path, uid, gid)?;
+            std::os::unix::fs::fchown(file, uid, gid)?;
         }
         if let Some(mode) = change.mode {
-            let metadata = place.metadata()?;
+            let metadata = file.metadata()?;
             let bits = if metadata.is_dir() { host::DIRECTORY_MODE } else { host::FILE_MODE };
-            let shown = acl::mode_of(place, metadata.mode()) & !self.options.umask;
-            let mode = acl::mode_to_set(place, metadata.mode(), shown, mode & bits);
-            fs::set_permissions(&path, Permissions::from_mode(mode))?;
+            let shown = acl::mode_of(file, metadata.mode()) & !self.options.umask;
+            let mode = acl::mode_to_set(file, metadata.mode(), shown, mode & bits);
+            file.set_permissions(Permissions::from_mode(mode))?;
         }
         if change.accessed.is_some() || change.modified.is_some() {
-            host::set_times(place, [change.accessed, change.modified])?;
-            let now = place.metadata()?;
+            host::set_times(file, [change.accessed, change.modified])?;
+            let now = file.metadata()?;
             let times = Times {
                 accessed: change.accessed.and_then(|_| now.accessed().ok()),
                 modified: change.modified.and_then(|_| now.modified().ok()),
@@ -146,8 +164,8 @@ impl Catalog {
         is_users(name)?;
         self.make_changeable(node)?;
         let flags = XattrFlags::from_bits_retain(flags);
-        self.at_place(node, "setting an extended attribute", |file| {
-            Ok(rustix::fs::setxattr(host::path_of(file), name, value, flags)?)
+        self.at_opened(node, "setting an extended attribute", |file| {
+            Ok(rustix::fs::fsetxattr(file, name, value, flags)?)
         })?;
         note_change(node);
         Ok(())
@@ -160,8 +178,8 @@ impl Catalog {
     pub fn remove_extended_attribute(&self, node: &Node, name: &OsStr) -> Result<()> {
         is_users(name)?;
         self.make_changeable(node)?;
-        self.at_place(node, "removing an extended attribute", |file| {
-            Ok(rustix::fs::removexattr(host::path_of(file), name)?)
+        self.at_opened(node, "removing an extended attribute", |file| {
+            Ok(rustix::fs::fremovexattr(file, name)?)
         })?;
         note_change(node);
         Ok(())

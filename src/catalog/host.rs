@@ -13,7 +13,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, XattrFlags};
+use rustix::fs::{
+    CWD, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags,
+};
 use rustix::io::Errno;
 
 pub(super) use crate::storage::regular::{open_place as open_file, path_of};
@@ -172,19 +174,31 @@ impl Root {
     }
 }
 
-/// Sets a file's times; `None` leaves one as it is.
-pub(super) fn set_times(place: &File, times: [Option<SetTime>; 2]) -> io::Result<()> {
-    let path = CString::new(path_of(place).as_os_str().as_bytes())?;
-    let times = times.map(|time| match time {
-        None => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
-        Some(SetTime::Now) => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_NOW },
+/// Opens a regular file or a directory, known as a place, to change its attributes. A confined process
+/// changes those of what it has open only: Landlock has no rule for them, but for what is opened.
+///
+/// # Errors
+/// Those of the host; `EACCES` also for who owns it, and may neither read nor write it.
+pub(super) fn open_to_change(place: &File) -> io::Result<File> {
+    open_file(place, false).or_else(|e| match e.kind() {
+        io::ErrorKind::PermissionDenied => open_to_write(place).map_err(|_| e),
+        _ => Err(e),
+    })
+}
+
+fn open_to_write(place: &File) -> io::Result<File> {
+    let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+    File::options().write(true).custom_flags(flags).open(path_of(place))
+}
+
+/// Sets an open file's times; `None` leaves one as it is.
+pub(super) fn set_times(file: &File, times: [Option<SetTime>; 2]) -> io::Result<()> {
+    let [last_access, last_modification] = times.map(|time| match time {
+        None => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+        Some(SetTime::Now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
         Some(SetTime::At(time)) => timespec(time),
     });
-    // SAFETY: the path ends in NUL and there are the two times that the call reads.
-    match unsafe { libc::utimensat(libc::AT_FDCWD, path.as_ptr(), times.as_ptr(), 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Ok(rustix::fs::futimens(file, &Timestamps { last_access, last_modification })?)
 }
 
 /// A time to set on a file.
@@ -196,7 +210,7 @@ pub enum SetTime {
     At(SystemTime),
 }
 
-fn timespec(time: SystemTime) -> libc::timespec {
+fn timespec(time: SystemTime) -> Timespec {
     let (seconds, nanoseconds) = match time.duration_since(SystemTime::UNIX_EPOCH) {
         Ok(after) => (i64::try_from(after.as_secs()).unwrap_or(i64::MAX), after.subsec_nanos()),
         Err(before) => {
@@ -208,7 +222,7 @@ fn timespec(time: SystemTime) -> libc::timespec {
             }
         }
     };
-    libc::timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() }
+    Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() }
 }
 
 /// What a directory lists: names with whether each is a directory; neither links nor devices.
@@ -273,13 +287,13 @@ pub(super) fn attribute(place: &File, name: &OsStr) -> io::Result<Vec<u8>> {
     Ok(value)
 }
 
-/// Gives `to` the extended attributes of `from` that are the users'.
+/// Gives `to`, which is open, the extended attributes of `from` that are the users'.
 pub(super) fn copy_user_attributes(from: &File, to: &File) -> io::Result<()> {
     let names = user_attributes(from)?;
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         let name = OsStr::from_bytes(name);
         let value = attribute(from, name)?;
-        rustix::fs::setxattr(path_of(to), name, &value, XattrFlags::empty())?;
+        rustix::fs::fsetxattr(to, name, &value, XattrFlags::empty())?;
     }
     Ok(())
 }

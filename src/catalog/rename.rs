@@ -420,7 +420,7 @@ fn make_owned_directory(
     if !is_made_since(&made, &before)? {
         return Err(io::Error::from_raw_os_error(libc::ESTALE));
     }
-    std::os::unix::fs::chown(host::path_of(&made), uid, gid)
+    std::os::unix::fs::fchown(host::open_to_change(&made)?, uid, gid)
 }
 
 /// Whether `made` is an empty directory of ours that is no older than `before`, a file of ours. Where

@@ -53,6 +53,8 @@ impl Helper {
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
+                // The descriptor of the log is closed as well; another one may get its number.
+                log::set_max_level(log::LevelFilter::Off);
                 let streams = [for_unmounting.as_raw_fd(), for_searching.as_raw_fd()];
                 let code = i32::from(serve(streams, mountpoint).is_err());
                 // SAFETY: _exit does not return; nothing of the parent's is run or flushed.

@@ -42,10 +42,11 @@ pub(super) fn to_file(level: LevelFilter, path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Logs to syslog.
+/// Logs to syslog, over a connection that is made now: a confined process makes none any more.
 pub(super) fn to_syslog(level: LevelFilter) {
+    let how = libc::LOG_PID | libc::LOG_NDELAY;
     // SAFETY: the name is static and ends in NUL; openlog keeps the pointer.
-    unsafe { libc::openlog(c"qcow2fs".as_ptr(), libc::LOG_PID, libc::LOG_DAEMON) };
+    unsafe { libc::openlog(c"qcow2fs".as_ptr(), how, libc::LOG_DAEMON) };
     install(level, Syslog);
 }
 

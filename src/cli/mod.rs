@@ -17,6 +17,7 @@ mod info;
 mod keys;
 mod live;
 mod logging;
+mod manager;
 mod map;
 mod mount;
 mod mounted;

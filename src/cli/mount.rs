@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
-use sd_notify::NotifyState;
 
 use super::daemon::{self, Parent};
 use super::helper::Helper;
+use super::manager::{Manager, State};
 use super::options::{MountOptions, compression};
 use super::umount::is_dead;
 use super::unmounting::{self, Served};
@@ -181,6 +181,7 @@ struct Started {
     catalog: Arc<Catalog>,
     /// Only where this process has given up the right to unmount.
     helper: Option<Arc<Helper>>,
+    manager: Manager,
 }
 
 /// Runs the command; returns the exit code.
@@ -292,7 +293,7 @@ impl Plan {
                 match parent.map(Parent::ready) {
                     Some(Err(e)) => log::error!("letting go of the terminal: {e}"),
                     Some(Ok(())) => {}
-                    None => tell_manager(NotifyState::Ready),
+                    None => started.manager.tell(State::Ready),
                 }
                 log::info!("{} is mounted at {}", self.source.display(), self.mountpoint.display());
                 Ok(self.run(started))
@@ -302,6 +303,7 @@ impl Plan {
 
     fn start(&self, in_background: bool) -> Result<Started, String> {
         self.start_log(in_background)?;
+        let manager = Manager::connect();
         let io_flusher = daemon::set_up();
         let signals = signals::block();
         if self.typed_keys {
@@ -328,7 +330,7 @@ impl Plan {
             self.give_up(without, helper, &catalog);
         }
         signals.serve(mount, Arc::clone(&catalog)).map_err(starting_a_thread)?;
-        Ok(Started { session, catalog, helper })
+        Ok(Started { session, catalog, helper, manager })
     }
 
     /// The file system. Its threads would keep what is given up after they have started.
@@ -371,9 +373,9 @@ impl Plan {
         Ok(())
     }
 
-    fn run(&self, Started { session, catalog, helper }: Started) -> i32 {
+    fn run(&self, Started { session, catalog, helper, manager }: Started) -> i32 {
         let ended = serve_to_the_end(session);
-        tell_manager(NotifyState::Stopping);
+        manager.tell(State::Stopping);
         if let Err(e) = &ended {
             log::error!("the connection to the kernel ended: {e}");
         }
@@ -426,13 +428,6 @@ impl Plan {
             0 => name,
             _ => name.replace('\\', "\\\\").replace(',', "\\,"),
         }
-    }
-}
-
-/// Tells the service manager that has started us (systemd, with `Type=notify`), if one has.
-fn tell_manager(state: NotifyState<'_>) {
-    if let Err(e) = sd_notify::notify(&[state]) {
-        log::warn!("telling the service manager: {e}");
     }
 }
 

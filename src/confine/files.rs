@@ -34,7 +34,8 @@ fn enforce(places: &[Place]) -> Result<RestrictionStatus, String> {
         .map(|rules| rules.set_compatibility(CompatLevel::BestEffort))
         .and_then(|rules| rules.handle_access(AccessFs::from_all(NEWEST)))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
-        .and_then(|rules| rules.scope(scopes()))
+        // Neither others by signals, nor sockets that are no files, but for those that are connected.
+        .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(failed)?;
     for Place { path, write } in places {
@@ -43,16 +44,6 @@ fn enforce(places: &[Place]) -> Result<RestrictionStatus, String> {
         rules = rules.add_rule(PathBeneath::new(place, access)).map_err(failed)?;
     }
     rules.restrict_self().map_err(failed)
-}
-
-/// Whom this process may not reach: others by signals, and by sockets that are no files, unless the
-/// service manager waits at one.
-fn scopes() -> BitFlags<Scope> {
-    let manager = std::env::var_os("NOTIFY_SOCKET").unwrap_or_default();
-    match manager.as_encoded_bytes().first() {
-        Some(b'@') => Scope::Signal.into(),
-        _ => Scope::from_all(NEWEST),
-    }
 }
 
 /// What may be done beneath a place, or to a file. Nothing is ever executed, and no device, socket,

@@ -6,7 +6,13 @@
 //! | capabilities | those that reading and changing other users' files needs, none for who is not root; `CAP_SYS_ADMIN` and `CAP_LEASE` where the kernel is to serve files itself |
 //! | no_new_privs | no program that is started gains anything |
 //! | Landlock | files beneath the image directory and the allowed ones; no network, no signals to others |
-//! | seccomp | the system calls that serving makes; no program is started, no memory is executable |
+//! | seccomp | the system calls that serving makes; no program or process is started, no socket made or connected, no memory is executable |
+//!
+//! Landlock says what is opened, made, renamed and removed, but not whose mode, owner, times and extended
+//! attributes are changed, nor which socket that is a file is connected to. So seccomp leaves of those
+//! calls only the ones on a descriptor, which Landlock has let open, be it to read only; and what this
+//! process talks to, it is connected to before: the log (syslog(3)), the service manager, the process
+//! that it asks.
 //!
 //! Each is used where the kernel has it, and each can be left out. A system call that is not on the
 //! list fails rather than to kill the process: that has other people's unwritten data, and a kernel or

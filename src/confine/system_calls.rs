@@ -61,22 +61,14 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_unlinkat,
     libc::SYS_linkat,
     libc::SYS_renameat2,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_fchown,
-    libc::SYS_fchownat,
-    libc::SYS_utimensat,
     libc::SYS_getxattr,
-    libc::SYS_lgetxattr,
-    libc::SYS_fgetxattr,
     libc::SYS_listxattr,
-    libc::SYS_llistxattr,
+    // Attributes of what is open: Landlock minds no change of them, but what is opened.
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fgetxattr,
     libc::SYS_flistxattr,
-    libc::SYS_setxattr,
-    libc::SYS_lsetxattr,
     libc::SYS_fsetxattr,
-    libc::SYS_removexattr,
-    libc::SYS_lremovexattr,
     libc::SYS_fremovexattr,
     // Memory.
     libc::SYS_brk,
@@ -87,7 +79,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_mlock2,
     libc::SYS_munlock,
     // Threads and time.
-    libc::SYS_clone,
+    // Which another filter answers.
     libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
@@ -128,12 +120,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_uname,
     libc::SYS_capget,
-    // syslog(3), and the process that this one asks.
-    libc::SYS_connect,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
+    // The process that this one asks.
     libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
 ];
@@ -156,14 +144,22 @@ const OLDER: &[c_long] = &[
     libc::SYS_link,
     libc::SYS_rename,
     libc::SYS_renameat,
-    libc::SYS_chmod,
-    libc::SYS_chown,
-    libc::SYS_lchown,
     libc::SYS_time,
     libc::SYS_arch_prctl,
 ];
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[libc::SYS_renameat];
+
+/// What new threads have in common with the one that starts them: the process. A new one would outlive
+/// this one, and one in namespaces of its own would have all capabilities there.
+const OF_THREADS: libc::c_int = libc::CLONE_THREAD;
+const OF_NAMESPACES: libc::c_int = libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET;
 
 /// Of what a terminal is asked for, how wide it is and whether it is one.
 const TERMINAL: [libc::Ioctl; 2] = [libc::TCGETS, libc::TIOCGWINSZ];
@@ -182,6 +178,7 @@ const NEWEST: u32 = 452;
 /// # Errors
 /// A line that says what failed.
 pub(super) fn restrict(passthrough: bool) -> Result<(), String> {
+    seccompiler::apply_filter(&without_clone3()).map_err(|e| e.to_string())?;
     let program = program(passthrough).map_err(|e| e.to_string())?;
     match apply_logged(&program) {
         // Linux before 4.14 does not know the flag.
@@ -211,21 +208,31 @@ fn program(passthrough: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let forbidden = SeccompAction::Errno(libc::EPERM as u32);
     let filter = SeccompFilter::new(rules(passthrough)?, forbidden, SeccompAction::Allow, machine)?;
     let listed: BpfProgram = filter.try_into()?;
-    Ok(newer_are_unknown().into_iter().chain(listed).collect())
+    Ok(unknown(libc::BPF_JGT, NEWEST).into_iter().chain(listed).collect())
 }
 
-/// What comes first in the filter: calls newer than [`NEWEST`] are as if the kernel did not know them.
-/// Jumps are relative, so what follows is not touched.
-fn newer_are_unknown() -> [sock_filter; 3] {
+/// What comes first in a filter: calls whose number compares so to `number` are as if the kernel did not
+/// know them. Jumps are relative, so what follows is not touched.
+fn unknown(comparison: u32, number: u32) -> [sock_filter; 3] {
     /// `offsetof(struct seccomp_data, nr)`.
     const NUMBER: u32 = 0;
-    let step = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
     let unknown = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
     [
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, NUMBER),
-        step(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K, 0, 1, NEWEST),
+        step(libc::BPF_JMP | comparison | libc::BPF_K, 0, 1, number),
         step(libc::BPF_RET | libc::BPF_K, 0, 0, unknown),
     ]
+}
+
+/// A filter of its own, which the kernel does not log: C libraries try `clone3` for each thread, and use
+/// `clone` where it is not known. What it is asked for lies in memory, where no filter looks.
+fn without_clone3() -> BpfProgram {
+    let others = step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW);
+    unknown(libc::BPF_JEQ, libc::SYS_clone3 as u32).into_iter().chain([others]).collect()
+}
+
+fn step(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt, jf, k }
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
@@ -244,7 +251,8 @@ fn rules(passthrough: bool) -> Result<Rules, seccompiler::BackendError> {
     let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     only(libc::SYS_mmap, 2, executable.clone(), &[0])?;
     only(libc::SYS_mprotect, 2, executable, &[0])?;
-    only(libc::SYS_socket, 0, SeccompCmpOp::Eq, &[libc::AF_UNIX as u64])?;
+    let threads = SeccompCmpOp::MaskedEq((OF_THREADS | OF_NAMESPACES) as u64);
+    only(libc::SYS_clone, 0, threads, &[OF_THREADS as u64])?;
     let requests = TERMINAL.into_iter().chain(PASSTHROUGH.into_iter().filter(|_| passthrough));
     let requests: Vec<_> = requests.map(|request| u64::from(request as u32)).collect();
     only(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, &requests)?;
@@ -255,5 +263,15 @@ fn rules(passthrough: bool) -> Result<Rules, seccompiler::BackendError> {
     only(libc::SYS_prlimit64, 2, SeccompCmpOp::Eq, &[0])?;
     // To end by a defect.
     only(libc::SYS_tgkill, 0, SeccompCmpOp::Eq, &[u64::from(std::process::id())])?;
+    // Times of what is open, not of what has a name.
+    rules.insert(libc::SYS_utimensat, no_address(1)?);
+    // To where a socket was connected before, as for syslog(3), not to any other.
+    rules.insert(libc::SYS_sendto, no_address(4)?);
     Ok(rules)
+}
+
+/// The call with a null pointer as this argument.
+fn no_address(argument: u8) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let is_null = SeccompCondition::new(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    Ok(vec![SeccompRule::new(vec![is_null])?])
 }

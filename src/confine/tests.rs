@@ -6,8 +6,12 @@ use std::fs::{self, File};
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown, fchown, lchown};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, XattrFlags};
 
 use super::*;
 
@@ -109,6 +113,14 @@ fn system_calls_that_serving_does_not_make_fail() {
             ("execveat", libc::SYS_execveat),
             ("memfd_create", libc::SYS_memfd_create),
             ("personality", libc::SYS_personality),
+            ("socket", libc::SYS_socket),
+            ("connect", libc::SYS_connect),
+            ("sendto", libc::SYS_sendto),
+            ("sendmsg", libc::SYS_sendmsg),
+            ("fchmodat", libc::SYS_fchmodat),
+            ("fchmodat2", libc::SYS_fchmodat2),
+            ("fchownat", libc::SYS_fchownat),
+            ("utimensat", libc::SYS_utimensat),
         ] {
             assert_eq!(errno(call(number, [-1; 5])), forbidden, "{what}");
         }
@@ -119,9 +131,174 @@ fn system_calls_that_serving_does_not_make_fail() {
         let (page, code) = (4096, libc::c_long::from(libc::PROT_READ | libc::PROT_EXEC));
         let private = libc::c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         assert_eq!(errno(call(libc::SYS_mmap, [0, page, code, private, -1])), forbidden);
+        // What it is asked for cannot be seen; the C library goes on with `clone`.
+        assert_eq!(errno(call(libc::SYS_clone3, [-1; 5])), Some(libc::ENOSYS));
         // And what it does make works.
         std::thread::spawn(|| vec![0u8; 64 << 20]).join().unwrap();
     });
+}
+
+#[test]
+fn neither_processes_nor_namespaces_are_made() {
+    confined(&[Layer::Capabilities, Layer::Landlock], Vec::new(), |report| {
+        if !on(&report.seccomp) {
+            return;
+        }
+        for (what, namespaces) in [
+            ("none", 0),
+            ("mounts", libc::CLONE_NEWNS),
+            ("cgroups", libc::CLONE_NEWCGROUP),
+            ("names", libc::CLONE_NEWUTS),
+            ("IPC", libc::CLONE_NEWIPC),
+            ("users", libc::CLONE_NEWUSER),
+            ("processes", libc::CLONE_NEWPID),
+            ("network", libc::CLONE_NEWNET),
+            ("users and network", libc::CLONE_NEWUSER | libc::CLONE_NEWNET),
+        ] {
+            assert_eq!(errno(fork_into(namespaces)), Some(libc::EPERM), "{what}");
+            // A thread with them: the kernel knows of none, but the filter comes first.
+            if namespaces != 0 {
+                let flags = namespaces | libc::CLONE_THREAD;
+                let thread = call(libc::SYS_clone, [flags.into(), 0, 0, 0, 0]);
+                assert_eq!(errno(thread), Some(libc::EPERM), "{what}");
+            }
+        }
+    });
+}
+
+/// Makes a process that ends at once, in new namespaces of these kinds.
+fn fork_into(namespaces: libc::c_int) -> io::Result<()> {
+    match call(libc::SYS_clone, [libc::c_long::from(namespaces | libc::SIGCHLD), 0, 0, 0, 0])? {
+        // SAFETY: _exit does not return; nothing of the parent's is run or flushed.
+        0 => unsafe { libc::_exit(0) },
+        // To be seen where the filter lets it pass.
+        _ => Ok(()),
+    }
+}
+
+/// A file and a directory.
+fn file_and_directory(at: &Path) -> [PathBuf; 2] {
+    let [file, directory] = [at.join("file"), at.join("directory")];
+    fs::write(&file, "text").unwrap();
+    fs::create_dir(&directory).unwrap();
+    [file, directory]
+}
+
+fn times() -> Timestamps {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    Timestamps { last_access: now, last_modification: now }
+}
+
+/// What fails of the ways to change attributes of what has this name.
+fn changes_by_name(path: &Path) -> Vec<(&'static str, Option<i32>)> {
+    let set = XattrFlags::empty();
+    let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: the path ends in NUL.
+    let utime = match unsafe { libc::utimes(name.as_ptr(), std::ptr::null()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    vec![
+        ("chmod", errno(fs::set_permissions(path, PermissionsExt::from_mode(0o777)))),
+        ("chown", errno(chown(path, Some(1), Some(1)))),
+        ("lchown", errno(lchown(path, Some(1), Some(1)))),
+        ("fchownat", errno(of(rustix::fs::chownat(CWD, path, None, None, AtFlags::empty())))),
+        ("utimensat", errno(of(rustix::fs::utimensat(CWD, path, &times(), AtFlags::empty())))),
+        ("utimes", errno(utime)),
+        ("setxattr", errno(of(rustix::fs::setxattr(path, "user.x", b"y", set)))),
+        ("lsetxattr", errno(of(rustix::fs::lsetxattr(path, "user.x", b"y", set)))),
+        ("removexattr", errno(of(rustix::fs::removexattr(path, "user.x")))),
+        ("lremovexattr", errno(of(rustix::fs::lremovexattr(path, "user.x")))),
+    ]
+}
+
+/// What fails of the ways to change attributes of what is open.
+fn changes_by_descriptor(file: &File) -> Vec<(&'static str, Option<i32>)> {
+    let uid = rustix::process::geteuid().as_raw();
+    vec![
+        ("fchmod", errno(file.set_permissions(PermissionsExt::from_mode(0o750)))),
+        ("fchown", errno(fchown(file, Some(uid), None))),
+        ("futimens", errno(of(rustix::fs::futimens(file, &times())))),
+        ("fsetxattr", errno(of(rustix::fs::fsetxattr(file, "user.x", b"y", XattrFlags::empty())))),
+        ("fgetxattr", errno(of(rustix::fs::fgetxattr(file, "user.x", &mut [0_u8; 9][..])))),
+        ("fremovexattr", errno(of(rustix::fs::fremovexattr(file, "user.x")))),
+    ]
+}
+
+fn of<T>(result: rustix::io::Result<T>) -> io::Result<T> {
+    Ok(result?)
+}
+
+#[test]
+fn attributes_change_of_what_is_open_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let [inside, outside] = ["inside", "outside"].map(|name| {
+        fs::create_dir(directory.path().join(name)).unwrap();
+        directory.path().join(name)
+    });
+    let [inside_all, outside_all] = [&inside, &outside].map(|at| file_and_directory(at));
+    let modes = || outside_all.each_ref().map(|path| fs::metadata(path).unwrap().permissions());
+    let before = modes();
+    let places = vec![Place { path: inside, write: true }];
+    confined(&[Layer::Capabilities], places, |report| {
+        if !on(&report.seccomp) {
+            return;
+        }
+        for path in inside_all.iter().chain(&outside_all) {
+            for (what, failed) in changes_by_name(path) {
+                assert_eq!(failed, Some(libc::EPERM), "{what} {}", path.display());
+            }
+        }
+        for path in &inside_all {
+            for (what, failed) in changes_by_descriptor(&File::open(path).unwrap()) {
+                assert_eq!(failed, None, "{what} {}", path.display());
+            }
+        }
+        for path in &outside_all {
+            // What is only a place is anywhere, and nothing changes by it.
+            let place = File::options().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
+            for (what, failed) in changes_by_descriptor(&place) {
+                assert_eq!(failed, Some(libc::EBADF), "{what} {}", path.display());
+            }
+            if on(&report.landlock) {
+                assert_eq!(errno(File::open(path)), Some(libc::EACCES));
+                assert_eq!(errno(File::open(by_descriptor(&place))), Some(libc::EACCES));
+            }
+        }
+    });
+    assert_eq!(modes(), before);
+}
+
+fn by_descriptor(file: &File) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+#[test]
+fn only_sockets_that_are_connected_by_then_reach_anybody() {
+    let directory = tempfile::tempdir().unwrap();
+    let [log, other, stream] = ["log", "other", "stream"].map(|name| directory.path().join(name));
+    let [log_end, other_end] = [&log, &other].map(|path| UnixDatagram::bind(path).unwrap());
+    let _listener = UnixListener::bind(&stream).unwrap();
+    let [connected, unconnected] = [(), ()].map(|()| UnixDatagram::unbound().unwrap());
+    connected.connect(&log).unwrap();
+    confined(&[Layer::Capabilities, Layer::Landlock], Vec::new(), |report| {
+        if !on(&report.seccomp) {
+            return;
+        }
+        let forbidden = Some(libc::EPERM);
+        assert_eq!(errno(UnixStream::connect(&stream)), forbidden);
+        assert_eq!(errno(UnixDatagram::unbound()), forbidden);
+        assert_eq!(errno(unconnected.connect(&other)), forbidden);
+        for socket in [&unconnected, &connected] {
+            assert_eq!(errno(socket.send_to(b"text", &other)), forbidden);
+        }
+        assert_eq!(errno(connected.send(b"text")), None);
+    });
+    let mut text = [0; 9];
+    assert_eq!(log_end.recv(&mut text).unwrap(), 4);
+    other_end.set_nonblocking(true).unwrap();
+    assert_eq!(errno(other_end.recv(&mut text)), Some(libc::EAGAIN));
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Mounting at boot: the helper of mount(8), lines of `/etc/fstab`, and systemd's units.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -85,15 +87,26 @@ fn an_option_that_is_not_known_is_refused_in_one_line() {
 /// What the service manager is told, as systemd listens to it.
 struct Manager {
     socket: UnixDatagram,
-    path: PathBuf,
+    name: OsString,
 }
 
 impl Manager {
     fn new(lab: &Lab) -> Manager {
         let path = lab.path("notify");
-        let socket = UnixDatagram::bind(&path).unwrap();
+        Manager::at(SocketAddr::from_pathname(&path).unwrap(), path.into())
+    }
+
+    /// Its socket is no file.
+    fn without_file(lab: &Lab) -> Manager {
+        let name = lab.path("notify").into_os_string().into_string().unwrap();
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        Manager::at(address, format!("@{name}").into())
+    }
+
+    fn at(address: SocketAddr, name: OsString) -> Manager {
+        let socket = UnixDatagram::bind_addr(&address).unwrap();
         socket.set_read_timeout(Some(SOON)).unwrap();
-        Manager { socket, path }
+        Manager { socket, name }
     }
 
     fn is_told(&self) -> String {
@@ -137,22 +150,27 @@ fn ends(mut child: Child) -> std::process::ExitStatus {
 
 #[test]
 fn the_service_tells_when_it_is_ready_and_its_stop_waits_for_the_images() {
-    let lab = Lab::new();
+    for manager in [Manager::new, Manager::without_file] {
+        let lab = Lab::new();
+        serve_and_stop(&lab, &manager(&lab));
+    }
+}
+
+fn serve_and_stop(lab: &Lab, manager: &Manager) {
     let image = lab.create("disk.qcow2", "8M", "");
-    let manager = Manager::new(&lab);
-    let mut start = service_command(&lab, "ExecStart");
-    let daemon = start.env("NOTIFY_SOCKET", &manager.path).spawn().unwrap();
+    let mut start = service_command(lab, "ExecStart");
+    let daemon = start.env("NOTIFY_SOCKET", &manager.name).spawn().unwrap();
     assert_eq!(manager.is_told(), "READY=1");
     assert!(is_mounted(&lab.point()), "told before it was mounted");
     let mount = Mount::adopt(lab.point(), lab.path("log"));
     assert_eq!(mount.pid(), daemon.id() as i32, "the main process is not the daemon");
     write_by_dd(&mount.path("disk.raw"), b"written");
-    let mut stop = service_command(&lab, "ExecStop");
+    let mut stop = service_command(lab, "ExecStop");
     assert!(stop.status().unwrap().success());
     assert_eq!(manager.is_told(), "STOPPING=1");
     assert!(ends(daemon).success());
     assert_sound(&image);
-    assert!(service_command(&lab, "ExecStopPost").status().unwrap().success());
+    assert!(service_command(lab, "ExecStopPost").status().unwrap().success());
 }
 
 #[test]
@@ -160,7 +178,7 @@ fn what_a_killed_service_leaves_is_cleaned_up() {
     let lab = Lab::new();
     let manager = Manager::new(&lab);
     let mut start = service_command(&lab, "ExecStart");
-    let daemon = start.env("NOTIFY_SOCKET", &manager.path).spawn().unwrap();
+    let daemon = start.env("NOTIFY_SOCKET", &manager.name).spawn().unwrap();
     assert_eq!(manager.is_told(), "READY=1");
     signal(daemon.id() as i32, libc::SIGKILL);
     ends(daemon);

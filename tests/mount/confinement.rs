@@ -2,6 +2,7 @@
 //! that each layer can be left out; and that what a mount is used for still works.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use crate::discards::read_all;
@@ -141,6 +142,46 @@ fn the_helper_ends_with_the_process_that_it_helps() {
         assert_eq!(is_mounted(&lab.point()), signals == [libc::SIGKILL]);
         attempt!("umount -l {}", lab.point().display());
     }
+}
+
+/// In a mount namespace of its own, where `/dev` has little but the socket of syslog(3): mounts, changes
+/// something, unmounts.
+const WITH_SYSLOG: &str = r#"
+    for node in null fuse; do
+        touch $lab/dev/$node
+        mount --bind /dev/$node $lab/dev/$node
+    done
+    mkdir $lab/dev/shm
+    mount --rbind /dev/shm $lab/dev/shm
+    mount --rbind $lab/dev /dev
+    $qcow2fs mount -v $lab/images $lab/mnt
+    trap "umount -l $lab/mnt 2>/dev/null || true" EXIT
+    chmod 640 $lab/mnt/disk.raw
+    $qcow2fs umount $lab/mnt
+"#;
+
+#[test]
+fn what_happens_after_the_confinement_reaches_syslog() {
+    let lab = Lab::new();
+    let image = lab.create("disk.qcow2", "8M", "");
+    let socket = UnixDatagram::bind(lab.subdirectory("dev").join("log")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let reader = std::thread::spawn(move || {
+        let (mut told, mut line) = (String::new(), [0; 4096]);
+        while !told.contains("is no longer served") {
+            let Ok(length) = socket.recv(&mut line) else { break };
+            told += &format!("{}\n", String::from_utf8_lossy(&line[..length]));
+        }
+        told
+    });
+    let script = lab.path("script");
+    fs::write(&script, format!("lab={}\n{WITH_SYSLOG}", lab.path("").display())).unwrap();
+    sh!("timeout 60 unshare -m --propagation private bash -euo pipefail {}", script.display());
+    let told = reader.join().unwrap();
+    let ends: Vec<_> = told.lines().filter(|line| line.contains("no longer served")).collect();
+    assert!(ends.len() == 1 && ends[0].contains("qcow2fs["), "{told}");
+    assert!(told.contains("is mounted at"), "{told}");
+    assert_sound(&image);
 }
 
 /// What a user does who is not root, in a mount namespace of their own where `/dev/fuse` is for everybody,

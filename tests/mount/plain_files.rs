@@ -487,8 +487,9 @@ fn without_root_files_are_made_too() {
     let lab = Lab::new();
     let (program, script) = (lab.path("program"), lab.path("script"));
     fs::copy(crate::lab::PROGRAM, &program).unwrap();
-    for directory in [lab.images(), lab.point()] {
-        std::os::unix::fs::chown(directory, Some(65534), Some(65534)).unwrap();
+    let unopened = lab.create("unopened.qcow2", "1M", "");
+    for path in [lab.images(), lab.point(), unopened] {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).unwrap();
     }
     let text = format!(
         "cd {directory}
@@ -499,14 +500,20 @@ fn without_root_files_are_made_too() {
          {NOBODY} bash -ec 'cd mnt && mkdir d && mv locked.raw d && touch new.raw'
          {NOBODY} bash -ec 'cd mnt && setfattr -n user.x -v y new.raw && chmod 640 new.raw'
          ! {NOBODY} bash -c 'echo more >> mnt/d/locked.raw'
-         stat -c %a,%U images/d/locked.qcow2 images/new.qcow2
+         # What its owner may write to can be opened, what they may neither read nor write cannot.
+         {NOBODY} chmod 200 mnt/unopened.raw && {NOBODY} chmod 0 mnt/unopened.raw
+         ! {NOBODY} chmod 640 mnt/unopened.raw
+         stat -c %a,%U images/d/locked.qcow2 images/new.qcow2 images/unopened.qcow2
          {NOBODY} {program} umount mnt",
         directory = lab.path("").display(),
         program = program.display(),
     );
     fs::write(&script, text).unwrap();
     let said = sh!("unshare -m bash -e {}", script.display());
-    assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["400,nobody", "640,nobody"]);
+    assert_eq!(
+        said.split_whitespace().collect::<Vec<_>>(),
+        ["400,nobody", "640,nobody", "0,nobody"]
+    );
     assert_eq!(guest_bytes(&lab.image("d/locked.qcow2")).len(), MIB);
     assert_sound(&lab.image("d/locked.qcow2"));
 }
