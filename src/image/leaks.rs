@@ -294,10 +294,10 @@ impl Image {
     }
 }
 
-/// Whether an error of the search lies in what the image says, not in the host, which also says that
-/// the search was stopped.
+/// Whether an error of the search says that the image is damaged: not the host's, which also say that the
+/// search was stopped, nor that a sound image is too large to be looked through.
 fn is_damage(error: &Error) -> bool {
-    error.kind() != ErrorKind::Io
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotQcow2)
 }
 
 /// What is wrong with the COPIED flags in a file.
