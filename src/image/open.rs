@@ -78,6 +78,28 @@ pub(super) struct Features {
     pub(super) autoclear: u64,
 }
 
+/// What is read as a whole when an image is opened may take so many bytes of memory: its L1 table, its
+/// refcount table and its snapshot table. Each has a limit of its own; where all of them are near it, the
+/// image is no real one. The map of its metadata takes up to 27 MiB more.
+const MAX_WHOLE_TABLES: u64 = 36 << 20;
+
+/// What of that the L1 table and the refcount table leave.
+///
+/// # Errors
+/// `TooBig` where they leave nothing.
+fn memory_beside_tables(header: &Header, writable: bool) -> Result<u64> {
+    let l1 = u64::from(header.l1_size) * 8;
+    let refcounts = u64::from(header.refcount_table_clusters) << header.geometry.cluster_bits();
+    let taken = l1 + if writable { refcounts } else { 0 };
+    MAX_WHOLE_TABLES.checked_sub(taken).ok_or_else(|| {
+        let text = format!(
+            "the L1 table and the refcount table together are {taken} bytes long, at most \
+             {MAX_WHOLE_TABLES} are served: copy the image with `qemu-img convert`"
+        );
+        Error::new(ErrorKind::TooBig, text)
+    })
+}
+
 impl Image {
     /// Reads the header only.
     ///
@@ -172,6 +194,7 @@ impl Image {
             log::info!("{} was not closed cleanly: rebuilding its refcounts", health.label());
             header = crate::alloc::rebuild::rebuild_dirty(&*storage, &header)?;
         }
+        let memory = memory_beside_tables(&header, writable)?;
         let length = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
         let metadata = Arc::new(MetadataMap::new(header.geometry.clusters_for(length).0));
         metadata.insert(HostCluster(0));
@@ -193,7 +216,7 @@ impl Image {
             options.metadata_cache,
         )?;
         sound = sound.and(tables.register_metadata());
-        let snapshots = Table::read(&*storage, &header);
+        let snapshots = Table::read(&*storage, &header, memory);
         let mut writer = None;
         if writable {
             sound = sound.and_then(|()| match &snapshots {

@@ -177,6 +177,29 @@ fn one_l2_table_for_all_l1_entries() {
         .goes_off();
 }
 
+/// Each within its own limit.
+#[test]
+fn l1_table_refcount_table_and_snapshot_table_at_once() {
+    let (refcounts, table) = (FAR + 64 * MIB, FAR + 128 * MIB);
+    let mut entry = vec![0; 40 + 24 + 296];
+    entry[14..16].copy_from_slice(&296_u16.to_be_bytes());
+    entry[39] = 24;
+    for (name, l1, count) in [
+        ("a large L1 table and much else", L1_ENTRIES / 8 * 7, 65536_u32),
+        ("a smaller L1 table and much else", L1_ENTRIES / 2, 65536),
+        ("a smaller L1 table and some else", L1_ENTRIES / 2, 20000),
+    ] {
+        let entries = entry.repeat(count as usize);
+        Bomb::new(name, PLAIN)
+            .l1(l1, FAR)
+            .refcount_table(refcounts, 128)
+            .snapshots(count, table)
+            .put(table, &entries)
+            .length(4 * FAR)
+            .goes_off();
+    }
+}
+
 #[test]
 fn millions_of_clusters_far_from_each_other() {
     let (tables, l2, data) = (1 << 16, FAR + 64 * MIB, 4 * FAR);

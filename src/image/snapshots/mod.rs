@@ -185,7 +185,7 @@ impl Image {
     /// Those of [`Image::summarize`] and [`Image::snapshots`].
     pub fn list_snapshots(storage: &dyn Storage) -> Result<Vec<SnapshotInfo>> {
         let header = read_header(storage)?;
-        let table = Table::read(storage, &header)?;
+        let table = Table::read(storage, &header, u64::MAX)?;
         Ok(table.entries.iter().map(|entry| info(entry, header.size)).collect())
     }
 
@@ -224,7 +224,7 @@ impl Image {
     /// the file, where a flush has just brought it, or none brings anything any more.
     pub(super) fn reread_snapshots(&self) -> Result<()> {
         let header = read_header(&*self.storage)?;
-        let table = Table::read(&*self.storage, &header)?;
+        let table = Table::read(&*self.storage, &header, u64::MAX)?;
         self.snapshots.state.lock().table = table;
         Ok(())
     }

@@ -27,11 +27,15 @@ pub(in crate::image) struct Table {
 }
 
 impl Table {
-    /// Reads the snapshot table that `header` names.
+    /// Reads the snapshot table that `header` names, which may take so many bytes of memory.
     ///
     /// # Errors
     /// Host errors; `Corrupt` with an entry that makes no sense, `TooBig` past the limits.
-    pub(in crate::image) fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
+    pub(in crate::image) fn read(
+        storage: &dyn Storage,
+        header: &Header,
+        mut memory: u64,
+    ) -> Result<Self> {
         let failed =
             |e| Error::io(format!("reading the snapshot table at {}", header.snapshots_offset), e);
         if header.snapshot_count > MAX_SNAPSHOTS {
@@ -41,13 +45,15 @@ impl Table {
             ));
         }
         let start = header.snapshots_offset.0;
-        let mut entries = Vec::new();
+        let mut entries = Vec::with_capacity(header.snapshot_count as usize);
         let mut at = start;
         for _ in 0..header.snapshot_count {
             let mut fixed = [0; Snapshot::FIXED_LENGTH];
             storage.read_at(&mut fixed, at).map_err(failed)?;
             let mut bytes = vec![0; Snapshot::length(&fixed)?];
             storage.read_at(&mut bytes, at).map_err(failed)?;
+            let takes = (size_of::<Snapshot>() + bytes.len()) as u64;
+            memory = memory.checked_sub(takes).ok_or_else(too_long)?;
             entries.push(Snapshot::parse(&bytes));
             at = at.saturating_add((bytes.len() as u64).next_multiple_of(8));
             if at - start > MAX_TABLE_BYTES {
@@ -145,7 +151,7 @@ pub(in crate::image) fn read_entries(
     header: &Header,
 ) -> Result<Vec<(HostOffset, Snapshot)>> {
     let mut at = header.snapshots_offset.0;
-    let placed = Table::read(storage, header)?.entries.into_iter().map(|snapshot| {
+    let placed = Table::read(storage, header, u64::MAX)?.entries.into_iter().map(|snapshot| {
         let entry = HostOffset(at);
         at += snapshot.encode().len() as u64;
         (entry, snapshot)
@@ -158,7 +164,7 @@ pub(in crate::image) fn read_entries(
 /// # Errors
 /// As [`Table::read`].
 pub(in crate::image) fn read_bytes(storage: &dyn Storage, header: &Header) -> Result<Vec<u8>> {
-    Table::encode(&Table::read(storage, header)?.entries)
+    Table::encode(&Table::read(storage, header, u64::MAX)?.entries)
 }
 
 /// The L1 table of a snapshot.
