@@ -450,16 +450,16 @@ fn status_counts_only_what_few_refcount_blocks_say() {
     assert!(is_counted(100 * MIB) && !is_counted(200 * MIB));
 }
 
-/// A rebuild has put all of them at the end of a file whose free clusters are all over it. Their counts
-/// are more than the cache keeps, so who goes through them for each block reads them for each.
+/// A rebuild has put all of them at the end of a file whose free clusters are all over it. Who goes
+/// through what is taken for each block takes a hundred times as long.
 #[test]
 fn refcount_blocks_at_the_end_move_in_one_walk_of_small_steps() {
-    let clusters = 9000u64 * 64;
+    let clusters = 10000u64 * 64;
     let l2_tables = clusters / 64;
     let l1 = 64 * 512;
     let l2 = l1 + (l2_tables * 8).next_multiple_of(512);
     let first = l2 / 512 + l2_tables;
-    let place = |i: u64| first + i + i / 31;
+    let place = |i: u64| first + i + i / 60;
     let end = place(clusters);
     let blocks = end / 64;
     let bomb = Bomb::new("refcount blocks at the end", "cluster_size=512,refcount_bits=64")
@@ -485,11 +485,13 @@ fn refcount_blocks_at_the_end_move_in_one_walk_of_small_steps() {
         .unwrap();
     let reads = storage.reads.load(Ordering::Relaxed);
     println!("{blocks} blocks: {reads} reads, {most} bytes in a step, {:.1?}", started.elapsed());
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
     // Most is written where the moves of a column are flushed.
     assert!(most < 3 * MIB && blocks * 512 > 4 * MIB, "{most} bytes were written in one step");
-    assert!(image.prospect().unwrap().win() < 500, "{:?}", image.prospect());
+    // The refcount table stays: nowhere is room for it in one piece.
+    let behind = image.prospect().unwrap().behind;
+    assert!(behind < 500, "{behind} clusters stay at the end");
     image.close().unwrap();
-    assert!(bomb.file.metadata().unwrap().len() < end * 512);
     assert_eq!(check(&*bomb.metered(u64::MAX)).unwrap().exit_code(), 0);
 }
 

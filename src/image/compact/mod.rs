@@ -397,6 +397,8 @@ impl Image {
             let writer = self.writer()?;
             let go_on = || progress(&writer.compaction_status.lock().clone());
             let Some(prospect) = self.prospect_while(go_on)? else { return Ok(()) };
+            // It may have failed meanwhile.
+            self.writer()?;
             let surveys = {
                 let compaction = writer.compaction.lock();
                 compaction.has_compressed && compaction.surveyed_at.is_none()
