@@ -789,15 +789,20 @@ mod tests {
     use crate::image::{CreateOptions, Image};
     use crate::storage::testing::MemoryStorage;
 
-    /// Found by fuzzing: the status of an image that was found corrupt looks at all blocks.
-    #[test]
-    fn no_block_is_read_at_a_malformed_offset() {
+    /// A new image, with its header.
+    fn image() -> (Arc<MemoryStorage>, Header) {
         let file = Arc::new(MemoryStorage::default());
         let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
         Image::create(&*file, &options).unwrap();
         let mut start = [0; 512];
         file.read_at(&mut start, 0).unwrap();
-        let header = Header::parse(&start).unwrap();
+        (file, Header::parse(&start).unwrap())
+    }
+
+    /// Found by fuzzing: the status of an image that was found corrupt looks at all blocks.
+    #[test]
+    fn no_block_is_read_at_a_malformed_offset() {
+        let (file, header) = image();
         let entry = REFCOUNT_TABLE_OFFSET_MASK.to_be_bytes();
         file.write_at(&entry, header.refcount_table_offset.0).unwrap();
         let metadata = Arc::new(MetadataMap::new(u64::MAX));
@@ -808,12 +813,7 @@ mod tests {
 
     #[test]
     fn metadata_is_not_freed_before_its_owner_gives_it_up() {
-        let file = Arc::new(MemoryStorage::default());
-        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
-        Image::create(&*file, &options).unwrap();
-        let mut start = [0; 512];
-        file.read_at(&mut start, 0).unwrap();
-        let header = Header::parse(&start).unwrap();
+        let (file, header) = image();
         let metadata = Arc::new(MetadataMap::new(u64::MAX));
         let refcounts = Refcounts::open(file, &header, metadata.clone()).unwrap();
         let table = refcounts.allocate(1).unwrap().clusters;

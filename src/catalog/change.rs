@@ -77,11 +77,7 @@ impl Catalog {
         what: &str,
         verb: impl Fn(&File) -> io::Result<R>,
     ) -> Result<R> {
-        let done = match self.at_image(node, &verb) {
-            Some(done) => done,
-            None => verb(&self.place_of(node)?.0),
-        };
-        done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
+        self.at(node, what, Ok, verb)
     }
 
     /// The same, for what changes attributes: the file is open.
@@ -91,9 +87,19 @@ impl Catalog {
         what: &str,
         verb: impl Fn(&File) -> io::Result<R>,
     ) -> Result<R> {
+        self.at(node, what, |place| host::open_to_change(&place), verb)
+    }
+
+    fn at<R>(
+        &self,
+        node: &Node,
+        what: &str,
+        open: impl Fn(File) -> io::Result<File>,
+        verb: impl Fn(&File) -> io::Result<R>,
+    ) -> Result<R> {
         let done = match self.at_image(node, &verb) {
             Some(done) => done,
-            None => host::open_to_change(&self.place_of(node)?.0).and_then(|file| verb(&file)),
+            None => open(self.place_of(node)?.0).and_then(|file| verb(&file)),
         };
         done.map_err(|e| Error::io(format!("{what} of {}", node.path().display()), e))
     }

@@ -63,6 +63,39 @@ fn swap(name: &Path, others: &[&Path], stop: &AtomicBool) {
     }
 }
 
+/// Opens again and again, while names are swapped with others, what is the right image or nothing, as
+/// long as it takes for both to have happened.
+fn race(swapped: &[(&Path, &[&Path])], open: impl Fn(u64) -> qcow2fs::Result<u8>) {
+    let (stop, opened, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let _watchdog = Watchdog::new("opening what is swapped", 120);
+    std::thread::scope(|scope| {
+        for (name, others) in swapped {
+            scope.spawn(|| swap(name, others, &stop));
+        }
+        let started = Instant::now();
+        let mut turn = 0;
+        while started.elapsed() < RACE
+            || opened.load(Ordering::Relaxed) == 0 && started.elapsed() < 10 * RACE
+        {
+            turn += 1;
+            match open(turn) {
+                Ok(byte) => {
+                    // Before it fails: the other threads go on until then.
+                    stop.store(byte != RIGHT, Ordering::Relaxed);
+                    assert_eq!(byte, RIGHT, "another file was read");
+                    opened.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(_) => {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
+    assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
+}
+
 #[test]
 fn names_that_are_swapped_under_our_hands_lead_nowhere_else() {
     let directory = scratch();
@@ -79,38 +112,14 @@ fn names_that_are_swapped_under_our_hands_lead_nowhere_else() {
     fs::create_dir(images.join("directory")).unwrap();
     qemu::run(Command::new("mkfifo").arg(images.join("fifo")));
     let catalog = Catalog::new(&images, Options::default()).unwrap();
-    let (stop, opened, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let _watchdog = Watchdog::new("opening what is swapped", 120);
     let at = |name: &str| images.join(name);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let others = [at("link"), at("fifo"), at("magic"), at("directory")];
-            swap(&at("disk.qcow2"), &others.each_ref().map(|path| path.as_path()), &stop);
-        });
-        scope.spawn(|| swap(&at("sub"), &[&at("way out")], &stop));
-        let started = Instant::now();
-        let mut turn = 0u64;
-        // As long as it takes for both to have happened.
-        while started.elapsed() < RACE
-            || opened.load(Ordering::Relaxed) == 0 && started.elapsed() < 10 * RACE
-        {
-            turn += 1;
-            let names: &[&str] =
-                if turn.is_multiple_of(2) { &["disk.raw"] } else { &["sub", "disk.raw"] };
-            match first_byte(&catalog, names, turn.is_multiple_of(3)) {
-                Ok(byte) => {
-                    assert_eq!(byte, RIGHT, "another file was read");
-                    opened.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(_) => {
-                    refused.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
+    let others = [at("link"), at("fifo"), at("magic"), at("directory")];
+    let others = others.each_ref().map(|path| path.as_path());
+    race(&[(&at("disk.qcow2"), &others), (&at("sub"), &[&at("way out")])], |turn| {
+        let names: &[&str] =
+            if turn.is_multiple_of(2) { &["disk.raw"] } else { &["sub", "disk.raw"] };
+        first_byte(&catalog, names, turn.is_multiple_of(3))
     });
-    println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
-    assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
     assert_eq!(catalog.close_all(Duration::from_secs(60)), 0);
 }
 
@@ -137,26 +146,5 @@ fn a_directory_that_is_swapped_under_our_hands_lends_no_other_its_images() {
     create.args(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw"]);
     qemu::run(create.arg(&disk));
     symlink(&outside, &link).unwrap();
-    let (stop, opened, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let _watchdog = Watchdog::new("opening in what is swapped", 120);
-    std::thread::scope(|scope| {
-        scope.spawn(|| swap(&images, &[&link], &stop));
-        let started = Instant::now();
-        while started.elapsed() < RACE {
-            match first_byte_alone(&disk) {
-                Ok(byte) => {
-                    // Before it fails: the other thread goes on until then.
-                    stop.store(byte != RIGHT, Ordering::Relaxed);
-                    assert_eq!(byte, RIGHT, "the image of one directory reads files of another");
-                    opened.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(_) => {
-                    refused.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    println!("{opened:?} times the image was opened, {refused:?} times nothing was there");
-    assert!(opened.into_inner() > 0 && refused.into_inner() > 0, "there was no race");
+    race(&[(&images, &[&link])], |_turn| first_byte_alone(&disk));
 }
