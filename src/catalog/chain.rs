@@ -466,7 +466,12 @@ impl Chains {
         let mut parent = None;
         for part in rest.parent().into_iter().flat_map(Path::components) {
             let within = parent.as_ref().unwrap_or(directory);
-            parent = Some(Root::at(reach(within, Path::new(&part), SEARCH)?));
+            let place = reach(within, Path::new(&part), SEARCH)?;
+            // A place may be the link itself.
+            if place.metadata().map_err(failed)?.is_symlink() {
+                return Err(failed(std::io::Error::from_raw_os_error(libc::ELOOP)));
+            }
+            parent = Some(Root::at(place));
         }
         let name = Path::new(rest.file_name().unwrap_or_default());
         let place = reach(parent.as_ref().unwrap_or(directory), name, wanted)?;
