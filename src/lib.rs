@@ -90,7 +90,7 @@
 //! | a table, or what it points to, lies past the end of the file | read-only, marked as corrupt | `tests/hostile/mutation.rs`, `tests/hostile/bombs.rs` |
 //! | tables of tens of MiB, in holes or all over the file; one L2 table for all L1 entries; a million snapshots; bitmaps without end | opened in at most 64 MiB, or refused | `tests/hostile/bombs.rs` |
 //! | an entry that keeps another cluster's place in an external data file | `EIO`; read-only, marked as corrupt | `tests/subclusters.rs` |
-//! | runs of zeros or data beyond number, or all over tables of gigabytes in holes, in one file or in each of a chain, for who looks for data or holes | each file is looked at once, 32 MiB of tables in all; what follows counts as data | `tests/hostile/bombs.rs`, `tests/regressions.rs` |
+//! | runs of zeros or data beyond number, or all over tables of gigabytes in holes, in one file or in each of a chain, for who looks for data or holes | each file is looked at once, 32 MiB of tables in all; what follows counts as data, until somebody asks anew | `tests/hostile/bombs.rs`, `tests/regressions.rs` |
 //! | a snapshot whose disk is larger than its L1 table can map | not opened, not applied | `tests/hostile/bombs.rs` |
 //! | a cluster that inflates to gigabytes, a zstd window of gigabytes | inflated no further than a cluster, windows of 16 MiB at most | `tests/hostile/bombs.rs` |
 //! | refcount blocks of megabytes in holes by the thousand, one block for all entries of the refcount table | what is a hole is neither read nor looked through, and others get to the refcounts meanwhile; not counted twice | `tests/hostile/bombs.rs` |

@@ -11,10 +11,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use qcow2fs::image::{Backing, Beside, Image, Options, RawBacking};
-use qcow2fs::storage::Storage;
 use qcow2fs::storage::testing::{
     self, Change, Entry, FailingStorage, Fate, Fault, MemoryStorage, Operation, RecordingStorage,
 };
+use qcow2fs::storage::{HostFile, Storage};
 
 const CLUSTER: u64 = 65536;
 
@@ -784,4 +784,82 @@ fn a_search_for_data_or_holes_looks_at_each_file_of_a_chain_once() {
             assert!(looks <= 2 * 128 + 2, "{looks} looks for 128 clusters");
         }
     }
+}
+
+/// Memory in which the search for leaks takes its time.
+#[derive(Default)]
+struct SlowSearch(MemoryStorage);
+
+impl testing::Layer for SlowSearch {
+    fn below(&self) -> &dyn Storage {
+        &self.0
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if thread::current().name() == Some("leak search") {
+            thread::sleep(Duration::from_millis(100));
+        }
+        self.0.read_at(buf, offset)
+    }
+}
+
+/// Who closes all images waits for the requests that are under way, and these for the search.
+#[test]
+fn closing_ends_a_change_of_snapshots_that_waits_for_the_search() {
+    let storage = Arc::new(SlowSearch(MemoryStorage::new(created(&["-o", "cluster_size=512"]))));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &vec![7; 8 << 20]).unwrap();
+    image.close().unwrap();
+    // It reads 256 L2 tables.
+    let image = Image::open(storage, &quiet()).unwrap();
+    let (done, is_done) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| done.send(image.delete_snapshot(b"none").unwrap_err().to_string()));
+        assert!(is_done.recv_timeout(Duration::from_millis(300)).is_err(), "it does not wait");
+        image.begin_closing();
+        let refused = is_done.recv_timeout(Duration::from_secs(10)).expect("it waits still");
+        assert!(refused.contains("open it again"), "{refused}");
+    });
+    image.close().unwrap();
+}
+
+#[test]
+fn who_is_told_of_progress_may_ask_for_the_status() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage, &quiet()).unwrap();
+    image.write(0, &[7; CLUSTER as usize]).unwrap();
+    let (done, is_done) = mpsc::channel();
+    let compacted = image.clone();
+    thread::spawn(move || {
+        compacted.compact(|_| compacted.status().is_ok()).unwrap();
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(Duration::from_secs(20)).expect("it hangs");
+    image.close().unwrap();
+}
+
+/// A search for holes ends where it has looked at much: who copies the disk asks anew, and the copy is no
+/// longer than the data.
+#[test]
+fn a_copy_of_much_data_in_a_sparse_disk_is_no_longer_than_that() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let run = |arguments: &[&str], size: &str| {
+        let mut qemu_img = Command::new("qemu-img");
+        let done = qemu_img.args(arguments).arg(&path).arg(size).status().unwrap();
+        assert!(done.success(), "{arguments:?}");
+    };
+    let options = "cluster_size=4k,preallocation=metadata";
+    run(&["create", "-q", "-f", "qcow2", "-o", options], "17G");
+    run(&["resize", "-q", "-f", "qcow2"], "1T");
+    let file = std::fs::File::open(&path).unwrap();
+    let image = Image::open(Arc::new(HostFile::new(file)), &Options::default()).unwrap();
+    let (mut at, mut copied, mut searches) = (0, 0, 0);
+    while let Some(data) = image.next_data(at).unwrap() {
+        let hole = image.next_hole(data).unwrap();
+        assert!(hole > data, "no way on from {data:#x}");
+        (at, copied, searches) = (hole, copied + hole - data, searches + 1);
+    }
+    assert_eq!(copied, 17 << 30);
+    assert!((2..9).contains(&searches), "{searches} searches");
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::chain::Chains;
 use super::host::Root;
 use super::keys::Keys;
-use super::node::Opened;
+use super::node::{Found, Opened};
 use crate::error::{Error, Result};
 use crate::image::{Image, Options};
 use crate::storage::regular;
@@ -34,7 +34,8 @@ impl Alone {
         let place = root.place(name).map_err(failed)?;
         regular::look(&place)?;
         let chains = Chains::new(&root, allowed, keys)?;
-        let (opened, _) = Opened::new(&place, options.writable, options, &chains, name)?;
+        let found = Found { path: name.into(), place, base: None, may_write: options.writable };
+        let (opened, _) = Opened::new(&found, options.writable, options, &chains)?;
         Ok(Alone { opened })
     }
 

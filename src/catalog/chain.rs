@@ -204,7 +204,8 @@ impl Chains {
 
     /// Opens what the image at `path` (beneath the image directory), open as `file`, needs beside
     /// itself: its data file, for writing where `write` says so and otherwise wherever `options`
-    /// let it come to that later, and what it is based on.
+    /// let it come to that later, and what it is based on. An overlay of ours names its `base` on our
+    /// behalf, not on that of its owner.
     ///
     /// # Errors
     /// `Unsupported` for a name that may not be followed or a format that is not said; `InUse`
@@ -212,7 +213,7 @@ impl Chains {
     /// leads back to itself; those of [`Image::open`] and of the host.
     pub(super) fn open(
         &self,
-        path: &Path,
+        (path, base): (&Path, Option<&Path>),
         file: &HostFile,
         write: bool,
         options: &Options,
@@ -227,9 +228,13 @@ impl Chains {
         }
         let metadata =
             file.file().metadata().map_err(|e| Error::io("looking at the image file", e))?;
+        let is_ours = summary.data_file.is_none()
+            && base
+                .zip(summary.backing.as_ref())
+                .is_some_and(|(base, named)| base.as_os_str().as_bytes() == named.name);
         let mut opened = Opened {
             seen: vec![HostId::of(&metadata)],
-            owners: vec![metadata.uid()],
+            owners: if is_ours { Vec::new() } else { vec![metadata.uid()] },
             stamps: Vec::new(),
             uses: self.no_uses(path),
         };

@@ -365,6 +365,11 @@ impl Catalog {
     /// The same for who holds the lock of names. Its path is the name that it was found by, which need
     /// not be the node's latest.
     fn place_among_names(&self, node: &Node) -> Result<Named> {
+        if node.ino() == ROOT {
+            // It is held open, so it can be no other one. On overlayfs it changes who it is when the first
+            // file is made in it.
+            return self.place(Path::new(""));
+        }
         for path in node.paths().iter().rev() {
             match self.place(path) {
                 Ok(found) if HostId::of(&found.metadata) == node.id() => return Ok(found),
@@ -416,13 +421,14 @@ impl Catalog {
     fn to_open(&self, node: &Node) -> Result<Found> {
         let Named { path, place, metadata } = self.own_place(node)?;
         let Some(overlays) = &self.overlays else {
-            return Ok(Found { path, place, may_write: !self.options.read_only });
+            return Ok(Found { path, place, base: None, may_write: !self.options.read_only });
         };
         match overlays.find(&metadata, &path)? {
-            None => Ok(Found { path, place, may_write: false }),
+            None => Ok(Found { path, place, base: None, may_write: false }),
             Some(overlay) => {
                 overlays.check(&overlay)?;
-                Ok(Found { path, place: overlay.place, may_write: !self.options.read_only })
+                let base = Some(overlays.base(&overlay));
+                Ok(Found { path, place: overlay.place, base, may_write: !self.options.read_only })
             }
         }
     }

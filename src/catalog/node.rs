@@ -174,6 +174,8 @@ pub(super) struct Found {
     pub(super) path: PathBuf,
     /// The file.
     pub(super) place: File,
+    /// The backing file that it was made with, where it is an overlay of ours.
+    pub(super) base: Option<PathBuf>,
     /// It may be written to, now or later.
     pub(super) may_write: bool,
 }
@@ -467,7 +469,7 @@ impl Node {
         chains: &Chains,
     ) -> Result<(Opened, Stamp)> {
         let options = Options { writable: found.may_write, ..options.clone() };
-        Opened::new(&found.place, write, &options, chains, &found.path)
+        Opened::new(found, write, &options, chains)
     }
 
     /// Counts a handle out and closes the image with the last one.
@@ -492,6 +494,7 @@ impl Node {
         self.has_image.store(false, Ordering::Release);
         // A request that is under way may wait for one that waits for the slot.
         drop(slot);
+        opened.image().begin_closing();
         if opened.is_idle_by(deadline) {
             // A data file stays locked as long as it is open: the kernel itself may have it, for somebody
             // who goes on with it when this process is gone.
@@ -592,25 +595,27 @@ impl Slot {
 }
 
 impl Opened {
+    /// Opens what was found, which `options` say may be written to, for writing or not.
     pub(super) fn new(
-        place: &File,
+        found: &Found,
         write: bool,
         options: &Options,
         chains: &Chains,
-        path: &Path,
     ) -> Result<(Opened, Stamp)> {
+        let Found { path, place, base, .. } = found;
         let access = if write { Access::Write } else { Access::Read };
         let file = open_host_file(place, write, options.writable)?;
         image_lock::acquire(&file, None, access)?;
         let metadata = file.metadata().map_err(|e| Error::io("looking at the image file", e))?;
         let file = Arc::new(HostFile::new(file));
-        let opened = chains.open(path, &file, write, options).and_then(|files| {
-            let files = Arc::new(files);
-            let writing = write.then(|| chains.note_writing(file.file(), path)).transpose();
-            writing
-                .and_then(|writing| Opened::on(&file, writing, options, &files))
-                .inspect_err(|_| unlock_data(&files))
-        });
+        let opened =
+            chains.open((path, base.as_deref()), &file, write, options).and_then(|files| {
+                let files = Arc::new(files);
+                let writing = write.then(|| chains.note_writing(file.file(), path)).transpose();
+                writing
+                    .and_then(|writing| Opened::on(&file, writing, options, &files))
+                    .inspect_err(|_| unlock_data(&files))
+            });
         match opened {
             Ok(opened) => Ok((opened, Stamp::of(&metadata))),
             Err(e) => {

@@ -210,6 +210,11 @@ impl Overlays {
         Err(Error::new(ErrorKind::Unsupported, text))
     }
 
+    /// The image that an overlay is based on.
+    pub(super) fn base(&self, overlay: &Overlay) -> PathBuf {
+        self.source.join(&overlay.name)
+    }
+
     /// The backing file of the overlay of `path`: the image.
     fn backing(&self, path: &Path) -> BackingFile {
         let name = self.source.join(path).into_os_string().into_vec();

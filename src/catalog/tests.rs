@@ -895,3 +895,44 @@ fn in_a_sticky_directory_others_names_are_not_taken_away() {
     tree.give("", ONE, 0o1777);
     remove("theirs.raw", who).unwrap();
 }
+
+#[test]
+fn an_overlay_of_ours_leads_to_its_image_whoever_owns_them() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::layered(tempfile::tempdir().unwrap(), overlays.path(), false);
+    fs::create_dir(tree.path("in")).unwrap();
+    tree.image("in/a.qcow2", "1M");
+    tree.give("in/a.qcow2", ONE, 0o600);
+    // Where a group lets its members in.
+    tree.give("in", 0, 0o750);
+    let node = |tree: &Tree| {
+        let directory = tree.lookup(ROOT, "in").unwrap().ino;
+        tree.catalog.node(tree.lookup(directory, "a.raw").unwrap().ino).unwrap()
+    };
+    let write = |image: &Image| image.write(0, b"data").and_then(|()| image.flush());
+    tree.catalog.with_opened(&node(&tree), true, write).unwrap();
+    let change = AttributeChange { uid: Some(OTHER), ..Default::default() };
+    tree.catalog.change_attributes(&node(&tree), change, ME).unwrap();
+    let Tree { dir, catalog } = tree;
+    drop(catalog);
+    let tree = Tree::layered(dir, overlays.path(), false);
+    tree.give("in/a.qcow2", 0, 0o600);
+    let mut found = [0; 4];
+    tree.catalog.with_opened(&node(&tree), true, |image| image.read(0, &mut found)).unwrap();
+    assert_eq!(&found, b"data");
+}
+
+#[test]
+fn what_is_below_the_image_of_an_overlay_is_followed_for_its_owner() {
+    let overlays = tempfile::tempdir().unwrap();
+    let tree = Tree::layered(tempfile::tempdir().unwrap(), overlays.path(), false);
+    tree.image("secret.qcow2", "1M");
+    tree.overlay("a.qcow2", "secret.qcow2");
+    tree.give("secret.qcow2", ONE, 0o600);
+    tree.give("a.qcow2", OTHER, 0o600);
+    let refused = tree.catalog.open(&tree.node("a.raw"), WRITE).unwrap_err().to_string();
+    assert!(refused.contains("an image of user 1002"), "{refused}");
+    tree.give("a.qcow2", ONE, 0o600);
+    tree.catalog.open(&tree.node("a.raw"), WRITE).unwrap();
+    tree.catalog.release(&tree.node("a.raw"));
+}

@@ -21,6 +21,7 @@ pub(super) fn fork() -> io::Result<Parent> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
+            drop(parent_end);
             // SAFETY: setsid takes nothing; it cannot fail in a child that leads no group.
             unsafe { libc::setsid() };
             close_inherited(&child_end);

@@ -20,6 +20,7 @@ const MOST_TYPED: usize = 256 << 10;
 
 /// What the commands that open images have in common.
 #[derive(clap::Args, Clone, Debug, Default)]
+#[group(id = "keys of images")]
 pub(super) struct Args {
     /// The key of the encrypted image NAME is the content of FILE (repeatable). NAME is that in the
     /// image's directory, with or without its extension

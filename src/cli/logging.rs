@@ -42,7 +42,8 @@ pub(super) fn to_file(level: LevelFilter, path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Logs to syslog, over a connection that is made now: a confined process makes none any more.
+/// Logs to syslog, over a connection that is made now: a confined process makes none any more. Where
+/// nobody listens by then, nothing is logged.
 pub(super) fn to_syslog(level: LevelFilter) {
     let how = libc::LOG_PID | libc::LOG_NDELAY;
     // SAFETY: the name is static and ends in NUL; openlog keeps the pointer.
@@ -112,20 +113,23 @@ impl<L: Log> Guarded<L> {
             let Some((level, target, text)) = left_out else { continue };
             let metadata = Metadata::builder().level(level).target(&target).build();
             let count = count - MOST;
-            self.write(&metadata, &format!("{count} more lines were left out, such as: {text}"));
+            let text = format!("{count} more lines were left out, such as: {text}");
+            self.write(&Record::builder().metadata(metadata).build(), &text);
         }
     }
 
-    fn write(&self, metadata: &Metadata<'_>, text: &str) {
+    /// Writes a record like that with another text.
+    fn write(&self, like: &Record<'_>, text: &str) {
         let (line, mut record) = (in_one_line(text), Record::builder());
-        record.metadata(metadata.clone());
+        record.metadata(like.metadata().clone()).module_path(like.module_path());
+        record.file(like.file()).line(like.line());
         self.to.log(&record.args(format_args!("{line}")).build());
     }
 
     fn log_at(&self, record: &Record<'_>, now: Instant) {
         self.tell_left_out(now, PERIOD);
         if self.to.enabled(record.metadata()) && self.takes(record, now) {
-            self.write(record.metadata(), &record.args().to_string());
+            self.write(record, &record.args().to_string());
         }
     }
 }

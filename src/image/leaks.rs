@@ -53,9 +53,14 @@ pub(super) struct LeakSearch {
 }
 
 impl LeakSearch {
+    /// Has the search end soon.
+    pub(super) fn ask_to_stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
     /// Ends the search and waits for its thread; whether that went as it should.
     pub(super) fn stop(&self) -> bool {
-        self.stop.store(true, Ordering::Release);
+        self.ask_to_stop();
         self.wait()
     }
 

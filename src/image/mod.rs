@@ -270,6 +270,15 @@ impl Image {
         Some(used.saturating_sub(idle) << self.geometry.cluster_bits())
     }
 
+    /// [`Image::close`] follows as soon as nobody uses the image any more: what takes long, and can be left
+    /// where it is, ends.
+    pub fn begin_closing(&self) {
+        if let Some(writer) = &self.writer {
+            writer.leak_search.ask_to_stop();
+            writer.recycler.wake_signal().stop();
+        }
+    }
+
     /// Recycles what is due, flushes, gives the pool back, cuts the file's end, and stops the
     /// recycler. Nothing may be read or written afterwards; a second close does nothing.
     ///
@@ -277,8 +286,8 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        self.begin_closing();
         let searched = writer.leak_search.stop();
-        writer.recycler.wake_signal().stop();
         if let Some(thread) = writer.thread.lock().take()
             && thread.join().is_err() | !searched
         {

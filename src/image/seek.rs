@@ -23,19 +23,28 @@ const ONE_LOOK: u64 = 64;
 const ONE_HOST_LOOK: u64 = 512;
 
 /// What is left of what one search may look at, in all files of a chain. What follows when it is used up
-/// counts as data: the first such offset is where data begins, and no hole follows.
+/// counts as data, of which the first offset is where data begins. Who looks for a hole is told that there
+/// is one, of no length, and asks anew: whoever copies the disk looks for data there, and for the next
+/// hole then.
 #[derive(Debug)]
 pub struct Looks {
     bytes: u64,
+    /// From here on nobody has looked.
+    used_up_at: Option<u64>,
 }
 
 impl Looks {
     fn new() -> Self {
-        Looks { bytes: MOST_BYTES }
+        Looks { bytes: MOST_BYTES, used_up_at: None }
     }
 
-    fn are_used_up(&self) -> bool {
-        self.bytes == 0
+    /// Whether none is left, at guest offset `at`.
+    fn are_used_up_at(&mut self, at: u64) -> bool {
+        let are_used_up = self.bytes == 0;
+        if are_used_up {
+            self.used_up_at.get_or_insert(at);
+        }
+        are_used_up
     }
 
     fn spend(&mut self, bytes: u64) {
@@ -67,20 +76,22 @@ impl Image {
     }
 
     /// The first offset at or after `offset` that reads as zeros by the tables alone; the virtual
-    /// size where data goes on to the end, or is in very many places.
+    /// size where data goes on to the end. After data in very many places it is a hole of no length.
     ///
     /// # Errors
     /// As [`Image::read`].
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
-        let mut at = offset;
-        let _ended = self.each_extent(offset..u64::MAX, &mut Looks::new(), &mut |extent| {
+        let (mut at, mut looks) = (offset, Looks::new());
+        let _ended = self.each_extent(offset..u64::MAX, &mut looks, &mut |extent| {
             if extent.start > at {
                 return ControlFlow::Break(());
             }
             at = extent.end;
             ControlFlow::Continue(())
         })?;
-        Ok(at.min(self.virtual_size()))
+        // Who asks anew there must get on.
+        let nobody_looked = looks.used_up_at.filter(|end| *end > offset).unwrap_or(u64::MAX);
+        Ok(at.min(nobody_looked).min(self.virtual_size()))
     }
 
     /// Shows `visit` the ranges of data in `range`, in ascending order, here and in the backing file.
@@ -96,7 +107,7 @@ impl Image {
         let range = self.within_disk(range);
         let mut at = range.start;
         while at < range.end {
-            if looks.are_used_up() {
+            if looks.are_used_up_at(at) {
                 return Ok(visit(at..range.end));
             }
             let (run, end) = self.look_at(at, range.end, looks)?;

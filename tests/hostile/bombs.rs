@@ -224,7 +224,11 @@ fn looking_for_data_behind_millions_of_empty_tables() {
         println!("{name}: data at {data:x?}, hole at {hole:#x}, in {:.1?}", started.elapsed());
         match entry {
             1 => assert!(data.is_some_and(|at| at > 0) && hole == 0, "{data:x?}, {hole:#x}"),
-            _ => assert_eq!((data, hole), (Some(0), image.virtual_size())),
+            // A hole of no length: who copies the disk asks anew.
+            _ => {
+                assert!(data == Some(0) && hole > 0, "{data:x?}, {hole:#x}");
+                assert_eq!(image.next_data(hole).unwrap(), Some(hole));
+            }
         }
         assert!(started.elapsed() < PATIENCE, "{name}: {:?}", started.elapsed());
         let looked = bytes_looked_at(&image);

@@ -395,7 +395,11 @@ impl Image {
         loop {
             self.settle()?;
             let writer = self.writer()?;
-            let go_on = || progress(&writer.compaction_status.lock().clone());
+            // Without the lock: who is told may ask for the status.
+            let go_on = || {
+                let status = writer.compaction_status.lock().clone();
+                progress(&status)
+            };
             let Some(prospect) = self.prospect_while(go_on)? else { return Ok(()) };
             // It may have failed meanwhile.
             self.writer()?;
