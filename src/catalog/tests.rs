@@ -695,6 +695,12 @@ fn who_never_ends_keeps_no_image_from_being_left() {
         goes_on.send(()).unwrap();
     });
     tree.catalog.release(&node);
+    // The file is closed when the last thread that has the image lets go of it.
+    let patience = Instant::now() + Duration::from_secs(30);
+    while !tree.is_free("a.qcow2", Access::Write) {
+        assert!(Instant::now() < patience, "it stays locked");
+        thread::sleep(Duration::from_millis(10));
+    }
     assert_eq!(tree.served_anew().read("a.raw")[..4], *b"done");
 }
 
