@@ -61,12 +61,10 @@ impl Catalog {
             || change.gid.is_some()
             || is_time(change.accessed)
             || is_time(change.modified);
-        let host_looks = who.uid == 0 || !rustix::process::geteuid().is_root();
-        if !is_owners || host_looks || who.uid == self.options.uid.unwrap_or(file.metadata()?.uid())
-        {
-            return Ok(());
+        match !is_owners || self.may_as_owner(who, &file.metadata()?) {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::EPERM)),
         }
-        Err(io::Error::from_raw_os_error(libc::EPERM))
     }
 
     /// Runs `verb` on a node's file on the host, which may be open for nothing. One that is open in an

@@ -203,7 +203,7 @@ impl Overlays {
                 let is_ours = summary.data_file.is_none() && *backing == ours;
                 (!is_ours).then(|| "is no overlay of ours".to_owned())
             }
-            _ => Some(format!("is not based on {}", self.source.join(path).display())),
+            _ => Some(format!("is not based on {}", self.image(path).display())),
         };
         let Some(fault) = fault else { return Ok(()) };
         let text = format!("the overlay {} {fault}: move it away", self.place(path));
@@ -212,12 +212,17 @@ impl Overlays {
 
     /// The image that an overlay is based on.
     pub(super) fn base(&self, overlay: &Overlay) -> PathBuf {
-        self.source.join(&overlay.name)
+        self.image(&overlay.name)
+    }
+
+    /// The whole path of the image `name`.
+    fn image(&self, name: &Path) -> PathBuf {
+        self.source.join(name)
     }
 
     /// The backing file of the overlay of `path`: the image.
     fn backing(&self, path: &Path) -> BackingFile {
-        let name = self.source.join(path).into_os_string().into_vec();
+        let name = self.image(path).into_os_string().into_vec();
         BackingFile { name, format: Some("qcow2".into()) }
     }
 

@@ -37,7 +37,7 @@ impl Requester {
 }
 
 impl Catalog {
-    /// Makes an empty image with virtual size 0, as the mount's options say, owned by `who` asks where
+    /// Makes an empty image with virtual size 0, as the mount's options say, owned by who asks where
     /// we may give files away. It is known to the kernel from now on, as after a lookup.
     ///
     /// # Errors
@@ -79,7 +79,7 @@ impl Catalog {
         Ok(self.remember(&metadata, directory.path.join(image)))
     }
 
-    /// Makes a directory, owned by `who` asks where we may give files away.
+    /// Makes a directory, owned by who asks where we may give files away.
     ///
     /// # Errors
     /// `EEXIST`, and those of the host.
@@ -334,13 +334,19 @@ impl Catalog {
         Ok(())
     }
 
+    /// Whether `who` may do what only the owner of a file may, as far as it is for us to say: the host
+    /// looks itself at what a daemon does that is not root's.
+    pub(super) fn may_as_owner(&self, who: Requester, file: &Metadata) -> bool {
+        let host_looks = who.uid == 0 || !rustix::process::geteuid().is_root();
+        host_looks || who.uid == self.options.uid.unwrap_or(file.uid())
+    }
+
     /// In a directory with the sticky bit only who owns it or the file takes a name away. The kernel has
     /// looked, but the name may have become another file's since.
     fn may_take_away(&self, directory: &Named, found: &Named, who: Requester) -> Result<()> {
         let is_sticky = directory.metadata.mode() & libc::S_ISVTX != 0;
-        let owns = |one: &Named| who.uid == self.options.uid.unwrap_or(one.metadata.uid());
-        let host_looks = who.uid == 0 || !rustix::process::geteuid().is_root();
-        match !is_sticky || host_looks || owns(found) || owns(directory) {
+        let owns = |one: &Named| self.may_as_owner(who, &one.metadata);
+        match !is_sticky || owns(found) || owns(directory) {
             true => Ok(()),
             false => {
                 let what = format!("taking away {}, another user's", found.path.display());
