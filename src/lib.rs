@@ -158,6 +158,7 @@ pub mod format;
 pub mod fs;
 pub mod image;
 pub mod locks;
+pub mod memory;
 pub mod recycler;
 pub mod rules;
 pub mod storage;

@@ -337,7 +337,8 @@ fn the_place_of_a_block_is_nobodys_until_nothing_on_disk_leads_there() {
 /// Tables of an image of 512-byte clusters with one L2 table at cluster 1, and an L1 table at 0.
 fn tables_over(file: Arc<dyn Storage>) -> Tables {
     let geometry = Header::parse(&made("cluster_size=512", 0)).unwrap().geometry;
-    Tables::open(file, geometry, Arc::new(MetadataMap::new(u64::MAX)), HostOffset(0), 1, 0).unwrap()
+    let metadata = Arc::new(MetadataMap::new(u64::MAX));
+    Tables::open(file, geometry, metadata, HostOffset(0), 1, 0, &Arc::default()).unwrap()
 }
 
 fn word(index: u64) -> u64 {

@@ -136,8 +136,8 @@ mod tests {
         let mut start = [0; 512];
         file.read_at(&mut start, 0).unwrap();
         let header = Header::parse(&start).unwrap();
-        let refcounts =
-            Refcounts::open(file.clone(), &header, Arc::new(MetadataMap::new(u64::MAX))).unwrap();
+        let metadata = Arc::new(MetadataMap::new(u64::MAX));
+        let refcounts = Refcounts::open(file.clone(), &header, metadata, &Arc::default()).unwrap();
         for i in 0..16 {
             let at = (1 << 20) + i * 4096;
             if in_file & 1 << i != 0 {

@@ -44,6 +44,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Geometry, Header, HostCluster, HostOffset, REFCOUNT_TABLE_OFFSET_MASK, refcount,
 };
+use crate::memory::{Cache, Memory, Share};
 use crate::rules::Rule;
 use crate::storage::Storage;
 use crate::tables::{MetadataMap, SliceCache, Write};
@@ -61,7 +62,9 @@ pub struct Refcounts {
     storage: Arc<dyn Storage>,
     metadata: Arc<MetadataMap>,
     /// Lock order: after the tables, before the cluster map.
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+    /// Of which the cache holds a share.
+    memory: Arc<Memory>,
 }
 
 struct State {
@@ -120,8 +123,16 @@ impl DirtyRefcounts {
     }
 }
 
+impl Cache for Mutex<State> {
+    fn shrink(&self, bytes: u64) {
+        if let Some(mut state) = self.try_lock() {
+            state.cache.shrink(bytes);
+        }
+    }
+}
+
 impl Refcounts {
-    /// The refcounts of the image that `header` belongs to.
+    /// The refcounts of the image that `header` belongs to. Parts of their blocks are kept in `memory`.
     ///
     /// # Errors
     /// Host errors.
@@ -129,6 +140,7 @@ impl Refcounts {
         storage: Arc<dyn Storage>,
         header: &Header,
         metadata: Arc<MetadataMap>,
+        memory: &Arc<Memory>,
     ) -> Result<Self> {
         let geometry = header.geometry;
         let at = header.refcount_table_offset;
@@ -141,6 +153,7 @@ impl Refcounts {
             Ok(())
         })?;
         let len = storage.len().map_err(|e| Error::io("reading the image's length", e))?;
+        let share = Share::of(memory);
         let state = State {
             table,
             table_offset: at,
@@ -148,13 +161,15 @@ impl Refcounts {
             moved_from: Vec::new(),
             left: Vec::new(),
             unlinked: BTreeSet::new(),
-            cache: SliceCache::new(geometry.cluster_size(), CACHE_BYTES),
+            cache: SliceCache::new(geometry.cluster_size(), CACHE_BYTES, Arc::clone(&share)),
             end: geometry.clusters_for(len).0.max(1),
             file_end: len >> geometry.cluster_bits(),
             first_free: 0,
             counted: None,
         };
-        Ok(Refcounts { geometry, storage, metadata, state: Mutex::new(state) })
+        let state = Arc::new(Mutex::new(state));
+        memory.add(&share, &state);
+        Ok(Refcounts { geometry, storage, metadata, state, memory: Arc::clone(memory) })
     }
 
     /// Enters the refcount table and its blocks into the map of metadata.
@@ -747,6 +762,7 @@ impl Refcounts {
         let mut bytes = vec![0; state.cache.slice_size() as usize].into_boxed_slice();
         self.read_block(&mut bytes, key)?;
         state.cache.insert(key, bytes);
+        self.memory.make_room();
         Ok(())
     }
 
@@ -806,7 +822,7 @@ mod tests {
         let entry = REFCOUNT_TABLE_OFFSET_MASK.to_be_bytes();
         file.write_at(&entry, header.refcount_table_offset.0).unwrap();
         let metadata = Arc::new(MetadataMap::new(u64::MAX));
-        let refcounts = Refcounts::open(file, &header, metadata).unwrap();
+        let refcounts = Refcounts::open(file, &header, metadata, &Arc::default()).unwrap();
         let error = refcounts.usage(|| true).unwrap_err().to_string();
         assert!(error.contains("malformed"), "{error}");
     }
@@ -815,7 +831,7 @@ mod tests {
     fn metadata_is_not_freed_before_its_owner_gives_it_up() {
         let (file, header) = image();
         let metadata = Arc::new(MetadataMap::new(u64::MAX));
-        let refcounts = Refcounts::open(file, &header, metadata.clone()).unwrap();
+        let refcounts = Refcounts::open(file, &header, metadata.clone(), &Arc::default()).unwrap();
         let table = refcounts.allocate(1).unwrap().clusters;
         let cluster = HostCluster(table.start);
         metadata.insert(cluster);

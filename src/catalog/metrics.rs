@@ -35,6 +35,10 @@ impl Page {
         self.sample("images_open", &[], status.images.len() as u64);
         self.begin("images_failed", "gauge", "Images that had an error and were not opened since.");
         self.sample("images_failed", &[], status.errors.len() as u64);
+        self.begin("cache_bytes", "gauge", "What the caches of all images hold.");
+        self.sample("cache_bytes", &[], status.caches.held);
+        self.begin("cache_limit_bytes", "gauge", "What they may hold.");
+        self.sample("cache_limit_bytes", &[], status.caches.limit);
         self.begin("close_errors_total", "counter", "Closes of images that failed.");
         self.sample("close_errors_total", &[], status.close_errors);
     }

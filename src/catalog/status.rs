@@ -6,6 +6,7 @@ use super::node::Look;
 use super::{Catalog, IoCounts};
 use crate::confine;
 use crate::image;
+use crate::memory::MemoryStatus;
 
 /// A whole mount.
 #[derive(Clone, Debug, Serialize)]
@@ -28,6 +29,8 @@ pub struct MountStatus {
     pub overlay: Option<String>,
     /// The overlays are thrown away at the end.
     pub ephemeral: bool,
+    /// The caches of all open images.
+    pub caches: MemoryStatus,
     /// How many times closing an image has failed.
     pub close_errors: u64,
     /// The images that are open.
@@ -97,6 +100,7 @@ impl Catalog {
             mountpoint: mountpoint.display().to_string(),
             read_only: self.options.read_only,
             io_flusher: self.options.io_flusher,
+            caches: self.options.image.caches.status(),
             confined: confine::report(),
             overlay: overlay.map(|overlay| overlay.directory.display().to_string()),
             ephemeral: overlay.is_some_and(|overlay| overlay.ephemeral),

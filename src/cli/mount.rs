@@ -20,6 +20,7 @@ use crate::catalog::{self, Catalog, OverlayOptions};
 use crate::confine::{self, Layer, Place};
 use crate::fs::Filesys;
 use crate::image;
+use crate::memory::Memory;
 use crate::storage::image_lock;
 
 /// Mount a directory of qcow2 images
@@ -55,6 +56,10 @@ pub(super) struct Args {
     /// of 64K [default: 128M]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     metadata_cache: Option<u64>,
+    /// Let the caches of all images together take at most this much memory; those of disks that are in
+    /// use are the last to shrink [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    cache_limit: Option<u64>,
     /// Move clusters so that an image file gets shorter, once discards have settled and it wins this
     /// much: a size, a part of the file (and 1M at least), or off [default: 1%]
     #[arg(long, value_name = "SIZE|PERCENT|off", value_parser = size::parse_compact_after)]
@@ -102,14 +107,16 @@ pub(super) struct Args {
     #[arg(short, long, action = clap::ArgAction::Count)]
     quiet: u8,
     /// ro, rw, allow_other, uid=N, gid=N, umask=N, keep_erased=SIZE, metadata_cache=SIZE,
-    /// compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR, create_cluster_size=SIZE,
-    /// create_refcount_bits=N, create_extended_l2, create_compression=zlib|zstd, overlay=DIR,
-    /// ephemeral, passthrough, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
+    /// cache_limit=SIZE, compact_after=SIZE|PERCENT|off, recycle_rate=SIZE, allow=DIR,
+    /// create_cluster_size=SIZE, create_refcount_bits=N, create_extended_l2,
+    /// create_compression=zlib|zstd, overlay=DIR, ephemeral, passthrough, unconfined=LAYER, keys=DIR, key_file=NAME=FILE, log_file=FILE, noatime,
     /// noexec, sync, and what mount(8) and fstab pass
     #[arg(short, value_name = "OPTION[,OPTION]...")]
     options: Vec<String>,
 }
 
+/// What all caches together may hold, in bytes: eight images whose L2 tables are all in use.
+const CACHE_LIMIT: u64 = 1 << 30;
 /// What the kernel may read ahead, in bytes. Its own 128 KiB are two clusters, so that somebody who
 /// copies a compressed image waits for the inflating and it for him: measured with
 /// `scripts/bench --jobs compressed-copy`.
@@ -234,6 +241,8 @@ impl Plan {
         if let Some(bytes) = args.metadata_cache.or(options.metadata_cache) {
             image.metadata_cache = bytes;
         }
+        let limit = args.cache_limit.or(options.cache_limit);
+        image.caches = Memory::new(limit.unwrap_or(CACHE_LIMIT));
         if let Some(after) = args.compact_after.or(options.compact_after) {
             image.compact_after = after;
         }
@@ -314,7 +323,8 @@ impl Plan {
         let options = catalog::Options { io_flusher, ..self.catalog.clone() };
         let catalog = Catalog::new(&self.directory, options);
         let catalog = Arc::new(catalog.map_err(|e| e.to_string())?);
-        let files = self.files(Arc::clone(&catalog))?;
+        let passthrough = self.options.passthrough;
+        let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone(), passthrough);
         let session = Session::new(files, &self.mountpoint, &self.config())
             .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
         let helper = self.confine.as_ref().map(|_| Helper::start(&self.mountpoint)).transpose();
@@ -331,15 +341,6 @@ impl Plan {
         }
         signals.serve(mount, Arc::clone(&catalog)).map_err(starting_a_thread)?;
         Ok(Started { session, catalog, helper, manager })
-    }
-
-    /// The file system. Its threads would keep what is given up after they have started.
-    fn files(&self, catalog: Arc<Catalog>) -> Result<Filesys, String> {
-        let (place, passthrough) = (self.mountpoint.clone(), self.options.passthrough);
-        match self.confine {
-            Some(_) => Ok(Filesys::without_threads(catalog, place, passthrough)),
-            None => Filesys::new(catalog, place, passthrough).map_err(starting_a_thread),
-        }
     }
 
     /// Gives up what serving the mount does not need, but for the layers in `without`.

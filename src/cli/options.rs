@@ -18,6 +18,7 @@ pub(super) struct MountOptions {
     pub(super) umask: Option<u32>,
     pub(super) keep_erased: Option<u64>,
     pub(super) metadata_cache: Option<u64>,
+    pub(super) cache_limit: Option<u64>,
     pub(super) compact_after: Option<CompactAfter>,
     pub(super) recycle_rate: Option<u64>,
     pub(super) allow: Vec<String>,
@@ -93,6 +94,7 @@ impl MountOptions {
             ("umask", Some(value)) => self.umask = Some(number(option, value, 8)?),
             ("keep_erased", Some(value)) => self.keep_erased = Some(size::parse(value)?),
             ("metadata_cache", Some(value)) => self.metadata_cache = Some(size::parse(value)?),
+            ("cache_limit", Some(value)) => self.cache_limit = Some(size::parse(value)?),
             ("compact_after", Some(value)) => {
                 self.compact_after = Some(size::parse_compact_after(value)?);
             }
@@ -174,7 +176,8 @@ mod tests {
     #[test]
     fn our_options_are_taken() {
         let options = parse(
-            "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,metadata_cache=3M,log_file=/l,allow=/b,\
+            "ro,allow_other,uid=7,gid=8,umask=027,keep_erased=1M,metadata_cache=3M,cache_limit=5M,\
+                   log_file=/l,allow=/b,\
                    compact_after=5%,recycle_rate=2M,create_cluster_size=4K,\
                    create_refcount_bits=8,create_extended_l2,create_compression=zstd,\
                    overlay=/o,ephemeral,passthrough,keys=/k,key_file=a=/f,\
@@ -188,6 +191,7 @@ mod tests {
             umask: Some(0o27),
             keep_erased: Some(1 << 20),
             metadata_cache: Some(3 << 20),
+            cache_limit: Some(5 << 20),
             compact_after: Some(CompactAfter::Percent(5)),
             recycle_rate: Some(2 << 20),
             allow: vec!["/b".into()],

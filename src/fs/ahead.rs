@@ -27,7 +27,7 @@ pub(super) struct Ahead {
 impl Ahead {
     /// Threads are started when they are needed.
     pub(super) fn new() -> Ahead {
-        let pool = Pool::without_threads(THREADS);
+        let pool = Pool::new(THREADS);
         Ahead { listed: Mutex::default(), stopped: Arc::default(), pool }
     }
 
@@ -38,13 +38,19 @@ impl Ahead {
         }
     }
 
-    /// Somebody looks at a file. The second one of a listing is followed by the others.
-    pub(super) fn looked_at(&self, catalog: &Arc<Catalog>, directory: u64, name: &OsStr) {
+    /// `user` looks at a file. The second one of a listing is followed by the others.
+    pub(super) fn looked_at(
+        &self,
+        user: u32,
+        catalog: &Arc<Catalog>,
+        directory: u64,
+        name: &OsStr,
+    ) {
         let Some(entries) = self.following(directory, name) else { return };
         for first in 0..THREADS {
             let (catalog, entries) = (Arc::clone(catalog), Arc::clone(&entries));
             let stopped = Arc::clone(&self.stopped);
-            self.pool.run(move || {
+            self.pool.run(user, move || {
                 for entry in entries.iter().skip(2 + first).step_by(THREADS) {
                     if stopped.load(Ordering::Relaxed) {
                         return;

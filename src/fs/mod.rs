@@ -2,7 +2,9 @@
 //!
 //! Reads, writes and looks at names are answered by the FUSE workers themselves ([`WORKERS`], of which
 //! most rest where requests queue up). What may block
-//! (opening, closing, flushing, discarding, resizing) goes to a small pool, and so do a read that
+//! (opening, closing, flushing, discarding, resizing) goes to a small pool, in which one user's
+//! requests do not keep those of another waiting (the kernel closes for nobody in particular, and
+//! that counts as a user of its own), and so do a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
 //! flush; one flush at a time is done by the worker that took it. What opens an image that may be
 //! encrypted goes to a pool of its own: to find the key out from a passphrase takes a second or two,
@@ -54,10 +56,10 @@ use pool::Pool;
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Opened, Verbs};
 
-/// Threads for what may block.
+/// Threads for what may block, for each user.
 const SLOW_THREADS: usize = 8;
-/// Threads for opening what may be encrypted: so many such images are opened at once before one of
-/// them waits for another.
+/// Threads for opening what may be encrypted, for each user: so many such images are opened at once
+/// before one of them waits for another.
 const UNLOCKING_THREADS: usize = 16;
 /// Requests that the kernel may have on the way in the background (readahead, asynchronous I/O).
 const MAX_BACKGROUND: u16 = 64;
@@ -81,29 +83,12 @@ pub struct Filesys {
 }
 
 impl Filesys {
-    /// Serves `catalog`. Threads are started here: not before the daemon has forked. With `passthrough`
-    /// the kernel reads and writes disks itself where it can.
-    ///
-    /// # Errors
-    /// Those of the host when it cannot start a thread.
-    pub fn new(
-        catalog: Arc<Catalog>,
-        mountpoint: PathBuf,
-        passthrough: bool,
-    ) -> io::Result<Filesys> {
-        let pool = Pool::new(SLOW_THREADS)?;
-        Ok(Filesys { pool, ..Filesys::without_threads(catalog, mountpoint, passthrough) })
-    }
-
-    /// As [`Filesys::new`], but its threads start with the first request that needs them: a process
-    /// gives its privileges up while it has no threads.
-    pub fn without_threads(
-        catalog: Arc<Catalog>,
-        mountpoint: PathBuf,
-        passthrough: bool,
-    ) -> Filesys {
+    /// Serves `catalog`. Threads start with the first request that needs them: not before the daemon
+    /// has forked, and has given its privileges up. With `passthrough` the kernel reads and writes disks
+    /// itself where it can.
+    pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf, passthrough: bool) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint, passthrough));
-        let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::without_threads);
+        let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::new);
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
         Filesys { verbs, ahead: Ahead::new(), crew: Crew::new(processors), pool, unlocking }
     }
@@ -140,9 +125,10 @@ impl Filesys {
         self.node(ino).map_err(|e| if e == Errno::EPERM { none } else { e })
     }
 
-    /// Runs `verb` on the pool and answers with nothing.
+    /// Runs `verb`, which is asked for by `request`, on the pool and answers with nothing.
     fn slowly(
         &self,
+        request: &Request,
         node: Result<Arc<Node>, Errno>,
         reply: ReplyEmpty,
         verb: impl FnOnce(&Verbs, &Node) -> Result<()> + Send + 'static,
@@ -152,7 +138,7 @@ impl Filesys {
             Err(e) => return reply.error(e),
         };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || answer(verb(&verbs, &node), Some(&node), reply));
+        self.pool.run(request.uid(), move || answer(verb(&verbs, &node), Some(&node), reply));
     }
 }
 
@@ -310,15 +296,15 @@ impl Filesystem for Filesys {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if snap::is_ours(parent) || name == snap::NAME && parent != control::DIRECTORY {
             let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
-            return self.pool.run(move || match verbs.snap_lookup(parent, &name) {
+            return self.pool.run(request.uid(), move || match verbs.snap_lookup(parent, &name) {
                 Ok(attr) => reply.entry(&ENTRY_TTL, &attr, GENERATION),
                 Err(e) => reply.error(fail(None, &e)),
             });
         }
-        self.ahead.looked_at(&self.verbs.catalog, parent.0, name);
+        self.ahead.looked_at(request.uid(), &self.verbs.catalog, parent.0, name);
         answer_entry(&self.verbs, parent, name, reply);
     }
 
@@ -331,7 +317,7 @@ impl Filesystem for Filesys {
 
     fn getattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _handle: Option<FileHandle>,
         reply: ReplyAttr,
@@ -341,12 +327,14 @@ impl Filesystem for Filesys {
         }
         if snap::is_ours(ino) {
             let verbs = Arc::clone(&self.verbs);
-            return self.pool.run(move || answer_snap_attributes(&verbs, ino, reply));
+            return self
+                .pool
+                .run(request.uid(), move || answer_snap_attributes(&verbs, ino, reply));
         }
         match self.node(ino) {
             Ok(node) if node.is_busy() => {
                 let verbs = Arc::clone(&self.verbs);
-                self.pool.run(move || answer_attributes(&verbs, &node, reply));
+                self.pool.run(request.uid(), move || answer_attributes(&verbs, &node, reply));
             }
             Ok(node) => answer_attributes(&self.verbs, &node, reply),
             Err(e) => reply.error(e),
@@ -378,7 +366,9 @@ impl Filesystem for Filesys {
             }
             // What touch(1) sets after it has made the file: the time stays that of the snapshot.
             let verbs = Arc::clone(&self.verbs);
-            return self.pool.run(move || answer_snap_attributes(&verbs, ino, reply));
+            return self
+                .pool
+                .run(request.uid(), move || answer_snap_attributes(&verbs, ino, reply));
         }
         // A shell's `>` cuts the file first.
         if ino == control::CONTROL
@@ -400,15 +390,15 @@ impl Filesystem for Filesys {
         let (verbs, who) = (Arc::clone(&self.verbs), requester(request));
         // Only a new size needs the image itself.
         let pool = if size.is_some() { self.pool_for_opening(ino) } else { &self.pool };
-        pool.run(move || match verbs.set_attributes(&node, size, change, who) {
+        pool.run(request.uid(), move || match verbs.set_attributes(&node, size, change, who) {
             Ok(()) => answer_attributes(&verbs, &node, reply),
             Err(e) => reply.error(fail(Some(&node), &e)),
         });
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool_for_opening(ino).run(move || {
+        self.pool_for_opening(ino).run(request.uid(), move || {
             if ino == control::CONTROL {
                 let handle = verbs.add_handle(Handle::Control { held: Default::default() });
                 return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
@@ -446,7 +436,7 @@ impl Filesystem for Filesys {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -459,7 +449,9 @@ impl Filesystem for Filesys {
             self.verbs.with_handle(handle.0, |open| match open {
                 Ok(Handle::Image { node, .. }) if node.is_busy() => {
                     let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
-                    self.pool.run(move || answer_read(&verbs, &node, offset, size, reply));
+                    self.pool.run(request.uid(), move || {
+                        answer_read(&verbs, &node, offset, size, reply)
+                    });
                 }
                 Ok(Handle::Image { node, .. }) => {
                     answer_read(&self.verbs, node, offset, size, reply);
@@ -483,7 +475,7 @@ impl Filesystem for Filesys {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -495,14 +487,16 @@ impl Filesystem for Filesys {
     ) {
         if ino == control::CONTROL {
             let (verbs, text) = (Arc::clone(&self.verbs), data.to_vec());
-            return self.pool.run(move || answer_orders(&verbs, handle, &text, reply));
+            return self
+                .pool
+                .run(request.uid(), move || answer_orders(&verbs, handle, &text, reply));
         }
         let (synchronous, length) = (is_synchronous(how, flags), data.len());
         let answer = |node: &Arc<Node>, reply: ReplyWrite| {
             if !self.verbs.is_within(node, offset, length) {
                 let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
                 let data = data.to_vec();
-                return self.pool.run(move || {
+                return self.pool.run(request.uid(), move || {
                     let written = verbs.write(&node, offset, &data);
                     let done = match synchronous {
                         true => written.and_then(|()| verbs.sync(&node)),
@@ -516,7 +510,9 @@ impl Filesystem for Filesys {
                 return answer_written(written, node, length, reply);
             }
             let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
-            self.pool.run_here(move || answer_written(verbs.sync(&node), &node, length, reply));
+            self.pool.run_here(request.uid(), move || {
+                answer_written(verbs.sync(&node), &node, length, reply)
+            });
         };
         self.crew.serve(length, || {
             self.verbs.with_handle(handle.0, |open| match image_of(open) {
@@ -528,7 +524,7 @@ impl Filesystem for Filesys {
 
     fn flush(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         _owner: LockOwner,
@@ -542,14 +538,14 @@ impl Filesystem for Filesys {
         let waits = image_of(Ok(&open)).is_ok_and(|node| verbs.is_passed_through(node));
         let close = move || answer(verbs.closing(&open), None, reply);
         match waits {
-            true => self.pool.run(close),
+            true => self.pool.run(request.uid(), close),
             false => close(),
         }
     }
 
     fn release(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
@@ -558,7 +554,7 @@ impl Filesystem for Filesys {
         reply: ReplyEmpty,
     ) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || {
+        self.pool.run(request.uid(), move || {
             verbs.release_unused(handle.0);
             reply.ok();
         });
@@ -566,7 +562,7 @@ impl Filesystem for Filesys {
 
     fn fsync(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         datasync: bool,
@@ -580,7 +576,7 @@ impl Filesystem for Filesys {
             Err(e) => return reply.error(fail(None, e)),
         };
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run_here(move || {
+        self.pool.run_here(request.uid(), move || {
             let synced = if datasync { verbs.sync(&node) } else { verbs.sync_all(&node) };
             answer(synced, Some(&node), reply);
         });
@@ -588,7 +584,7 @@ impl Filesystem for Filesys {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -596,14 +592,14 @@ impl Filesystem for Filesys {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.slowly(self.image_node(handle), reply, move |verbs, node| {
+        self.slowly(request, self.image_node(handle), reply, move |verbs, node| {
             verbs.allocate(node, offset, length, mode)
         });
     }
 
     fn lseek(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: i64,
@@ -611,7 +607,7 @@ impl Filesystem for Filesys {
         reply: ReplyLseek,
     ) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(move || {
+        self.pool.run(request.uid(), move || {
             let handle = verbs.handle(handle.0);
             match handle.and_then(|handle| verbs.seek(&handle, offset, whence)) {
                 Ok(found) => reply.offset(found as i64),
@@ -620,13 +616,13 @@ impl Filesystem for Filesys {
         });
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         if ino == control::DIRECTORY {
             return reply.opened(FileHandle(0), FopenFlags::empty());
         }
         if snap::is_ours(ino) {
             let verbs = Arc::clone(&self.verbs);
-            return self.pool.run(move || match verbs.snap_open_directory(ino) {
+            return self.pool.run(request.uid(), move || match verbs.snap_open_directory(ino) {
                 Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
                 Err(e) => reply.error(fail(None, &e)),
             });
@@ -719,17 +715,18 @@ impl Filesystem for Filesys {
         if snap::is_ours(parent) {
             let verbs = Arc::clone(&self.verbs);
             let pool = self.pool_for_opening(parent);
-            return pool.run(move || answer(verbs.snap_remove(parent, &name), None, reply));
+            return pool
+                .run(request.uid(), move || answer(verbs.snap_remove(parent, &name), None, reply));
         }
         let who = requester(request);
-        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
+        self.slowly(request, self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, false, who)
         });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (name, who) = (name.to_owned(), requester(request));
-        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
+        self.slowly(request, self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.remove(parent, &name, true, who)
         });
     }
@@ -749,7 +746,7 @@ impl Filesystem for Filesys {
             Err(e) => return reply.error(e),
         };
         let (name, new_name, who) = (name.to_owned(), new_name.to_owned(), requester(request));
-        self.slowly(self.parent(parent, &name), reply, move |verbs, parent| {
+        self.slowly(request, self.parent(parent, &name), reply, move |verbs, parent| {
             verbs.catalog.rename((parent, &name), (&to, &new_name), flags.bits(), who)
         });
     }
@@ -789,18 +786,20 @@ impl Filesystem for Filesys {
                 Ok(node) => node,
                 Err(e) => return reply.error(e),
             };
-            return self.pool.run(move || {
+            return self.pool.run(request.uid(), move || {
                 let register = |file: &File| reply.open_backing(file);
                 let created = verbs.create(&parent, &name, mode, who, flags, &register);
                 answer_created(created, reply);
             });
         }
-        self.pool_for_opening(parent).run(move || match verbs.snap_create(parent, &name) {
-            Ok((attr, handle)) => {
-                let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
-                reply.created(&ENTRY_TTL, &attr, GENERATION, handle, flags);
+        self.pool_for_opening(parent).run(request.uid(), move || {
+            match verbs.snap_create(parent, &name) {
+                Ok((attr, handle)) => {
+                    let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+                    reply.created(&ENTRY_TTL, &attr, GENERATION, handle, flags);
+                }
+                Err(e) => reply.error(fail(None, &e)),
             }
-            Err(e) => reply.error(fail(None, &e)),
         });
     }
 
@@ -820,7 +819,7 @@ impl Filesystem for Filesys {
             Err(e) => return reply.error(e),
         };
         let (verbs, name, who) = (Arc::clone(&self.verbs), name.to_owned(), requester(request));
-        self.pool.run(move || {
+        self.pool.run(request.uid(), move || {
             match verbs.catalog.make_image(&parent_node, &name, mode, who) {
                 Ok(node) => {
                     // The look that follows counts one more.
@@ -845,7 +844,7 @@ impl Filesystem for Filesys {
 
     fn link(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         parent: INodeNo,
         name: &OsStr,
@@ -857,15 +856,17 @@ impl Filesystem for Filesys {
             Err(e) => return reply.error(e),
         };
         let (verbs, name) = (Arc::clone(&self.verbs), name.to_owned());
-        self.pool.run(move || match verbs.catalog.link(&node, &parent_node, &name) {
-            Ok(()) => answer_entry(&verbs, parent, &name, reply),
-            Err(e) => reply.error(fail(Some(&parent_node), &e)),
+        self.pool.run(request.uid(), move || {
+            match verbs.catalog.link(&node, &parent_node, &name) {
+                Ok(()) => answer_entry(&verbs, parent, &name, reply),
+                Err(e) => reply.error(fail(Some(&parent_node), &e)),
+            }
         });
     }
 
     fn fsyncdir(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _handle: FileHandle,
         _datasync: bool,
@@ -874,10 +875,19 @@ impl Filesystem for Filesys {
         if control::is_ours(ino) || snap::is_ours(ino) {
             return reply.ok();
         }
-        self.slowly(self.node(ino), reply, |verbs, node| verbs.catalog.sync_directory(node));
+        self.slowly(request, self.node(ino), reply, |verbs, node| {
+            verbs.catalog.sync_directory(node)
+        });
     }
 
-    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
         let node = match self.with_attributes(ino, Errno::ENODATA) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
@@ -887,12 +897,12 @@ impl Filesystem for Filesys {
             answer_attribute(verbs.catalog.extended_attribute(node, &name), size, reply);
         };
         match node.is_busy() {
-            true => self.pool.run(move || answer(&node)),
+            true => self.pool.run(request.uid(), move || answer(&node)),
             false => answer(&node),
         }
     }
 
-    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let node = match self.node(ino) {
             Ok(node) => node,
             // What is ours has none.
@@ -903,14 +913,14 @@ impl Filesystem for Filesys {
             answer_attribute(verbs.catalog.extended_attributes(node), size, reply);
         };
         match node.is_busy() {
-            true => self.pool.run(move || answer(&node)),
+            true => self.pool.run(request.uid(), move || answer(&node)),
             false => answer(&node),
         }
     }
 
     fn setxattr(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -919,15 +929,15 @@ impl Filesystem for Filesys {
         reply: ReplyEmpty,
     ) {
         let (name, value) = (name.to_owned(), value.to_owned());
-        self.slowly(self.node(ino), reply, move |verbs, node| {
+        self.slowly(request, self.node(ino), reply, move |verbs, node| {
             verbs.catalog.set_extended_attribute(node, &name, &value, flags as u32)
         });
     }
 
-    fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
         let node = self.with_attributes(ino, Errno::ENODATA);
-        self.slowly(node, reply, move |verbs, node| {
+        self.slowly(request, node, reply, move |verbs, node| {
             verbs.catalog.remove_extended_attribute(node, &name)
         });
     }

@@ -17,6 +17,7 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use crate::counters::{CacheCounts, Counter};
 use crate::format::HostOffset;
+use crate::memory::{Cache, Memory, Share};
 use crate::sync::Mutex;
 
 /// Memory for inflated clusters, in bytes; four clusters at least.
@@ -41,18 +42,55 @@ type Slot = Arc<Mutex<Box<[u8]>>>;
 #[derive(Debug)]
 pub(super) struct InflateCache {
     capacity: usize,
-    /// Newest last. So few that a scan is faster than a map.
-    entries: Mutex<VecDeque<(HostOffset, Slot)>>,
+    entries: Arc<Mutex<Entries>>,
+    memory: Arc<Memory>,
     hits: Counter,
     misses: Counter,
 }
 
+#[derive(Debug)]
+struct Entries {
+    /// Newest last. So few that a scan is faster than a map.
+    all: VecDeque<(HostOffset, Slot)>,
+    cluster_size: u64,
+    /// A cluster for each entry.
+    share: Arc<Share>,
+}
+
+impl Entries {
+    fn retain(&mut self, keep: impl Fn(HostOffset) -> bool) {
+        let before = self.all.len();
+        self.all.retain(|(at, _)| keep(*at));
+        self.share.give_back((before - self.all.len()) as u64 * self.cluster_size);
+    }
+
+    fn drop_oldest(&mut self) {
+        if self.all.pop_front().is_some() {
+            self.share.give_back(self.cluster_size);
+        }
+    }
+}
+
+impl Cache for Mutex<Entries> {
+    fn shrink(&self, bytes: u64) {
+        if let Some(mut entries) = self.try_lock() {
+            let count = bytes.div_ceil(entries.cluster_size);
+            (0..count.min(entries.all.len() as u64)).for_each(|_| entries.drop_oldest());
+        }
+    }
+}
+
 impl InflateCache {
-    pub(super) fn new(cluster_size: u64) -> Self {
+    pub(super) fn new(cluster_size: u64, memory: &Arc<Memory>) -> Self {
+        let share = Share::of(memory);
+        let entries = Entries { all: VecDeque::new(), cluster_size, share: Arc::clone(&share) };
+        let entries = Arc::new(Mutex::new(entries));
+        memory.add(&share, &entries);
         let capacity = (CACHE_BYTES / cluster_size).clamp(4, 256) as usize;
         InflateCache {
             capacity,
-            entries: Mutex::default(),
+            entries,
+            memory: Arc::clone(memory),
             hits: Counter::default(),
             misses: Counter::default(),
         }
@@ -84,28 +122,31 @@ impl InflateCache {
 
     fn slot(&self, offset: HostOffset) -> Slot {
         let mut entries = self.entries.lock();
-        let found = entries.iter().position(|(at, _)| *at == offset);
-        let entry = match found.and_then(|i| entries.remove(i)) {
-            Some(entry) => entry,
-            None => {
-                if entries.len() >= self.capacity {
-                    entries.pop_front();
-                }
-                (offset, Slot::default())
-            }
-        };
-        entries.push_back(entry.clone());
-        entry.1
+        let found = entries.all.iter().position(|(at, _)| *at == offset);
+        if let Some(entry) = found.and_then(|i| entries.all.remove(i)) {
+            let slot = entry.1.clone();
+            entries.all.push_back(entry);
+            return slot;
+        }
+        if entries.all.len() >= self.capacity {
+            entries.drop_oldest();
+        }
+        let slot = Slot::default();
+        entries.all.push_back((offset, slot.clone()));
+        entries.share.grow(entries.cluster_size);
+        drop(entries);
+        self.memory.make_room();
+        slot
     }
 
     /// Nothing is what it was.
     pub(super) fn forget_all(&self) {
-        self.entries.lock().clear();
+        self.entries.lock().retain(|_| false);
     }
 
     /// The data at `offset` is no longer what it was.
     pub(super) fn forget(&self, offset: HostOffset) {
-        self.entries.lock().retain(|(at, _)| *at != offset);
+        self.entries.lock().retain(|at| at != offset);
     }
 }
 
@@ -270,7 +311,7 @@ mod tests {
 
     #[test]
     fn the_cache_inflates_once_until_it_is_told_to_forget() {
-        let cache = InflateCache::new(2 << 20);
+        let cache = InflateCache::new(2 << 20, &Arc::default());
         let mut inflated = 0;
         let mut get = |at: u64| {
             let make = || {

@@ -44,6 +44,7 @@ use crate::crypt::Location;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Geometry, GuestOffset};
 use crate::locks::GuestLocks;
+use crate::memory::Memory;
 use crate::recycler::thread::Agenda;
 use crate::recycler::{Recycler, StateCounts, WorkDone};
 use crate::storage::Storage;
@@ -75,6 +76,8 @@ pub struct Options {
     pub flush_after: Duration,
     /// Bytes of memory for parts of L2 tables that could be read again.
     pub metadata_cache: u64,
+    /// The memory that the caches of this image share with those of others.
+    pub caches: Arc<Memory>,
     /// Whether clusters that a crash has leaked are looked for after the open, in the background.
     pub return_leaks: bool,
     /// From how much on it is worth while to move clusters so that the file gets shorter.
@@ -101,6 +104,7 @@ impl Default for Options {
             keep_erased: 64 << 20,
             flush_after: Duration::from_secs(5),
             metadata_cache: 128 << 20,
+            caches: Arc::default(),
             return_leaks: true,
             compact_after: CompactAfter::Percent(1),
             settle_after: Duration::from_secs(1),

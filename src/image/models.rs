@@ -146,7 +146,7 @@ fn nobody_reads_what_was_inflated_before_it_was_forgotten() {
         let disk = Disk::default();
         disk.place.store(OLD, Ordering::Relaxed);
         disk.mapped[0].store(true, Ordering::Relaxed);
-        let shared = Arc::new((disk, InflateCache::new(1 << 16)));
+        let shared = Arc::new((disk, InflateCache::new(1 << 16, &Arc::default())));
         let other = |act: fn(&Disk, &InflateCache)| {
             let shared = shared.clone();
             thread::spawn(move || act(&shared.0, &shared.1))

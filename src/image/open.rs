@@ -214,6 +214,7 @@ impl Image {
             header.l1_table_offset,
             header.l1_size,
             options.metadata_cache,
+            &options.caches,
         )?;
         sound = sound.and(tables.register_metadata());
         let snapshots = Table::read(&*storage, &header, memory);
@@ -223,7 +224,9 @@ impl Image {
                 Ok(table) => table.register_metadata(&*storage, &header, &metadata),
                 Err(damage) => Err(damage.duplicate()),
             });
-            let refcounts = Arc::new(Refcounts::open(storage.clone(), &header, metadata.clone())?);
+            let (file, caches) = (storage.clone(), &options.caches);
+            let refcounts = Refcounts::open(file, &header, metadata.clone(), caches)?;
+            let refcounts = Arc::new(refcounts);
             sound = sound.and_then(|()| refcounts.register_metadata());
             let mut bitmaps = None;
             sound = sound.and_then(|()| {
@@ -277,7 +280,7 @@ impl Image {
             opened_corrupt,
             backing,
             compression,
-            inflated: InflateCache::new(header.geometry.cluster_size()),
+            inflated: InflateCache::new(header.geometry.cluster_size(), &options.caches),
             snapshots: Snapshots::new(snapshots),
             writer,
         });

@@ -43,7 +43,7 @@ fn recycler_over<S: Storage + 'static>(
     storage.write_at(&count.to_be_bytes().repeat(CLUSTERS as usize), 2 * CLUSTER).unwrap();
     let storage = Arc::new(storage);
     let metadata = Arc::new(MetadataMap::new(u64::MAX));
-    let refcounts = Refcounts::open(storage.clone(), &header, metadata).unwrap();
+    let refcounts = Refcounts::open(storage.clone(), &header, metadata, &Arc::default()).unwrap();
     let layered = layer(storage.clone());
     (storage, Recycler::new(header.geometry, layered, Arc::new(refcounts), 0))
 }

@@ -9,9 +9,12 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use foldhash::{HashMap, HashMapExt};
+
+use crate::memory::Share;
 
 /// What one metadata write is: this content at this host offset, whole sectors.
 pub type Write = (u64, Vec<u8>);
@@ -22,6 +25,8 @@ const MAX_SLICE: u64 = 4096;
 /// How far one insertion looks for something to evict. Where most of the cache is dirty it stays
 /// over its capacity until the next flush rather than looking through it all each time.
 const MAX_EVICTION_STEPS: usize = 64;
+/// However short memory is, so many slices stay.
+const MIN_SLICES: usize = 16;
 
 /// The cache. Keys are the host offsets of slices.
 #[derive(Debug)]
@@ -34,6 +39,8 @@ pub struct SliceCache {
     clock: VecDeque<u64>,
     dirty: BTreeSet<u64>,
     forgotten: u64,
+    /// The bytes of all slices.
+    share: Arc<Share>,
 }
 
 #[derive(Debug)]
@@ -48,16 +55,17 @@ struct Slice {
 
 impl SliceCache {
     /// An empty cache for metadata clusters of `cluster_size` bytes that keeps about `bytes` bytes
-    /// of clean slices.
-    pub fn new(cluster_size: u64, bytes: u64) -> Self {
+    /// of clean slices, and tells `share` what it holds.
+    pub fn new(cluster_size: u64, bytes: u64, share: Arc<Share>) -> Self {
         let slice_size = cluster_size.min(MAX_SLICE);
         SliceCache {
             slice_size,
-            capacity: (bytes / slice_size).max(16) as usize,
+            capacity: (bytes / slice_size).max(MIN_SLICES as u64) as usize,
             slices: HashMap::new(),
             clock: VecDeque::new(),
             dirty: BTreeSet::new(),
             forgotten: 0,
+            share,
         }
     }
 
@@ -160,6 +168,7 @@ impl SliceCache {
             return Some(bytes);
         }
         let evicted = self.evict();
+        self.share.grow(self.slice_size);
         self.slices.insert(key, Slice { bytes, dirty, writing: 0, used: AtomicBool::new(true) });
         self.clock.push_back(key);
         evicted
@@ -172,16 +181,39 @@ impl SliceCache {
             if self.slices.len() < self.capacity {
                 break;
             }
-            let Some(key) = self.clock.pop_front() else { break };
-            let Some(slice) = self.slices.get(&key) else { continue };
-            let pinned = slice.dirty | slice.writing != 0;
-            if pinned || slice.used.swap(false, Ordering::Relaxed) {
-                self.clock.push_back(key);
-            } else {
-                evicted = self.slices.remove(&key).map(|slice| slice.bytes);
-            }
+            evicted = self.step().or(evicted);
         }
         evicted
+    }
+
+    /// Gives about `bytes` of clean slices up, or as much as is found soon.
+    pub fn shrink(&mut self, bytes: u64) {
+        let enough = self.share.held().saturating_sub(bytes);
+        for _ in 0..MAX_EVICTION_STEPS {
+            if self.slices.len() <= MIN_SLICES || self.share.held() <= enough {
+                break;
+            }
+            self.step();
+        }
+    }
+
+    /// Lets go of the slice whose turn it is, unless it is dirty or was used since its last turn.
+    /// Returns its bytes.
+    fn step(&mut self) -> Option<Box<[u8]>> {
+        let key = self.clock.pop_front()?;
+        let slice = self.slices.get(&key)?;
+        let pinned = slice.dirty | slice.writing != 0;
+        if pinned || slice.used.swap(false, Ordering::Relaxed) {
+            self.clock.push_back(key);
+            return None;
+        }
+        self.remove(key).map(|slice| slice.bytes)
+    }
+
+    fn remove(&mut self, key: u64) -> Option<Slice> {
+        let slice = self.slices.remove(&key)?;
+        self.share.give_back(self.slice_size);
+        Some(slice)
     }
 
     /// Drops everything of the metadata cluster at `offset`, dirty or not: it is no metadata any
@@ -189,7 +221,7 @@ impl SliceCache {
     pub fn forget_cluster(&mut self, offset: u64, cluster_size: u64) {
         self.forgotten += 1;
         for key in (offset..offset + cluster_size).step_by(self.slice_size as usize) {
-            if let Some(slice) = self.slices.remove(&key) {
+            if let Some(slice) = self.remove(key) {
                 debug_assert_eq!(slice.writing, 0, "slice {key:#x} is being written");
             }
             self.dirty.remove(&key);
@@ -262,13 +294,17 @@ fn sectors(bytes: &Range<usize>) -> u8 {
 mod tests {
     use super::*;
 
+    fn cache(cluster_size: u64, bytes: u64) -> SliceCache {
+        SliceCache::new(cluster_size, bytes, Share::of(&Arc::default()))
+    }
+
     fn filled(cache: &SliceCache, byte: u8) -> Box<[u8]> {
         vec![byte; cache.slice_size() as usize].into_boxed_slice()
     }
 
     #[test]
     fn dirty_sectors_are_taken_once_joined_and_in_order() {
-        let mut cache = SliceCache::new(65536, 1 << 20);
+        let mut cache = cache(65536, 1 << 20);
         for key in [8192, 4096] {
             let bytes = filled(&cache, 1);
             cache.insert(key, bytes);
@@ -286,7 +322,7 @@ mod tests {
 
     #[test]
     fn dirty_and_writing_slices_survive_any_pressure() {
-        let mut cache = SliceCache::new(512, 0);
+        let mut cache = cache(512, 0);
         for key in 0..4 {
             let bytes = filled(&cache, 1);
             cache.insert(key * 512, bytes);
@@ -307,5 +343,31 @@ mod tests {
         }
         assert!(cache.get(0).is_some(), "dirty again while it was written");
         assert!(cache.get(512).is_none(), "clean, so it could go");
+    }
+
+    #[test]
+    fn what_shrinks_keeps_what_is_dirty_or_in_use_and_says_what_it_holds() {
+        let mut cache = cache(512, 1 << 20);
+        for key in 0..400 {
+            let bytes = filled(&cache, 1);
+            cache.insert(key * 512, bytes);
+        }
+        cache.get_mut(0, 0..1).unwrap()[0] = 9;
+        cache.forget_cluster(512, 512);
+        assert_eq!(cache.share.held(), 399 * 512);
+        while cache.slices.contains_key(&(2 * 512)) {
+            cache.shrink(100 * 512);
+            // Used again and again.
+            assert!(cache.get(399 * 512).is_some());
+        }
+        assert!(cache.share.held() > 300 * 512, "more went than was asked for, and at once");
+        (0..100).for_each(|_| cache.shrink(u64::MAX));
+        assert_eq!(cache.slices.len(), MIN_SLICES);
+        assert_eq!(cache.share.held(), MIN_SLICES as u64 * 512);
+        assert!(cache.get(0).is_some(), "dirty");
+        assert!(cache.clock.len() <= MIN_SLICES + 1);
+        let memory = Arc::clone(cache.share.memory());
+        drop(cache);
+        assert_eq!(memory.status().held, 0);
     }
 }

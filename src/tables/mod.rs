@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::format::{
     COPIED, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, MixedCluster, be64,
 };
+use crate::memory::{Cache, Memory, Share};
 use crate::rules::Rule;
 use crate::storage::Storage;
 
@@ -113,7 +114,7 @@ pub struct Tables {
     storage: Arc<dyn Storage>,
     metadata: Arc<MetadataMap>,
     /// Lock order: after guest clusters, before refcounts and the cluster map.
-    state: RwLock<State>,
+    state: Arc<RwLock<State>>,
     /// Who loads a slice holds its loader, so that one slice is loaded by one thread at a time and
     /// what was evicted and changed meanwhile is never replaced by something older. It keeps the
     /// bytes of a slice that was evicted, for the next one: over a disk whose tables are larger than
@@ -123,6 +124,8 @@ pub struct Tables {
     hits: Counter,
     /// Parts of tables that were read.
     misses: Counter,
+    /// Of which the cache holds a share.
+    memory: Arc<Memory>,
 }
 
 struct State {
@@ -150,9 +153,17 @@ pub struct DirtyTables {
     along: usize,
 }
 
+impl Cache for RwLock<State> {
+    fn shrink(&self, bytes: u64) {
+        if let Some(mut state) = self.try_write() {
+            state.cache.shrink(bytes);
+        }
+    }
+}
+
 impl Tables {
     /// The tables of an image whose L1 table of `l1_entries` entries starts at `l1_offset`.
-    /// `cache_bytes` bounds the memory for clean parts of L2 tables.
+    /// `cache_bytes` bounds what clean parts of L2 tables take of `memory`.
     ///
     /// # Errors
     /// Host errors; `Corrupt` with a table that overlaps other metadata or is no cluster.
@@ -163,22 +174,27 @@ impl Tables {
         l1_offset: HostOffset,
         l1_entries: u32,
         cache_bytes: u64,
+        memory: &Arc<Memory>,
     ) -> Result<Self> {
         let l1 = read_l1(&*storage, l1_offset, l1_entries)?;
+        let share = Share::of(memory);
+        let state = Arc::new(RwLock::new(State {
+            l1,
+            l1_offset,
+            l1_dirty: BTreeSet::new(),
+            cache: SliceCache::new(geometry.cluster_size(), cache_bytes, Arc::clone(&share)),
+            along: BTreeMap::new(),
+            barrier: false,
+        }));
+        memory.add(&share, &state);
         let tables = Tables {
             geometry,
             metadata,
-            state: RwLock::new(State {
-                l1,
-                l1_offset,
-                l1_dirty: BTreeSet::new(),
-                cache: SliceCache::new(geometry.cluster_size(), cache_bytes),
-                along: BTreeMap::new(),
-                barrier: false,
-            }),
+            state,
             loaders: Default::default(),
             hits: Counter::default(),
             misses: Counter::default(),
+            memory: Arc::clone(memory),
             storage,
         };
         Ok(tables)
@@ -222,6 +238,11 @@ impl Tables {
             }
         }
         result
+    }
+
+    /// The memory that the cache holds a share of.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// How often a lookup met the cache, and how often something had to be read for it.
@@ -608,6 +629,8 @@ impl Tables {
         if is_valid(&state)? && state.cache.forgotten() == forgotten {
             *spare = state.cache.insert(key, bytes?);
         }
+        drop(state);
+        self.memory.make_room();
         Ok(())
     }
 

@@ -36,7 +36,8 @@ fn tables(entries: &[[u64; 2]], own: bool) -> Tables {
     storage.write_at(&words.collect::<Vec<_>>(), L2).unwrap();
     let metadata = Arc::new(MetadataMap::new(u64::MAX));
     let storage = Arc::new(storage);
-    let tables = Tables::open(storage, geometry, metadata, HostOffset(L1), 1, 0).unwrap();
+    let tables =
+        Tables::open(storage, geometry, metadata, HostOffset(L1), 1, 0, &Arc::default()).unwrap();
     tables.register_metadata().unwrap();
     tables
 }

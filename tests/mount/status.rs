@@ -202,6 +202,40 @@ fn tables_in_memory_are_bounded() {
 }
 
 #[test]
+fn the_caches_of_all_images_have_a_limit_and_those_that_lie_idle_give_way() {
+    let lab = Lab::new();
+    let names: Vec<String> = (0..8).map(|i| format!("disk{i}")).collect();
+    for name in &names {
+        lab.create(&format!("{name}.qcow2"), "1G", "cluster_size=4k,preallocation=metadata");
+    }
+    let mount = lab.mount_with("--cache-limit 1M");
+    let files: Vec<_> =
+        names.iter().map(|name| File::open(mount.path(&format!("{name}.raw"))).unwrap()).collect();
+    // Another place of the same 512 KiB of tables each time: nothing that the kernel has read already.
+    let look = |file: &File, time: u64| {
+        for part in 0..128 {
+            file.read_exact_at(&mut [0], (part << 23) + (time << 19)).unwrap();
+        }
+    };
+    let held = || mount.status()["caches"]["held"].as_u64().unwrap();
+    files.iter().for_each(|file| look(file, 0));
+    assert!((700 << 10..1100 << 10).contains(&held()), "{}", held());
+    let misses = || {
+        let status = mount.status();
+        let images = status["images"].as_array().unwrap();
+        let last = images.iter().find(|image| image["name"] == "disk7.raw").unwrap();
+        last["table_cache"]["misses"].as_u64().unwrap()
+    };
+    (1..4).for_each(|time| look(&files[7], 3 * time));
+    let before = misses();
+    look(&files[7], 15);
+    assert_eq!(misses(), before, "the disk in use has lost what those that lie idle could give");
+    assert!(held() < 1100 << 10, "{}", held());
+    drop(files);
+    mount.umount();
+}
+
+#[test]
 fn watch_prints_lines_where_there_is_no_terminal_and_draws_where_there_is() {
     let lab = Lab::new();
     lab.create("disk.qcow2", "64M", "");

@@ -21,6 +21,7 @@ use rng::Rng;
 
 use qcow2fs::check::{Report, check};
 use qcow2fs::image::{Beside, CompactAfter, Image, Options};
+use qcow2fs::memory::Memory;
 use qcow2fs::storage::{HostFile, Storage};
 
 /// Bytes in a sector.
@@ -46,11 +47,16 @@ pub fn setting(name: &str) -> Option<u64> {
 /// For writing, with a pool and a cache so small that they run out, and a recycler that is quick
 /// to flush.
 pub fn busy(rng: &mut Rng) -> Options {
+    let keep_erased = *rng.pick(&[0, 8 << 10, 256 << 10, 4 << 20]);
+    let flush_after = Duration::from_millis(*rng.pick(&[1, 10, 100]));
+    let metadata_cache = *rng.pick(&[0, 4096, 1 << 20]);
     Options {
         writable: true,
-        keep_erased: *rng.pick(&[0, 8 << 10, 256 << 10, 4 << 20]),
-        flush_after: Duration::from_millis(*rng.pick(&[1, 10, 100])),
-        metadata_cache: *rng.pick(&[0, 4096, 1 << 20]),
+        keep_erased,
+        flush_after,
+        metadata_cache,
+        // None of it for caches: each load lets something go.
+        caches: Memory::new(if keep_erased == 0 { 0 } else { u64::MAX }),
         return_leaks: true,
         compact_after: *rng.pick(&[CompactAfter::Off, CompactAfter::Bytes(1)]),
         settle_after: Duration::from_millis(*rng.pick(&[0, 2, 20])),

@@ -350,7 +350,8 @@ impl Image {
         let header = super::open::read_header(&*self.storage)?;
         let length = self.storage.len().map_err(|e| Error::io("reading the image's length", e))?;
         let metadata = Arc::new(MetadataMap::new(self.geometry.clusters_for(length).0));
-        let refcounts = Refcounts::open(self.storage.clone(), &header, metadata)?;
+        let (file, caches) = (self.storage.clone(), self.tables.memory());
+        let refcounts = Refcounts::open(file, &header, metadata, caches)?;
         // All entries may name one block, which would be read as often as there are entries.
         refcounts.register_metadata()?;
         Ok(refcounts)

@@ -121,6 +121,7 @@ impl Image {
             check_l1(&self.geometry, entry)?,
             entry.l1_size,
             CACHE_BYTES,
+            self.tables.memory(),
         )?;
         Ok(Image {
             storage: self.storage.clone(),
@@ -134,7 +135,7 @@ impl Image {
             opened_corrupt: false,
             backing: self.backing.clone(),
             compression: self.compression,
-            inflated: InflateCache::new(self.geometry.cluster_size()),
+            inflated: InflateCache::new(self.geometry.cluster_size(), self.tables.memory()),
             snapshots: Snapshots::default(),
             writer: None,
         })
