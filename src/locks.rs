@@ -9,6 +9,7 @@
 //! exclusive request cannot starve behind a stream of shared ones.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::sync::{Condvar, Mutex};
 
@@ -17,7 +18,12 @@ use crate::sync::{Condvar, Mutex};
 pub struct GuestLocks {
     requests: Mutex<Requests>,
     changed: Condvar,
+    /// How many hold all clusters alone or wait for them. It orders nothing.
+    of_all: AtomicUsize,
 }
+
+/// All clusters.
+pub const ALL: Range<u64> = 0..u64::MAX;
 
 #[derive(Debug, Default)]
 struct Requests {
@@ -57,6 +63,7 @@ impl Requests {
 pub struct Guard<'a> {
     locks: &'a GuestLocks,
     id: u64,
+    of_all: bool,
 }
 
 impl GuestLocks {
@@ -70,7 +77,16 @@ impl GuestLocks {
         self.acquire(clusters, true)
     }
 
+    /// Whether somebody holds [`ALL`] alone, or waits for that: who asks for any would wait.
+    pub fn are_all_held(&self) -> bool {
+        self.of_all.load(Ordering::Relaxed) > 0
+    }
+
     fn acquire(&self, clusters: Range<u64>, exclusive: bool) -> Guard<'_> {
+        let of_all = exclusive && clusters == ALL;
+        if of_all {
+            self.of_all.fetch_add(1, Ordering::Relaxed);
+        }
         #[cfg(debug_assertions)]
         one_guard_a_thread::enter();
         let mut requests = self.requests.lock();
@@ -84,7 +100,7 @@ impl GuestLocks {
             }
             requests.waiting -= 1;
         }
-        Guard { locks: self, id }
+        Guard { locks: self, id, of_all }
     }
 }
 
@@ -92,6 +108,9 @@ impl Drop for Guard<'_> {
     fn drop(&mut self) {
         #[cfg(debug_assertions)]
         one_guard_a_thread::leave();
+        if self.of_all {
+            self.locks.of_all.fetch_sub(1, Ordering::Relaxed);
+        }
         let mut requests = self.locks.requests.lock();
         requests.queue.retain(|r| r.id != self.id);
         if requests.waiting > 0 {
@@ -166,6 +185,19 @@ mod tests {
         assert!(waits((0..4, true), (3..9, false)));
         assert!(waits((0..4, true), (0..1, true)));
         assert!(!waits((0..4, true), (4..5, true)));
+    }
+
+    #[test]
+    fn it_is_told_while_all_is_held() {
+        let locks = GuestLocks::default();
+        for (clusters, exclusive, told) in
+            [(ALL, true, true), (ALL, false, false), (0..u64::MAX - 1, true, false)]
+        {
+            let guard = locks.acquire(clusters.clone(), exclusive);
+            assert_eq!(locks.are_all_held(), told, "{clusters:?} {exclusive}");
+            drop(guard);
+            assert!(!locks.are_all_held());
+        }
     }
 
     #[test]

@@ -43,10 +43,15 @@ pub(super) fn mode_of(file: &File, mode: u32) -> u32 {
     }
 }
 
+/// Whether a file has a list, or may have one.
+pub(super) fn has_list(file: &File) -> bool {
+    !matches!(list_of(file), Ok(None))
+}
+
 /// The mode to set on a file whose mode on the host is `now`, where `asked` is asked for and `shown` was
 /// shown: the mask and what others may stay where nobody asks for something else.
 pub(super) fn mode_to_set(file: &File, now: u32, shown: u32, asked: u32) -> u32 {
-    if matches!(list_of(file), Ok(None)) {
+    if !has_list(file) {
         return asked;
     }
     let kept = [GROUP, OTHERS].into_iter().filter(|class| asked & class == shown & class);

@@ -10,7 +10,9 @@
 //! Beneath the image directory a name is followed only where the owner of each image that leads there
 //! could have opened the file: it is theirs, or for everybody, and so are the directories on the way.
 //! What groups may does not count, since nobody here knows who is in them. Images of root and of who
-//! runs this are followed everywhere, and all images into a directory that was allowed.
+//! runs this are followed everywhere, and all images into a directory that was allowed. Whoever else may
+//! write to an image may have written the name: where that is its group, that group too must be let to
+//! the file, and where it is everybody, everybody.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
@@ -38,6 +40,8 @@ const MAX_DEPTH: usize = 64;
 const READ: u32 = 0o4;
 const WRITE: u32 = 0o2;
 const SEARCH: u32 = 0o1;
+/// Where the same bits of the group are.
+const OF_GROUP: u32 = 3;
 
 /// What records the real path of a backing file, and of a data file.
 const REBASE: &str = "`qemu-img rebase -u` with its real path records that";
@@ -113,7 +117,7 @@ struct Opened {
     /// The image itself first.
     seen: Vec<HostId>,
     /// Whose images have led here.
-    owners: Vec<u32>,
+    authors: Vec<Author>,
     stamps: Vec<Stamp>,
     uses: Uses,
 }
@@ -234,7 +238,10 @@ impl Chains {
                 .is_some_and(|(base, named)| base.as_os_str().as_bytes() == named.name);
         let mut opened = Opened {
             seen: vec![HostId::of(&metadata)],
-            owners: if is_ours { Vec::new() } else { vec![metadata.uid()] },
+            authors: match is_ours {
+                true => Vec::new(),
+                false => authors(&metadata, || acl::has_list(file.file())),
+            },
             stamps: Vec::new(),
             uses: self.no_uses(path),
         };
@@ -290,16 +297,18 @@ impl Chains {
         Ok(self.keys.stays(from, to)? || encryption() != Some(Encryption::Aes))
     }
 
-    /// What the host says of the data file `name` of the image at `path`, which belongs to `owner`,
+    /// What the host says of the data file `name` of the image at `path`, of which it says `image`,
     /// without opening it; nothing where it may not be looked at.
     pub(super) fn look_at_data_file(
         &self,
         path: &Path,
-        owner: u32,
+        image: &Metadata,
         name: &[u8],
     ) -> Option<Metadata> {
         let path = whole_path(&self.whole(path), name).ok()?;
-        self.find(&path, &[owner], READ, AMEND).and_then(|place| look(&place)).ok()
+        // It is not worth while to look for a list.
+        let authors = authors(image, || true);
+        self.find(&path, &authors, READ, AMEND).and_then(|place| look(&place)).ok()
     }
 
     fn no_uses(&self, user: &Path) -> Uses {
@@ -321,7 +330,7 @@ impl Chains {
     ) -> Result<OpenedData> {
         let open = || {
             let path = whole_path(image, name)?;
-            let find = |wanted| self.find(&path, &opened.owners, wanted, AMEND);
+            let find = |wanted| self.find(&path, &opened.authors, wanted, AMEND);
             let (place, may_write) = match may_write.then(|| find(READ | WRITE)) {
                 Some(Ok(place)) => (place, true),
                 Some(Err(e)) if write => return Err(e),
@@ -374,14 +383,14 @@ impl Chains {
             ))));
         }
         let path = whole_path(image, &needed.name).map_err(in_file)?;
-        let file = self.open_file(&path, &opened.owners).map_err(in_file)?;
+        let file = self.open_file(&path, &opened.authors).map_err(in_file)?;
         let metadata = look(&file).map_err(in_file)?;
         let id = HostId::of(&metadata);
         if opened.seen.contains(&id) {
             return Err(in_file(Error::corrupt("the chain of backing files leads back to itself")));
         }
         opened.seen.push(id);
-        opened.owners.push(metadata.uid());
+        opened.authors.extend(authors(&metadata, || acl::has_list(&file)));
         let locked = image_lock::acquire(&file, None, Access::Read);
         locked.map_err(|e| in_file(self.name_user(e, id)))?;
         opened.uses.add(id, &path);
@@ -431,17 +440,17 @@ impl Chains {
         names.min_by_key(|name| name.components().count()).unwrap_or(path)
     }
 
-    /// Opens a file for reading if it lies where it may, for the `owners` of the images that lead to it.
-    fn open_file(&self, path: &Path, owners: &[u32]) -> Result<File> {
-        let place = self.find(path, owners, READ, REBASE)?;
+    /// Opens a file for reading if it lies where it may, for the `authors` of the images that lead to it.
+    fn open_file(&self, path: &Path, authors: &[Author]) -> Result<File> {
+        let place = self.find(path, authors, READ, REBASE)?;
         host::open_file(&place, false)
             .map_err(|e| Error::io(format!("opening {}", path.display()), e))
     }
 
-    /// Finds a regular file, without opening it, if it lies where it may and the `owners` of the images
+    /// Finds a regular file, without opening it, if it lies where it may and the `authors` of the images
     /// that lead to it may do to it what is `wanted`. `remedy` says how an image comes to name it by its
     /// real path.
-    fn find(&self, path: &Path, owners: &[u32], wanted: u32, remedy: &str) -> Result<File> {
+    fn find(&self, path: &Path, authors: &[Author], wanted: u32, remedy: &str) -> Result<File> {
         let beneath = self.roots.iter().filter_map(|(root, directory)| {
             path.strip_prefix(root).ok().map(|rest| (directory, rest))
         });
@@ -460,11 +469,11 @@ impl Chains {
             _ => Error::io(format!("opening {}", path.display()), e),
         };
         let is_allowed = self.roots.iter().skip(1).any(|(root, _)| path.starts_with(root));
-        let owners = if is_allowed { &[] } else { owners };
+        let authors = if is_allowed { &[] } else { authors };
         let reach = |directory: &Root, part: &Path, wanted: u32| {
             let place = directory.place_in_same_mount(part).map_err(failed)?;
-            match who_may_not(&place, wanted, owners).map_err(failed)? {
-                Some(owner) => Err(not_for(owner, path)),
+            match who_may_not(&place, wanted, authors).map_err(failed)? {
+                Some(author) => Err(not_for(author, path)),
                 None => Ok(place),
             }
         };
@@ -492,23 +501,65 @@ fn look(file: &File) -> Result<Metadata> {
     file.metadata().map_err(|e| Error::io("looking at it", e))
 }
 
-/// The first of `owners` who could not do to a file or directory what is wanted.
-fn who_may_not(place: &File, wanted: u32, owners: &[u32]) -> std::io::Result<Option<u32>> {
-    let is_trusted = |owner: u32| owner == 0 || owner == rustix::process::geteuid().as_raw();
-    let mut strangers = owners.iter().copied().filter(|owner| !is_trusted(*owner)).peekable();
+/// Who may have written the names in an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Author {
+    User(u32),
+    Group(u32),
+    Anybody,
+}
+
+/// Who may have written the names in an image of which the host says this.
+fn authors(image: &Metadata, has_list: impl FnOnce() -> bool) -> Vec<Author> {
+    let mut authors = vec![Author::User(image.uid())];
+    if image.mode() & WRITE << OF_GROUP != 0 {
+        // With an access control list that is the most that anybody of it may.
+        authors.push(if has_list() { Author::Anybody } else { Author::Group(image.gid()) });
+    }
+    if image.mode() & WRITE != 0 {
+        authors.push(Author::Anybody);
+    }
+    authors
+}
+
+impl Author {
+    /// Whether it may do everything anyway.
+    fn is_trusted(self) -> bool {
+        match self {
+            Author::User(user) => user == 0 || user == rustix::process::geteuid().as_raw(),
+            Author::Group(group) => group == 0,
+            Author::Anybody => false,
+        }
+    }
+}
+
+/// The first of `authors` who could not do to a file or directory what is wanted.
+fn who_may_not(place: &File, wanted: u32, authors: &[Author]) -> std::io::Result<Option<Author>> {
+    let mut strangers = authors.iter().copied().filter(|author| !author.is_trusted()).peekable();
     if strangers.peek().is_none() {
         return Ok(None);
     }
     let metadata = place.metadata()?;
-    let is_for_everybody = acl::mode_of(place, metadata.mode()) & wanted == wanted;
-    Ok(strangers.find(|owner| *owner != metadata.uid() && !is_for_everybody))
+    let mode = acl::mode_of(place, metadata.mode());
+    let may = |author: &Author| match *author {
+        Author::User(user) => user == metadata.uid(),
+        Author::Group(group) => group == metadata.gid() && mode >> OF_GROUP & wanted == wanted,
+        Author::Anybody => false,
+    };
+    let is_for_everybody = mode & wanted == wanted;
+    Ok(strangers.find(|author| !is_for_everybody && !may(author)))
 }
 
-fn not_for(owner: u32, path: &Path) -> Error {
+fn not_for(author: Author, path: &Path) -> Error {
+    let who = match author {
+        Author::User(user) => format!("an image of user {user}"),
+        Author::Group(group) => format!("an image that group {group} may write"),
+        Author::Anybody => "an image that others than its owner may write".to_owned(),
+    };
     let parent = path.parent().unwrap_or(path).display();
     unsupported(format!(
-        "an image of user {owner} leads to it, who may not open it: let everybody, or mount with \
-         `--allow {parent}` to trust the images"
+        "{who} leads to it, who may not open it: let everybody, or mount with `--allow {parent}` to \
+         trust the images"
     ))
 }
 

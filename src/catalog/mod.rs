@@ -25,6 +25,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -71,6 +72,8 @@ use overlay::Overlays;
 pub const ROOT: u64 = 1;
 /// Inode numbers below are for files that are no image.
 const FIRST_INO: u64 = 16;
+/// So many images are closed at once when all are.
+const CLOSERS: usize = 8;
 
 /// What holds for all images of one mount.
 #[derive(Clone, Debug, Default)]
@@ -502,7 +505,7 @@ impl Catalog {
     ) -> Attributes {
         let data = match (&header.data_file, open) {
             (_, true) => node.look_at_data_file(),
-            (Some(name), false) => self.chains.look_at_data_file(&node.path(), host.uid(), name),
+            (Some(name), false) => self.chains.look_at_data_file(&node.path(), &host, name),
             (None, false) => None,
         };
         let mode_bits = if node.is_directory() { host::DIRECTORY_MODE } else { host::FILE_MODE };
@@ -653,9 +656,23 @@ impl Catalog {
         // Who opens an image looks at it with the slot held, which is waited for below.
         self.ended.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + patience;
-        for node in self.all_nodes() {
-            self.count_close(&node, node.force_close(deadline));
-        }
+        let nodes = Mutex::new(self.all_nodes().into_iter());
+        let next = || nodes.lock().next();
+        let close = || {
+            while let Some(node) = next() {
+                self.count_close(&node, node.force_close(deadline));
+            }
+        };
+        // One that waits for its host keeps no other from being closed.
+        thread::scope(|scope| {
+            for _ in 1..CLOSERS {
+                let closer = thread::Builder::new().name("close".into());
+                if let Err(e) = closer.spawn_scoped(scope, close) {
+                    log::debug!("no more threads to close images with: {e}");
+                }
+            }
+            close();
+        });
         self.close_errors.load(Ordering::Relaxed)
     }
 

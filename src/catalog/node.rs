@@ -324,9 +324,11 @@ impl Node {
         })
     }
 
-    /// Whether a request would have to wait for an open or a close of this image.
+    /// Whether a request would have to wait for an open or a close of this image, or for a change of its
+    /// whole disk.
     pub fn is_busy(&self) -> bool {
-        self.slot.try_read().is_none()
+        let is_held = |slot: &Slot| slot.open.as_ref().is_some_and(|open| open.image().is_held());
+        self.slot.try_read().is_none_or(|slot| is_held(&slot))
     }
 
     /// Whether opening it may take as long as trying a key does, as far as its header was looked at.
@@ -486,9 +488,14 @@ impl Node {
     /// # Errors
     /// Those of [`Image::close`]; `TimedOut` for requests that are not done.
     pub(super) fn force_close(&self, deadline: Instant) -> Result<()> {
-        // Where it is being opened or closed that comes to its end first, however long it takes: what
-        // is being closed is not all in the file yet.
-        let mut slot = self.slot.write();
+        let mut slot = match self.slot.try_write_until(deadline) {
+            Some(slot) => slot,
+            // Who only reads does not give the image up before the host has answered.
+            None if self.slot.try_read_recursive().is_some() => return Err(not_done()),
+            // Where it is being opened or closed that comes to its end first, however long it takes: what
+            // is being closed is not all in the file yet.
+            None => self.slot.write(),
+        };
         slot.closed = None;
         let Some(opened) = slot.open.take() else { return Ok(()) };
         self.has_image.store(false, Ordering::Release);

@@ -784,6 +784,27 @@ fn a_name_is_followed_for_who_may_open_what_it_leads_to() {
                 }
             }
         }
+        // Who may write to an image may have written the name.
+        for (group, mode, victim, may) in [
+            (ONE, 0o660, 0o600, false),
+            (ONE, 0o660, 0o660, true),
+            (OTHER, 0o660, 0o660, false),
+            (ONE, 0o640, 0o600, true),
+            (ONE, 0o602, 0o660, false),
+            (ONE, 0o602, everybody, true),
+        ] {
+            tree.give("evil.qcow2", 0, mode);
+            tree.give("in", 0, 0o755);
+            tree.give("in/victim.qcow2", 0, victim);
+            for name in ["evil.qcow2", "in/victim.qcow2"] {
+                let group = if name == "evil.qcow2" { group } else { ONE };
+                std::os::unix::fs::lchown(tree.path(name), None, Some(group)).unwrap();
+            }
+            let node = tree.node("evil.raw");
+            let opened = tree.catalog.open(&node, WRITE);
+            assert_eq!(opened.is_ok(), may, "{group} {mode:o} {victim:o}, data file {data_file}");
+            opened.is_ok().then(|| tree.catalog.release(&node));
+        }
         // Who allows a directory trusts all images.
         tree.give("in/victim.qcow2", ONE, 0o600);
         tree.give("evil.qcow2", OTHER, 0o600);

@@ -15,6 +15,9 @@ use crate::error::{Error, ErrorKind};
 use crate::image::{BackingFile, CompressionType, CreateOptions, Image, NewDataFile};
 use crate::storage::{HostFile, IfTaken};
 
+/// The longest chain that is looked through.
+const LONGEST_CHAIN: usize = 64;
+
 /// Bytes in a sector, of which a disk has a whole number.
 const SECTOR: u64 = 512;
 /// Bytes that are preallocated between two looks at the progress.
@@ -126,6 +129,9 @@ fn create(args: &Args, signal: &Arc<AtomicI32>) -> Result<i32, String> {
         return Err("preallocation would hide the backing file: leave one of them out".into());
     }
     let options = options(args)?;
+    if args.force {
+        refuse_losing_base(args)?;
+    }
     let if_taken = if args.force { IfTaken::Replace } else { IfTaken::Fail };
     let mode = match args.preallocation {
         // As QEMU has it: otherwise the first write to each L2 table would wait for its mapping.
@@ -188,6 +194,35 @@ impl BackingFormat {
 /// Where a file is that an image names.
 fn beside(image: &Path, name: &Path) -> PathBuf {
     image.parent().unwrap_or(Path::new("")).join(name)
+}
+
+/// An image that replaces what it is based on, or what that is based on, would have nothing beneath it.
+fn refuse_losing_base(args: &Args) -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| path.metadata().ok().map(|file| (file.dev(), file.ino()));
+    let Some(replaced) = id(&args.image) else { return Ok(()) };
+    let (Some(mut name), Some(mut format)) = (args.backing.clone(), args.backing_format) else {
+        return Ok(());
+    };
+    let mut image = args.image.clone();
+    for _ in 0..LONGEST_CHAIN {
+        image = beside(&image, &name);
+        if id(&image) == Some(replaced) {
+            let base = image.display();
+            return Err(format!("{base} would be replaced, and the image is to be based on it"));
+        }
+        // What cannot be looked at is told of when the image is opened.
+        let BackingFormat::Qcow2 = format else { break };
+        let Ok(file) = super::check::open(&image, false) else { break };
+        let Ok(summary) = Image::summarize(&HostFile::new(file)) else { break };
+        let Some(next) = summary.backing else { break };
+        name = PathBuf::from(OsStr::from_bytes(&next.name));
+        format = match next.format.as_deref() {
+            Some("qcow2") => BackingFormat::Qcow2,
+            _ => BackingFormat::Raw,
+        };
+    }
+    Ok(())
 }
 
 fn size_of_backing(image: &Path, name: &Path, format: BackingFormat) -> Result<u64, String> {

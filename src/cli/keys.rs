@@ -32,6 +32,12 @@ pub(super) struct Args {
 }
 
 impl Args {
+    /// The files and the directory that are there, by their real paths.
+    pub(super) fn places(&self) -> impl Iterator<Item = PathBuf> {
+        let files = self.key_file.iter().map(|(_, file)| file);
+        self.keys.iter().chain(files).filter_map(|path| path.canonicalize().ok())
+    }
+
     /// Where keys are, those that systemd passes included.
     ///
     /// # Errors

@@ -255,6 +255,7 @@ impl Plan {
         let mut keys = args.keys;
         keys.key_file.append(&mut options.key_files);
         keys.keys = keys.keys.or(options.keys.take());
+        refuse_keys_beneath(&mountpoint, &keys)?;
         let overlay = args.overlay.or(options.overlay.take().map(PathBuf::from));
         let overlay = overlay_options(overlay, args.ephemeral || options.ephemeral)?;
         if options.passthrough && overlay.is_some() {
@@ -556,6 +557,15 @@ fn refuse_nesting(source: &Path, mountpoint: &Path) -> Result<(), String> {
         return Err(format!("the mount point {place} lies beneath the image directory {images}"));
     }
     Ok(())
+}
+
+/// Keys beneath the mount point would be looked for in the mount that needs them.
+fn refuse_keys_beneath(mountpoint: &Path, keys: &keys::Args) -> Result<(), String> {
+    let hidden = keys.places().find(|place| is_within(place, mountpoint));
+    hidden.map_or(Ok(()), |place| {
+        let (place, mountpoint) = (place.display(), mountpoint.display());
+        Err(format!("{place} lies beneath the mount point {mountpoint}, which would hide it"))
+    })
 }
 
 /// Whether `path` is `directory` or lies beneath it, by whatever name.

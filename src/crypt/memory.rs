@@ -1,5 +1,5 @@
-//! Memory for keys: pages of their own, kept out of swap and core dumps where the kernel allows, and
-//! wiped before they are given back.
+//! Memory for keys: pages of their own, kept out of swap, core dumps and child processes where the kernel
+//! allows, and wiped before they are given back.
 
 use std::io;
 use std::marker::PhantomData;
@@ -42,8 +42,10 @@ impl Pages {
             // Best effort: the limit may be low for a user who is not root.
             log::debug!("keys may be swapped out: {}", io::Error::last_os_error());
         }
-        // SAFETY: as above. A kernel that cannot do it leaves the pages in core dumps.
-        unsafe { libc::madvise(pages.start.as_ptr().cast(), length, libc::MADV_DONTDUMP) };
+        for advice in [libc::MADV_DONTDUMP, libc::MADV_WIPEONFORK] {
+            // SAFETY: as above. A kernel that cannot do it leaves the pages in core dumps and children.
+            unsafe { libc::madvise(pages.start.as_ptr().cast(), length, advice) };
+        }
         pages
     }
 

@@ -7,7 +7,8 @@
 use super::{Geometry, HostOffset};
 use crate::error::{Error, ErrorKind, Result, legible};
 
-const MAGIC: u32 = 0x5146_49fb;
+/// The first four bytes of each image, big-endian.
+pub const MAGIC: u32 = 0x5146_49fb;
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
 /// Bytes of the header of a new image of version 3: with the compression type, padded.

@@ -3,12 +3,12 @@
 //! only wants the names has nothing read.
 
 use std::ffi::OsStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use super::pool::Pool;
+use super::pool::{NOBODY, Pool};
 use crate::catalog::{Catalog, Entry};
 
 /// Entries of a directory from which on it is worth while.
@@ -21,6 +21,9 @@ pub(super) struct Ahead {
     /// The directory that was read last, until somebody looks at its files.
     listed: Mutex<Option<(u64, Arc<Vec<Entry>>)>>,
     stopped: Arc<AtomicBool>,
+    /// What jobs hold until they are done. While there are any, no others begin: with a listing that is
+    /// asked for again and again there would be more and more.
+    under_way: Mutex<Weak<()>>,
     pool: Pool,
 }
 
@@ -28,7 +31,12 @@ impl Ahead {
     /// Threads are started when they are needed.
     pub(super) fn new() -> Ahead {
         let pool = Pool::new(THREADS);
-        Ahead { listed: Mutex::default(), stopped: Arc::default(), pool }
+        Ahead {
+            listed: Mutex::default(),
+            stopped: Arc::default(),
+            under_way: Mutex::default(),
+            pool,
+        }
     }
 
     /// Somebody lists a directory.
@@ -38,19 +46,20 @@ impl Ahead {
         }
     }
 
-    /// `user` looks at a file. The second one of a listing is followed by the others.
-    pub(super) fn looked_at(
-        &self,
-        user: u32,
-        catalog: &Arc<Catalog>,
-        directory: u64,
-        name: &OsStr,
-    ) {
+    /// Somebody looks at a file. The second one of a listing is followed by the others.
+    pub(super) fn looked_at(&self, catalog: &Arc<Catalog>, directory: u64, name: &OsStr) {
         let Some(entries) = self.following(directory, name) else { return };
+        let mut under_way = self.under_way.lock();
+        if under_way.strong_count() > 0 {
+            return;
+        }
+        let until_done = Arc::new(());
+        *under_way = Arc::downgrade(&until_done);
         for first in 0..THREADS {
             let (catalog, entries) = (Arc::clone(catalog), Arc::clone(&entries));
-            let stopped = Arc::clone(&self.stopped);
-            self.pool.run(user, move || {
+            let (stopped, until_done) = (Arc::clone(&self.stopped), Arc::clone(&until_done));
+            self.pool.run(NOBODY, move || {
+                let _until_done = until_done;
                 for entry in entries.iter().skip(2 + first).step_by(THREADS) {
                     if stopped.load(Ordering::Relaxed) {
                         return;

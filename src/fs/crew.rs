@@ -11,10 +11,11 @@
 //! So there are [`WORKERS`], and while they meet each other often and none waits for long, all but the
 //! first few rest: each sleeps for a moment, after its reply and holding nothing, before it looks for
 //! the next request. They are always the same who rest: where they took turns, reads at depth 32 were
-//! 10 % slower.
+//! 10 % slower. Only who has had one and the same request for as long as one rests waits for something
+//! else than a processor, and another one takes its place.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::counters::Line;
@@ -50,6 +51,9 @@ thread_local! {
     static SINCE: Cell<u32> = const { Cell::new(0) };
     /// When that was.
     static LOOKED: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// What each of the others did when this one last asked whether it is one too many, and since when
+    /// that has been so.
+    static SEEN: Cell<[Option<(u32, Instant)>; WORKERS]> = const { Cell::new([None; WORKERS]) };
 }
 
 /// The workers of one mount.
@@ -57,27 +61,38 @@ thread_local! {
 pub(super) struct Crew {
     /// So many go on where requests queue up.
     active: usize,
-    /// Which of them are serving. In lines of their own: each request changes one.
-    serving: [Line<AtomicBool>; WORKERS],
+    /// How often each of them has begun or ended a request. In lines of their own: each request changes
+    /// one.
+    turns: [Line<AtomicU32>; WORKERS],
     /// The requests of this window, and in the upper half those that met another one.
     window: AtomicU64,
     is_crowded: AtomicBool,
 }
 
+/// Whether a worker that has begun or ended a request so often is serving one.
+fn is_serving(turn: u32) -> bool {
+    turn % 2 == 1
+}
+
 /// Marks a worker as serving until it is dropped, however the request ends.
-struct Serving<'a>(&'a AtomicBool);
+struct Serving<'a>(&'a AtomicU32);
 
 impl<'a> Serving<'a> {
-    fn new(is_serving: &'a AtomicBool) -> Self {
-        is_serving.store(true, Ordering::Relaxed);
-        Serving(is_serving)
+    fn new(turns: &'a AtomicU32) -> Self {
+        next_turn(turns);
+        Serving(turns)
     }
 }
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
+        next_turn(self.0);
     }
+}
+
+/// Nobody else changes them.
+fn next_turn(turns: &AtomicU32) {
+    turns.store(turns.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
 }
 
 impl Crew {
@@ -86,7 +101,7 @@ impl Crew {
         Crew {
             // One more than processors is best where requests queue up.
             active: processors + 1,
-            serving: Default::default(),
+            turns: Default::default(),
             window: AtomicU64::new(0),
             is_crowded: AtomicBool::new(false),
         }
@@ -95,7 +110,7 @@ impl Crew {
     /// Has this worker answer a request of so many bytes, and rest where it is one too many.
     pub(super) fn serve(&self, bytes: usize, answer: impl FnOnce()) {
         let me = SELF.with(|me| *me);
-        let serving = Serving::new(&self.serving[me].0);
+        let serving = Serving::new(&self.turns[me].0);
         let since = SINCE.get() + (bytes / SMALL) as u32 + 1;
         if since < LOOK {
             SINCE.set(since);
@@ -114,8 +129,8 @@ impl Crew {
     }
 
     fn meets_another(&self, me: usize) -> bool {
-        let mut others = self.serving.iter().enumerate().filter(|(other, _)| *other != me);
-        others.any(|(_, is_serving)| is_serving.0.load(Ordering::Relaxed))
+        let mut others = self.turns.iter().enumerate().filter(|(other, _)| *other != me);
+        others.any(|(_, turns)| is_serving(turns.0.load(Ordering::Relaxed)))
     }
 
     /// Requests were answered, and met another one, or count as if they had, or not.
@@ -133,9 +148,28 @@ impl Crew {
         }
     }
 
-    /// Whether this worker had better rest.
+    /// Whether this worker, who asks, had better rest.
     fn is_too_many(&self, worker: usize) -> bool {
-        worker >= self.active && self.is_crowded.load(Ordering::Relaxed)
+        worker >= self.active
+            && self.is_crowded.load(Ordering::Relaxed)
+            && worker - self.stuck_before(worker) >= self.active
+    }
+
+    /// How many of those before `worker`, who asks, have served one and the same request for long.
+    fn stuck_before(&self, worker: usize) -> usize {
+        let (now, mut seen) = (Instant::now(), SEEN.get());
+        let mut stuck = 0;
+        for (turns, seen) in self.turns.iter().zip(&mut seen).take(worker) {
+            let turn = turns.0.load(Ordering::Relaxed);
+            match *seen {
+                Some((same, since)) if same == turn => {
+                    stuck += usize::from(is_serving(turn) && now - since >= REST);
+                }
+                _ => *seen = Some((turn, now)),
+            }
+        }
+        SEEN.set(seen);
+        stuck
     }
 }
 
@@ -170,7 +204,8 @@ mod tests {
         let crew = Crew::new(WORKERS);
         for _ in 0..requests {
             // Others do nothing but serve meanwhile.
-            crew.serving.iter().for_each(|other| other.0.store(meet, Ordering::Relaxed));
+            let turn = u32::from(meet);
+            crew.turns.iter().for_each(|other| other.0.store(turn, Ordering::Relaxed));
             crew.serve(bytes, || std::thread::sleep(time));
         }
         crew.is_crowded.load(Ordering::Relaxed)
@@ -193,6 +228,19 @@ mod tests {
         let large = 1 << 20;
         let each = SLOW * (large / SMALL) as u32 * 2;
         assert!(!rest_after(WINDOW / 64 + LOOK, large, true, each));
+    }
+
+    #[test]
+    fn another_one_takes_the_place_of_who_waits_for_the_host() {
+        let crew = Crew::new(2);
+        work(&crew, 1, 40);
+        crew.turns[..3].iter().for_each(|turns| next_turn(&turns.0));
+        assert!(crew.is_too_many(3), "their requests have just begun");
+        std::thread::sleep(REST);
+        next_turn(&crew.turns[1].0);
+        assert_eq!([3, 4, 5].map(|worker| crew.is_too_many(worker)), [false, false, true]);
+        crew.turns[..3].iter().for_each(|turns| next_turn(&turns.0));
+        assert!(crew.is_too_many(3), "those that were done began others");
     }
 
     #[test]

@@ -3,8 +3,7 @@
 //! Reads, writes and looks at names are answered by the FUSE workers themselves ([`WORKERS`], of which
 //! most rest where requests queue up). What may block
 //! (opening, closing, flushing, discarding, resizing) goes to a small pool, in which one user's
-//! requests do not keep those of another waiting (the kernel closes for nobody in particular, and
-//! that counts as a user of its own), and so do a read that
+//! requests do not keep those of another waiting, and to another one goes a read that
 //! meets an image which is being opened and a write that makes the disk larger, which waits for a
 //! flush; one flush at a time is done by the worker that took it. What opens an image that may be
 //! encrypted goes to a pool of its own: to find the key out from a passphrase takes a second or two,
@@ -49,10 +48,11 @@ mod verbs;
 
 use crate::catalog::{AttributeChange, Catalog, HandleMode, Node, Opening, Requester, SetTime};
 use crate::error::{Error, Result};
+use crate::image::SnapshotView;
 use ahead::Ahead;
 use crew::Crew;
 pub use crew::WORKERS;
-use pool::Pool;
+use pool::{NOBODY, Pool};
 use reply::{ENTRY_TTL, attribute_ttl, fail, file_attr};
 use verbs::{Created, Handle, Opened, Verbs};
 
@@ -78,7 +78,10 @@ pub struct Filesys {
     ahead: Ahead,
     crew: Crew,
     pool: Pool,
-    /// Started with the first such image.
+    /// For reads and writes that have to wait: for an image to be opened, for a change of its whole disk,
+    /// or for room. Those of one image keep no fsync of another waiting.
+    waiting: Pool,
+    /// For what opens images that may be encrypted.
     unlocking: Pool,
 }
 
@@ -88,9 +91,11 @@ impl Filesys {
     /// itself where it can.
     pub fn new(catalog: Arc<Catalog>, mountpoint: PathBuf, passthrough: bool) -> Filesys {
         let verbs = Arc::new(Verbs::new(catalog, mountpoint, passthrough));
-        let [pool, unlocking] = [SLOW_THREADS, UNLOCKING_THREADS].map(Pool::new);
+        let [pool, waiting] = [SLOW_THREADS; 2].map(Pool::new);
+        let unlocking = Pool::new(UNLOCKING_THREADS);
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-        Filesys { verbs, ahead: Ahead::new(), crew: Crew::new(processors), pool, unlocking }
+        let (ahead, crew) = (Ahead::new(), Crew::new(processors));
+        Filesys { verbs, ahead, crew, pool, waiting, unlocking }
     }
 
     /// The pool for what opens the image that `ino` stands for.
@@ -261,6 +266,19 @@ fn answer_read(verbs: &Verbs, node: &Node, offset: u64, size: u32, reply: ReplyD
     });
 }
 
+fn answer_snap_read(
+    verbs: &Verbs,
+    node: &Node,
+    view: &SnapshotView,
+    (offset, size): (u64, u32),
+    reply: ReplyData,
+) {
+    verbs.read_snapshot(node, view, offset, size, |read| match read {
+        Ok(bytes) => reply.data(bytes),
+        Err(e) => reply.error(fail(Some(node), &e)),
+    });
+}
+
 /// The image that a handle stands for.
 fn image_of<'a>(open: Result<&'a Handle, &Error>) -> Result<&'a Arc<Node>, Errno> {
     match open.map_err(|e| fail(None, e))? {
@@ -304,7 +322,7 @@ impl Filesystem for Filesys {
                 Err(e) => reply.error(fail(None, &e)),
             });
         }
-        self.ahead.looked_at(request.uid(), &self.verbs.catalog, parent.0, name);
+        self.ahead.looked_at(&self.verbs.catalog, parent.0, name);
         answer_entry(&self.verbs, parent, name, reply);
     }
 
@@ -449,9 +467,8 @@ impl Filesystem for Filesys {
             self.verbs.with_handle(handle.0, |open| match open {
                 Ok(Handle::Image { node, .. }) if node.is_busy() => {
                     let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
-                    self.pool.run(request.uid(), move || {
-                        answer_read(&verbs, &node, offset, size, reply)
-                    });
+                    let answer = move || answer_read(&verbs, &node, offset, size, reply);
+                    self.waiting.run(request.uid(), answer);
                 }
                 Ok(Handle::Image { node, .. }) => {
                     answer_read(&self.verbs, node, offset, size, reply);
@@ -460,11 +477,15 @@ impl Filesystem for Filesys {
                     let rest = text.get(offset as usize..).unwrap_or_default();
                     reply.data(&rest[..rest.len().min(size as usize)]);
                 }
-                Ok(Handle::Snapshot { node, view }) => {
-                    self.verbs.read_snapshot(node, view, offset, size, |read| match read {
-                        Ok(bytes) => reply.data(bytes),
-                        Err(e) => reply.error(fail(Some(node), &e)),
+                Ok(Handle::Snapshot { node, view }) if node.is_busy() => {
+                    let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
+                    let view = Arc::clone(view);
+                    self.waiting.run(request.uid(), move || {
+                        answer_snap_read(&verbs, &node, &view, (offset, size), reply);
                     });
+                }
+                Ok(Handle::Snapshot { node, view }) => {
+                    answer_snap_read(&self.verbs, node, view, (offset, size), reply);
                 }
                 Ok(Handle::Control { .. }) => reply.error(Errno::EBADF),
                 Ok(Handle::Names(_) | Handle::Directory { .. }) => reply.error(Errno::EISDIR),
@@ -496,7 +517,7 @@ impl Filesystem for Filesys {
             if !self.verbs.is_within(node, offset, length) {
                 let (verbs, node) = (Arc::clone(&self.verbs), Arc::clone(node));
                 let data = data.to_vec();
-                return self.pool.run(request.uid(), move || {
+                return self.waiting.run(request.uid(), move || {
                     let written = verbs.write(&node, offset, &data);
                     let done = match synchronous {
                         true => written.and_then(|()| verbs.sync(&node)),
@@ -545,7 +566,7 @@ impl Filesystem for Filesys {
 
     fn release(
         &self,
-        request: &Request,
+        _request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
@@ -554,7 +575,8 @@ impl Filesystem for Filesys {
         reply: ReplyEmpty,
     ) {
         let verbs = Arc::clone(&self.verbs);
-        self.pool.run(request.uid(), move || {
+        // The kernel says of nobody that it was their handle.
+        self.pool.run(NOBODY, move || {
             verbs.release_unused(handle.0);
             reply.ok();
         });

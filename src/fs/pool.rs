@@ -12,6 +12,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// Whose jobs those are that nobody in particular waits for. The kernel closes files for this one.
+pub(super) const NOBODY: u32 = u32::MAX;
 /// So many users may have all of their threads at once.
 const FULL_SHARES: usize = 4;
 

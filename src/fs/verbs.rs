@@ -523,10 +523,11 @@ impl Verbs {
         })
     }
 
-    /// Whether a write waits for nobody who opens or closes the image, and lies within the disk.
+    /// Whether a write waits for nobody who opens or closes the image or changes all of it, and lies
+    /// within the disk.
     pub(super) fn is_within(&self, node: &Node, offset: u64, length: usize) -> bool {
         let end = offset.saturating_add(length as u64);
-        node.try_peek(|image| end <= image.virtual_size()) == Some(true)
+        node.try_peek(|image| !image.is_held() && end <= image.virtual_size()) == Some(true)
     }
 
     /// fallocate(2): reserves, discards, or zeroes.

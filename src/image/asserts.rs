@@ -15,6 +15,7 @@ use super::{Image, Writer, open};
 use crate::check::references;
 use crate::error::{Error, Result};
 use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
+use crate::locks;
 
 /// A leak is one that is found so many times.
 const LOOKS: usize = 4;
@@ -53,7 +54,7 @@ impl Image {
         let mut found = None;
         for _ in 0..LOOKS {
             let flush = self.hold_flush(writer);
-            let guard = self.locks.exclusive(0..u64::MAX);
+            let guard = self.locks.exclusive(locks::ALL);
             self.flush_held(writer)?;
             found = self.compare_counts(writer)?;
             if found.is_none() || writer.may_have_leaked.load(Ordering::Relaxed) {

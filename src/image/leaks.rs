@@ -37,6 +37,7 @@ use crate::check::copied;
 use crate::check::references::{self, ReferenceCounts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
+use crate::locks;
 use crate::storage::Storage;
 
 /// So many clusters are looked at while others wait. One refcount block may count millions.
@@ -218,7 +219,7 @@ impl Image {
     /// changed is no proof. Damage makes the image read-only.
     fn judge_again(&self, writer: &Writer, searched: &mut Searched) -> Result<Sound> {
         let _flush = self.hold_flush(writer);
-        let _guard = self.locks.exclusive(0..u64::MAX);
+        let _guard = self.locks.exclusive(locks::ALL);
         self.flush_held(writer)?;
         searched.header = open::read_header(&searched.storage)?;
         let found = searched.count().and_then(|counts| self.judge(writer, searched, counts));
@@ -282,7 +283,7 @@ impl Image {
     ) -> Result<u64> {
         // Nobody is between dropping a cluster from a table and telling the recycler.
         let _flush = self.hold_flush(writer);
-        let _guard = self.locks.exclusive(0..u64::MAX);
+        let _guard = self.locks.exclusive(locks::ALL);
         let pending = writer.recycler.pending_drops(&clusters);
         let references = |cluster| {
             counts.get(HostCluster(cluster)) + pending.get(&cluster).copied().unwrap_or(0)

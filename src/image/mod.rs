@@ -222,6 +222,12 @@ impl Image {
         self.geometry.cluster_size()
     }
 
+    /// Whether somebody changes all of the disk at once, as who takes a snapshot does: reads and writes
+    /// wait. One that comes together with them may hear of it too late.
+    pub fn is_held(&self) -> bool {
+        self.locks.are_all_held()
+    }
+
     /// Whether writes are taken; if not, [`Status::health`] says why.
     pub fn is_writable(&self) -> bool {
         self.writer.is_some() && self.health.is_good()

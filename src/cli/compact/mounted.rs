@@ -22,6 +22,7 @@ struct Report {
     /// Of this pass: bytes moved, and bytes to be moved.
     progress: (u64, u64),
     pinned: Option<String>,
+    /// Why it does not come to its end.
     failed: Option<String>,
 }
 
@@ -92,6 +93,10 @@ fn report(mount: &Mounted) -> Result<Report, String> {
         asked: compaction["asked"] == true,
         progress: (number(&compaction["moved"][0]), number(&compaction["moved"][1])),
         pinned: text(&compaction["pinned"]),
-        failed: text(&compaction["failed"]),
+        failed: match image["writable"] == true {
+            true => text(&compaction["failed"]),
+            // The recycler has stopped.
+            false => text(&image["health"]),
+        },
     })
 }

@@ -17,6 +17,7 @@ use super::progress::Checking;
 use super::{shown, size, terminal};
 use crate::check::{Survey, Watch};
 use crate::error::Result;
+use crate::format::MAGIC;
 use extents::{Extent, Kind};
 use picture::Picture;
 
@@ -234,10 +235,22 @@ fn print(args: &Args) -> Result<(), String> {
 }
 
 fn draw(args: &Args, file: &Path) -> Result<(), String> {
+    if is_image(file) {
+        let file = file.display();
+        return Err(format!("{file} is an image, which a picture is not to replace"));
+    }
     let (view, picture) = look(args, svg::ROOM)?;
     let name = args.image.file_name().unwrap_or(args.image.as_os_str());
     let text = svg::draw(&name.to_string_lossy(), &view, &picture);
     std::fs::write(file, text).map_err(|e| format!("writing {}: {e}", file.display()))
+}
+
+/// Whether there is a qcow2 image by that name, as where a pattern of names was meant to be one image.
+fn is_image(path: &Path) -> bool {
+    use std::io::Read;
+    let mut start = [0; 4];
+    let opened = super::check::open(path, false);
+    opened.is_ok_and(|mut file| file.read_exact(&mut start).is_ok() && start == MAGIC.to_be_bytes())
 }
 
 fn print_json(args: &Args) -> Result<(), String> {

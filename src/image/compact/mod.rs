@@ -549,9 +549,10 @@ impl Image {
     /// on a full disk for one there is nothing to win by haste.
     pub(super) fn compaction_failed(&self, error: Error) {
         let Err(error) = self.note(Err::<(), _>(error)) else { return };
-        let Some(writer) = self.writer.as_ref().filter(|_| self.is_writable()) else { return };
+        let Some(writer) = &self.writer else { return };
         let mut compaction = writer.compaction.lock();
-        if compaction.failed.is_none() {
+        // An image that takes no more writes has said so itself.
+        if compaction.failed.is_none() && self.is_writable() {
             log::warn!("{}: compaction failed and is tried again: {error}", self.health.label());
         }
         let pause = compaction.retry.map_or(FIRST_RETRY, |(_, last)| (last * 2).min(LAST_RETRY));

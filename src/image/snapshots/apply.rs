@@ -7,6 +7,7 @@ use super::table::read_l1;
 use super::{Image, SnapshotKey, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{COPIED, HostCluster, MAX_L1_BYTES, Snapshot};
+use crate::locks;
 use crate::rules::Rule;
 
 impl Image {
@@ -27,7 +28,7 @@ impl Image {
         let old_l1 = {
             let _flush = self.hold_flush(writer);
             self.record_apply(writer, self.size_of(&snapshot)?)?;
-            let _guard = self.locks.exclusive(0..u64::MAX);
+            let _guard = self.locks.exclusive(locks::ALL);
             self.note(self.apply_held(writer, &snapshot))?
         };
         // Nothing on disk leads there any more.

@@ -6,6 +6,7 @@ use super::table::l2_tables;
 use super::{Image, MAX_NAME, SnapshotInfo, Writer, info};
 use crate::error::{Error, ErrorKind, Result, legible};
 use crate::format::{COPIED, Header, HostCluster, MAX_SNAPSHOTS, Snapshot};
+use crate::locks;
 use crate::rules::Rule;
 
 /// Refcounts of 16 bits (2 to the 4th) count more snapshots than an image is likely to have: they
@@ -17,7 +18,7 @@ impl Image {
     /// come later; durable on return. Other requests for the disk wait (the module says how long).
     ///
     /// # Errors
-    /// `Exists`; `Invalid` with a name that is empty or longer than 255 bytes; `Unsupported` with
+    /// `Exists`; `Invalid` with a name that is empty, longer than 255 bytes or no UTF-8; `Unsupported` with
     /// refcounts of 1 bit; `TooBig` where a refcount or the number of snapshots is at its largest;
     /// `ReadOnly`, host errors, `Corrupt`. There is no snapshot then, unless the image is latched.
     pub fn take_snapshot(&self, name: &[u8]) -> Result<SnapshotInfo> {
@@ -28,7 +29,7 @@ impl Image {
             let _flush = self.hold_flush(writer);
             // Most of it now, while requests go on.
             self.note(self.flush_held(writer))?;
-            let _guard = self.locks.exclusive(0..u64::MAX);
+            let _guard = self.locks.exclusive(locks::ALL);
             self.note(self.take_held(writer, snapshot))
         };
         if taken.is_err() && self.health.is_good() {
@@ -44,6 +45,10 @@ impl Image {
     fn new_entry(&self, name: &[u8]) -> Result<Snapshot> {
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(Error::invalid("the name of a snapshot has 1 to 255 bytes"));
+        }
+        // By another name it could not be found again.
+        if std::str::from_utf8(name).is_err() {
+            return Err(Error::invalid("the name of a snapshot is UTF-8"));
         }
         if self.data.is_external {
             return Err(Error::new(
