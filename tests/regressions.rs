@@ -863,3 +863,178 @@ fn a_copy_of_much_data_in_a_sparse_disk_is_no_longer_than_that() {
     assert_eq!(copied, 17 << 30);
     assert!((2..9).contains(&searches), "{searches} searches");
 }
+
+/// Memory that the search after the open reads only while nobody holds `gate`.
+#[derive(Default)]
+struct Gated {
+    memory: MemoryStorage,
+    gate: Mutex<()>,
+}
+
+impl Gated {
+    fn new(bytes: Vec<u8>) -> Arc<Gated> {
+        Arc::new(Gated { memory: MemoryStorage::new(bytes), ..Gated::default() })
+    }
+}
+
+impl testing::Layer for Gated {
+    fn below(&self) -> &dyn Storage {
+        &self.memory
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if thread::current().name() == Some("leak search") {
+            drop(self.gate.lock().unwrap());
+        }
+        self.memory.read_at(buf, offset)
+    }
+}
+
+/// [`with_a_shared_cluster`], whose refcount is `count`.
+fn with_a_shared_cluster_counted(count: u16) -> (Vec<u8>, u64) {
+    let (mut bytes, cluster) = with_a_shared_cluster();
+    let at = refcount_at(&bytes, cluster) as usize;
+    bytes[at..at + 2].copy_from_slice(&count.to_be_bytes());
+    (bytes, cluster)
+}
+
+fn guest_cluster(image: &Image, guest: u64) -> Vec<u8> {
+    let mut read = vec![0; CLUSTER as usize];
+    image.read(guest * CLUSTER, &mut read).unwrap();
+    read
+}
+
+/// One of two references is dropped before the search comes to it: the cluster would be freed beneath the
+/// other one, though what is left agrees with what is counted.
+#[test]
+fn a_reference_that_is_dropped_during_the_search_hides_no_other() {
+    for (count, flushed) in [(1, false), (1, true), (2, false), (2, true)] {
+        let (bytes, cluster) = with_a_shared_cluster_counted(count);
+        let storage = Gated::new(bytes);
+        let shut = storage.gate.lock().unwrap();
+        let image = Image::open(storage.clone(), &quiet()).unwrap();
+        image.discard(0..CLUSTER).unwrap();
+        if flushed {
+            image.flush().unwrap();
+        }
+        drop(shut);
+        wait_until("the search does not end", || {
+            !image.is_writable() || !image.status().unwrap().searching_leaks
+        });
+        let health = image.status().unwrap().health;
+        match count {
+            1 => assert!(health.contains("2 references and refcount 1"), "{flushed}: {health}"),
+            _ => assert_eq!(health, "ok", "{flushed}"),
+        }
+        let _says_so_again = image.close();
+        let bytes = storage.memory.contents();
+        let image = Image::open(Arc::new(MemoryStorage::new(bytes.clone())), &Options::default());
+        assert!(
+            guest_cluster(&image.unwrap(), 1).iter().all(|byte| *byte == 7),
+            "{count} {flushed}"
+        );
+        let at = refcount_at(&bytes, cluster) as usize;
+        assert_eq!(bytes[at..at + 2], [0, 1], "{count} {flushed}");
+    }
+}
+
+/// What is to be freed after the search stays where the search does not come to its end.
+#[test]
+fn what_was_dropped_is_not_freed_when_the_search_is_called_off() {
+    let (bytes, _) = with_a_shared_cluster_counted(1);
+    let storage = Gated::new(bytes);
+    let shut = storage.gate.lock().unwrap();
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(0..CLUSTER).unwrap();
+    image.begin_closing();
+    drop(shut);
+    image.close().unwrap();
+    let memory = Arc::new(MemoryStorage::new(storage.memory.contents()));
+    let image = Image::open(memory, &Options::default()).unwrap();
+    assert!(guest_cluster(&image, 0).iter().all(|byte| *byte == 0));
+    assert!(guest_cluster(&image, 1).iter().all(|byte| *byte == 7));
+}
+
+/// A close that is in no hurry lets the search come to its end, so that what was dropped is freed.
+#[test]
+fn what_was_dropped_before_the_search_was_over_is_freed_by_the_close() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[7; 8 * CLUSTER as usize]).unwrap();
+    image.close().unwrap();
+    let slow = Arc::new(SlowSearch(MemoryStorage::new(storage.contents())));
+    let image = Image::open(slow.clone(), &quiet()).unwrap();
+    image.discard(0..8 << 20).unwrap();
+    image.close().unwrap();
+    let bytes = slow.0.contents();
+    assert!(bytes.len() < 8 * CLUSTER as usize, "{} bytes", bytes.len());
+    assert_eq!(checked(&bytes).0, Some(0));
+}
+
+/// Something may refer to a cluster of the file that is not counted: until that is known it is nobody
+/// else's.
+#[test]
+fn what_is_not_counted_is_not_handed_out_before_the_search_is_over() {
+    let (bytes, cluster) = with_a_shared_cluster_counted(0);
+    let storage = Gated::new(bytes);
+    let shut = storage.gate.lock().unwrap();
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    for guest in 2..40 {
+        image.write(guest * CLUSTER, &[9; CLUSTER as usize]).unwrap();
+    }
+    image.flush().unwrap();
+    drop(shut);
+    wait_until("nobody has found it", || !image.is_writable());
+    let health = image.status().unwrap().health;
+    assert!(health.contains("2 references and refcount 0"), "{health}");
+    for guest in 0..40 {
+        let expected = if guest < 2 { 7 } else { 9 };
+        assert!(guest_cluster(&image, guest).iter().all(|byte| *byte == expected), "{guest}");
+    }
+    let bytes = storage.memory.contents();
+    let at = refcount_at(&bytes, cluster) as usize;
+    assert_eq!(bytes[at..at + 2], [0, 0]);
+    let _says_so_again = image.close();
+}
+
+/// Each view has the tables of its snapshot in memory.
+#[test]
+fn all_who_read_a_snapshot_share_a_view() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage, &quiet()).unwrap();
+    image.take_snapshot(b"one").unwrap();
+    image.take_snapshot(b"two").unwrap();
+    let views = ["one", "two", "one"].map(|name| image.open_snapshot(name.as_bytes()).unwrap());
+    assert!(Arc::ptr_eq(&views[0], &views[2]));
+    assert_eq!((views[0].info().name.as_str(), views[1].info().name.as_str()), ("one", "two"));
+    drop(views);
+    image.close().unwrap();
+}
+
+#[test]
+fn a_snapshot_that_could_not_be_found_again_is_not_taken() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage, &quiet()).unwrap();
+    assert!(image.take_snapshot(b"caf\xe9").is_err());
+    assert_eq!(image.snapshots().unwrap().len(), 0);
+    image.close().unwrap();
+}
+
+/// Changed tables wait in memory until a flush: who cuts off a large disk flushes on the way.
+#[test]
+fn cutting_a_disk_off_keeps_few_tables_in_memory() {
+    let storage = Arc::new(MemoryStorage::new(created(&["-o", "cluster_size=4k"])));
+    let caches = qcow2fs::memory::Memory::new(u64::MAX);
+    let options = Options { metadata_cache: 0, caches: caches.clone(), ..quiet() };
+    let image = Image::open(storage, &options).unwrap();
+    image.resize(256 << 20).unwrap();
+    image.preallocate(0..256 << 20).unwrap();
+    image.flush().unwrap();
+    let before = image.status().unwrap().flushes;
+    image.resize(0).unwrap();
+    // 128 slices of 4 KiB.
+    let flushes = image.status().unwrap().flushes - before;
+    assert!(flushes > 4, "{flushes} flushes");
+    assert!(caches.status().held < 64 * 4096, "{:?}", caches.status());
+    image.close().unwrap();
+}

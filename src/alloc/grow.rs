@@ -107,7 +107,7 @@ impl Refcounts {
             self.check_limit(plan.end())?;
             // Past the end of the file refcounts may be left over from a crash: step over them.
             if let Some(used) = self.last_used(state, start..plan.end())? {
-                start = used + 1;
+                start = self.first_free(state, used + 1)?;
                 continue;
             }
             let missing = self.missing_blocks(state, start..plan.end()).len() as u64;

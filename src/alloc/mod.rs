@@ -88,8 +88,35 @@ struct State {
     file_end: u64,
     /// No cluster before this one is free.
     first_free: u64,
-    /// Clusters that were counted since this was asked for.
-    counted: Option<ClusterSet>,
+    /// What has happened since it was asked for.
+    since: Option<Since>,
+}
+
+struct Since {
+    /// Clusters that were counted.
+    counted: ClusterSet,
+    /// Nothing was known to be used at or after this cluster.
+    end: u64,
+    /// No cluster from there up to this one is free.
+    first_free: u64,
+}
+
+impl State {
+    /// No cluster that may be handed out lies before this one; and the first one that may.
+    fn hint(&mut self) -> (&mut u64, u64) {
+        match &mut self.since {
+            Some(since) => (&mut since.first_free, since.end),
+            None => (&mut self.first_free, 0),
+        }
+    }
+
+    /// A cluster is free.
+    fn freed(&mut self, cluster: u64) {
+        self.first_free = self.first_free.min(cluster);
+        if let Some(since) = &mut self.since {
+            since.first_free = since.first_free.min(cluster.max(since.end));
+        }
+    }
 }
 
 /// Consecutive clusters whose refcount has just become 1.
@@ -165,7 +192,7 @@ impl Refcounts {
             end: geometry.clusters_for(len).0.max(1),
             file_end: len >> geometry.cluster_bits(),
             first_free: 0,
-            counted: None,
+            since: None,
         };
         let state = Arc::new(Mutex::new(state));
         memory.add(&share, &state);
@@ -223,7 +250,8 @@ impl Refcounts {
 
     /// Takes the first free clusters of the file: consecutive ones, at least 1 and at most
     /// `wanted`, the file growing where nothing before its end is free. Their refcount is 1 from
-    /// now on, in memory.
+    /// now on, in memory. While [`Refcounts::distrust`] holds they lie past the end that the file had
+    /// then.
     ///
     /// # Errors
     /// Host errors; `Corrupt` where metadata is found free; `TooBig` at the format's limits.
@@ -237,11 +265,18 @@ impl Refcounts {
     fn allocate_until(&self, wanted: u64, end: u64) -> Result<Option<Allocated>> {
         let mut state = self.state.lock();
         let first = loop {
-            let from = state.first_free;
+            let from = *state.hint().0;
             let first = self.first_free(&mut state, from)?;
-            state.first_free = first;
+            let (hint, trusted) = state.hint();
+            *hint = first;
             if first >= end {
                 return Ok(None);
+            }
+            let per_block = self.geometry.refcounts_per_block();
+            if !self.has_block(&state, first) && first / per_block * per_block < trusted {
+                // The block would lie where something may be that is not counted.
+                *state.hint().0 = (first / per_block + 1) * per_block;
+                continue;
             }
             if !self.make_block_for(&mut state, first)? {
                 break first;
@@ -260,7 +295,7 @@ impl Refcounts {
                 Ok(false) | Err(_) => break,
             }
         }
-        state.first_free = last;
+        *state.hint().0 = last;
         self.reach(&mut state, last);
         Ok(Some(Allocated { clusters: first..last, is_new }))
     }
@@ -312,7 +347,7 @@ impl Refcounts {
             if less == 0 {
                 // It may have been a table.
                 self.metadata.remove(HostCluster(cluster));
-                state.first_free = state.first_free.min(cluster);
+                state.freed(cluster);
             }
         }
         Ok(())
@@ -602,9 +637,13 @@ impl Refcounts {
         left
     }
 
-    /// From now on, or no longer, remembers which clusters are counted.
-    pub fn remember_counted(&self, remember: bool) {
-        self.state.lock().counted = remember.then(ClusterSet::default);
+    /// From now on, or no longer, what is in the file is not relied on: a cluster that is not counted may
+    /// be referred to, so none of those is handed out; and it is remembered which clusters are counted.
+    pub fn distrust(&self, distrust: bool) {
+        let mut state = self.state.lock();
+        let end = state.end;
+        state.since =
+            distrust.then(|| Since { counted: ClusterSet::default(), end, first_free: end });
     }
 
     /// The indices of the refcount blocks that there are.
@@ -622,7 +661,7 @@ impl Refcounts {
     }
 
     /// Lowers the counts of the clusters of `range` that are too high, as far as they are what they were
-    /// when [`Refcounts::remember_counted`] was called; a cluster that should not be counted at all
+    /// when [`Refcounts::distrust`] was called; a cluster that should not be counted at all
     /// stays at 1 and is passed to `take`. `references` says how many references there are; what is
     /// metadata and has none is left alone, since none leads to refcount blocks and the refcount
     /// table. Returns how many clusters that concerned: what `take` answers, and 1 for each other.
@@ -645,7 +684,8 @@ impl Refcounts {
             if count <= wanted {
                 continue;
             }
-            let is_new = state.counted.as_ref().is_none_or(|counted| counted.contains(cluster));
+            let since = state.since.as_ref();
+            let is_new = since.is_none_or(|since| since.counted.contains(cluster));
             if is_new || wanted == 0 && self.metadata.contains(HostCluster(cluster)) {
                 continue;
             }
@@ -748,9 +788,9 @@ impl Refcounts {
             refcount::set(bytes, index, order, value);
         }
         if value > 0
-            && let Some(counted) = &mut state.counted
+            && let Some(since) = &mut state.since
         {
-            counted.add(cluster);
+            since.counted.add(cluster);
         }
         Ok(())
     }

@@ -411,7 +411,7 @@ impl Refcounts {
             // A new block may have taken the place meanwhile.
             if state.unlinked.remove(place) {
                 self.metadata.remove(HostCluster(*place));
-                state.first_free = state.first_free.min(*place);
+                state.freed(*place);
             }
         }
     }

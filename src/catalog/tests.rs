@@ -963,3 +963,44 @@ fn what_is_below_the_image_of_an_overlay_is_followed_for_its_owner() {
     tree.catalog.open(&tree.node("a.raw"), WRITE).unwrap();
     tree.catalog.release(&tree.node("a.raw"));
 }
+
+/// Who only reads holds the image to the end, and may wait for a host that does not answer.
+#[test]
+fn who_never_ends_reading_keeps_no_other_image_from_being_closed() {
+    let tree = Tree::new();
+    let names: Vec<String> = (0..2 * CLOSERS).map(|n| format!("{n}.raw")).collect();
+    let nodes: Vec<_> = names
+        .iter()
+        .map(|name| {
+            tree.image(&name.replace("raw", "qcow2"), "1M");
+            let node = tree.node(name);
+            tree.catalog.open(&node, WRITE).unwrap();
+            node
+        })
+        .collect();
+    tree.image("stuck.qcow2", "1M");
+    let stuck = tree.node("stuck.raw");
+    tree.catalog.open(&stuck, READ).unwrap();
+    let ((began, begun), (goes_on, wait)) = (unbounded(), unbounded());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let read = stuck.with_image(|_| {
+                began.send(()).unwrap();
+                wait.recv().unwrap();
+                Ok(())
+            });
+            read.unwrap();
+        });
+        begun.recv().unwrap();
+        let (ended, end) = unbounded();
+        let close_all = || tree.catalog.close_all(Duration::from_millis(50));
+        scope.spawn(move || ended.send(close_all()).unwrap());
+        let failed = end.recv_timeout(Duration::from_secs(10));
+        goes_on.send(()).unwrap();
+        assert_eq!(failed, Ok(1));
+    });
+    for name in &names {
+        assert!(tree.is_free(&name.replace("raw", "qcow2"), Access::Write), "{name}");
+    }
+    nodes.iter().chain([&stuck]).for_each(|node| tree.catalog.release(node));
+}

@@ -175,6 +175,22 @@ mod tests {
     }
 
     #[test]
+    fn a_child_process_does_not_get_it() {
+        let secret = Secret::copy_of(b"correct horse");
+        // SAFETY: the child only reads memory, and ends at once.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let is_wiped = secret.iter().all(|byte| *byte == 0);
+            // SAFETY: it ends the process.
+            unsafe { libc::_exit(if is_wiped { 0 } else { 1 }) };
+        }
+        let mut status = -1;
+        // SAFETY: the status is ours.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child has the secret");
+    }
+
+    #[test]
     fn a_kept_value_is_dropped_once() {
         let shared = std::sync::Arc::new(7);
         let kept = Kept::new(shared.clone());

@@ -14,7 +14,12 @@
 //! it since, or not so often. Where a snapshot was being taken or deleted, COPIED flags may be
 //! missing too; they are set in the end.
 //! A refcount that is below the references is damage, and so is a COPIED flag that leads to a cluster
-//! with several references: the image turns read-only, while nothing has been freed yet. So are
+//! with several references: the image turns read-only, while nothing has been freed yet. References that
+//! were dropped meanwhile are counted still, so they are references here: a cluster that was counted once
+//! and has lost one of two would be freed beneath the other. But the search may have read their tables
+//! before. So clusters that have too many in this way are looked for once more, after a flush: what
+//! leads to them then was not dropped. Nor is a cluster of the file handed out before the end of the
+//! search that is not counted: something may refer to it. So are
 //! references that cannot be counted: one of them may be the second to somebody's data. Only a host
 //! that cannot read says nothing about the image; snapshots, which are changed by refcounts alone, stay
 //! as they are then.
@@ -29,6 +34,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -40,6 +46,8 @@ use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
 use crate::locks;
 use crate::storage::Storage;
 
+/// So long who closes the image waits for the search, where something is to be freed after it.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// So many clusters are looked at while others wait. One refcount block may count millions.
 const AT_ONCE: u64 = 1 << 14;
 
@@ -63,6 +71,19 @@ impl LeakSearch {
     pub(super) fn stop(&self) -> bool {
         self.ask_to_stop();
         self.wait()
+    }
+
+    /// Waits for the end of the search, but not for long.
+    pub(super) fn wait_a_little(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        let is_over = || {
+            self.thread
+                .try_lock()
+                .is_some_and(|thread| thread.as_ref().is_none_or(|thread| thread.is_finished()))
+        };
+        while !is_over() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits for the end of the search; whether that went as it should.
@@ -96,13 +117,16 @@ struct Sound {
     counts: ReferenceCounts,
     /// Some COPIED flags are missing.
     misses_flags: bool,
+    /// Clusters with more references than are counted, if those that were dropped meanwhile were not
+    /// among those that were found.
+    suspects: Vec<HostCluster>,
 }
 
 impl Image {
     /// Starts the search on an image that was just opened as `header` says.
     pub(super) fn search_leaks(self: &Arc<Self>, header: &Header) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        writer.refcounts.remember_counted(true);
+        writer.refcounts.distrust(true);
         writer.recycler.hold_frees(true);
         let stop = writer.leak_search.stop.clone();
         let has_bitmaps = header.autoclear_features & AUTOCLEAR_BITMAPS != 0
@@ -153,6 +177,10 @@ impl Image {
         let Some(writer) = &self.writer else { return };
         let stop = searched.storage.stop.clone();
         let found = counted.and_then(|counts| self.judge(writer, &searched, counts));
+        let found = found.and_then(|sound| match sound.suspects.as_slice() {
+            [] => Ok(sound),
+            suspects => self.clear_suspects(writer, &mut searched, suspects).map(|()| sound),
+        });
         let found = match found {
             Err(e) if is_damage(&e) => self.judge_again(writer, &mut searched),
             other => other,
@@ -169,7 +197,12 @@ impl Image {
             true => Ok(0),
             false => self.mend(writer, &sound, &stop),
         });
-        writer.refcounts.remember_counted(false);
+        if returned.is_err() && stop.load(Ordering::Acquire) {
+            // The image is being closed. What it cannot be known of whether somebody else refers to it
+            // is a leak from now on.
+            return;
+        }
+        writer.refcounts.distrust(false);
         writer.recycler.hold_frees(false);
         match returned {
             Ok(0) => {}
@@ -177,7 +210,7 @@ impl Image {
                 "{}: {count} clusters that had leaked are being freed",
                 self.health.label()
             ),
-            Err(_) if stop.load(Ordering::Acquire) || !self.health.is_good() => {}
+            Err(_) if !self.health.is_good() => {}
             Err(e) => log::warn!(
                 "{}: clusters that may have leaked are not looked for: {e}",
                 self.health.label()
@@ -207,12 +240,33 @@ impl Image {
         counts: ReferenceCounts,
     ) -> Result<Sound> {
         counts.trusted()?;
-        self.refuse_low_counts(writer, &searched.storage, &counts)?;
+        let suspects = self.refuse_low_counts(writer, &searched.storage, &counts)?;
         let flags = Flags::read(&searched.storage, &searched.header, &counts)?;
         match flags.wrongly_set {
             Some(wrong) => Err(Error::corrupt(wrong)),
-            None => Ok(Sound { counts, misses_flags: flags.any_missing }),
+            None => Ok(Sound { counts, misses_flags: flags.any_missing, suspects }),
         }
+    }
+
+    /// Counts once more, after a flush. References were dropped from the `suspects` before that: those
+    /// that are found now are others.
+    ///
+    /// # Errors
+    /// As [`Image::judge`].
+    fn clear_suspects(
+        &self,
+        writer: &Writer,
+        searched: &mut Searched,
+        suspects: &[HostCluster],
+    ) -> Result<()> {
+        self.flush()?;
+        let dropped = writer.recycler.dropped();
+        searched.header = open::read_header(&searched.storage)?;
+        let counts = searched.count()?;
+        counts.trusted()?;
+        suspects.iter().try_for_each(|suspect| {
+            self.refuse_low(writer, *suspect, counts.get(*suspect) + dropped.to(suspect.0))
+        })
     }
 
     /// Counts and judges once more while nothing changes, since what was counted while the tables
@@ -223,29 +277,54 @@ impl Image {
         self.flush_held(writer)?;
         searched.header = open::read_header(&searched.storage)?;
         let found = searched.count().and_then(|counts| self.judge(writer, searched, counts));
+        let found = found.and_then(|sound| {
+            let dropped = writer.recycler.dropped();
+            sound.suspects.iter().try_for_each(|suspect| {
+                self.refuse_low(
+                    writer,
+                    *suspect,
+                    sound.counts.get(*suspect) + dropped.to(suspect.0),
+                )
+            })?;
+            Ok(sound)
+        });
         match found {
             Err(e) if is_damage(&e) => self.note(Err(Error::corrupt(e.to_string()))),
             other => other,
         }
     }
 
+    /// Refuses clusters with more references than are counted; those that have more together with the
+    /// references that were dropped and are counted still.
     fn refuse_low_counts(
         &self,
         writer: &Writer,
         storage: &Stoppable,
         counts: &ReferenceCounts,
-    ) -> Result<()> {
+    ) -> Result<Vec<HostCluster>> {
+        let dropped = writer.recycler.dropped();
+        let mut suspects = Vec::new();
         for (cluster, references) in counts.range(0..u64::MAX) {
             storage.going_on().map_err(|e| Error::io("comparing refcounts", e))?;
-            let count = writer.refcounts.get(cluster)?;
-            if count < references {
-                let at = self.geometry.host_offset(cluster);
-                return Err(Error::corrupt(format!(
-                    "the cluster at {at} has {references} references and refcount {count}"
-                )));
+            self.refuse_low(writer, cluster, references)?;
+            let dropped = dropped.to(cluster.0);
+            if dropped > 0 && self.refuse_low(writer, cluster, references + dropped).is_err() {
+                suspects.push(cluster);
             }
         }
-        Ok(())
+        Ok(suspects)
+    }
+
+    /// Fails where fewer references to a cluster are counted.
+    fn refuse_low(&self, writer: &Writer, cluster: HostCluster, references: u64) -> Result<()> {
+        let count = writer.refcounts.get(cluster)?;
+        if count >= references {
+            return Ok(());
+        }
+        let at = self.geometry.host_offset(cluster);
+        Err(Error::corrupt(format!(
+            "the cluster at {at} has {references} references and refcount {count}"
+        )))
     }
 
     fn return_leaked(

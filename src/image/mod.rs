@@ -296,6 +296,10 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        if writer.recycler.has_dropped() {
+            // Else it would not be freed.
+            writer.leak_search.wait_a_little();
+        }
         self.begin_closing();
         let searched = writer.leak_search.stop();
         if let Some(thread) = writer.thread.lock().take()

@@ -57,7 +57,7 @@ impl Image {
         let _guard = self.locks.exclusive(self.geometry.guest_clusters(&cut));
         match self.geometry.version() < 3 && self.is_backed(cut.start) {
             true => self.clear_mapped(writer, &cut)?,
-            false => self.clear_held(writer, cut.clone())?,
+            false => self.clear_in_steps(writer, cut.clone())?,
         }
         if self.data.is_external && self.data.cipher.is_some() {
             // What is cut off and still mapped after a crash reads as zeros, which decrypt to anything.
@@ -83,7 +83,7 @@ impl Image {
         while at < cut.end {
             let (mapping, end) = self.mapping_at(at, cut.end)?;
             if mapping != Mapping::Uniform(Run::Backing) {
-                self.clear_held(writer, at..end)?;
+                self.clear_in_steps(writer, at..end)?;
             }
             at = end;
         }
@@ -124,12 +124,32 @@ impl Image {
         let hides_little = self.geometry.version() < 3 && self.is_backed(added.end);
         let whole = added.end.next_multiple_of(self.cluster_size());
         let end = if hides_little { whole } else { mapped_end };
-        self.clear_held(writer, added.start..end)?;
+        self.clear_in_steps(writer, added.start..end)?;
         if Rule::ClearBeforeGrowth.is_kept() {
             self.flush_held(writer)?;
         }
         let is_all = !hides_little && self.backed_clusters() <= mapped;
         writer.clear_past_end.store(is_all, Ordering::Release);
+        Ok(())
+    }
+
+    /// Clears a range of any size, whose clusters and the flush lock are held, and flushes on the way
+    /// where too many changed tables would wait in memory.
+    fn clear_in_steps(&self, writer: &Writer, range: Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let (mapping, end) = self.mapping_at(at, range.end)?;
+            if mapping == Mapping::Uniform(Run::Unallocated) {
+                at = end;
+                continue;
+            }
+            let end = range.end.min(self.step_end(at));
+            self.clear_held(writer, at..end)?;
+            if self.tables.is_crowded() {
+                self.flush_held(writer)?;
+            }
+            at = end;
+        }
         Ok(())
     }
 

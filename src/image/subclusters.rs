@@ -120,7 +120,8 @@ impl Image {
         }
         match writer.refcounts.get(cluster)? {
             0 => Err(self.uncounted(cluster)),
-            1 => Ok(Some(cluster)),
+            // Not known before the search for damage is over.
+            1 if !writer.recycler.are_frees_held() => Ok(Some(cluster)),
             _ => Ok(None),
         }
     }

@@ -247,11 +247,11 @@ impl Image {
     }
 
     /// An L2 table that is shared, by its flag or its refcount; `None` where nothing else refers to it
-    /// after all.
+    /// after all, which is not known before the search for damage is over.
     fn read_shared_table(&self, writer: &Writer, table: HostCluster) -> Result<Option<Vec<u8>>> {
         match writer.refcounts.get(table)? {
             0 => Err(self.uncounted(table)),
-            1 => Ok(None),
+            1 if !writer.recycler.are_frees_held() => Ok(None),
             _ => self.tables.read_table(table).map(Some),
         }
     }
@@ -264,7 +264,7 @@ impl Image {
             let count = if self.data.is_external { 1 } else { writer.refcounts.get(first)? };
             match count {
                 0 => return Err(self.uncounted(first)),
-                1 => {
+                1 if !writer.recycler.are_frees_held() => {
                     // It is ours, only the flag was missing. On disk the refcount may still be
                     // higher: it goes first.
                     self.ensure_table(writer, guest)?;

@@ -58,6 +58,22 @@ pub struct StateCounts {
     pub rooted: u64,
 }
 
+/// References that were dropped and are counted still.
+#[derive(Debug)]
+pub struct Dropped {
+    last: ClusterSet,
+    /// Those to clusters that have others, by cluster.
+    one_of_several: HashMap<u64, u64>,
+}
+
+impl Dropped {
+    /// How many of them led to `cluster`.
+    pub fn to(&self, cluster: u64) -> u64 {
+        let one_of_several = self.one_of_several.get(&cluster).copied().unwrap_or(0);
+        u64::from(self.last.contains(cluster)) + one_of_several
+    }
+}
+
 /// A cluster that is dropped although it is not in use: two references claimed it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct NotInUse;
@@ -143,6 +159,15 @@ impl ClusterMap {
             *drops.entry(*cluster).or_default() += 1;
         }
         drops
+    }
+
+    /// All references that were dropped and are counted still.
+    pub fn dropped(&self) -> Dropped {
+        let mut last = ClusterSet::default();
+        for set in [&self.junk, &self.junk_sealed, &self.released, &self.punching] {
+            last.append(&mut set.clone());
+        }
+        Dropped { last, one_of_several: self.pending_drops(&(0..u64::MAX)) }
     }
 
     /// Takes released clusters to punch and free, at most `max`; [`ClusterMap::freed`] or

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use serde::Serialize;
 
-pub use cluster_map::{ClusterMap, NotInUse, StateCounts};
+pub use cluster_map::{ClusterMap, Dropped, NotInUse, StateCounts};
 pub use wake::WakeSignal;
 
 use crate::alloc::{Allocated, Refcounts};
@@ -424,6 +424,17 @@ impl Recycler {
         self.map.lock().pending_drops(clusters)
     }
 
+    /// See [`ClusterMap::dropped`].
+    pub fn dropped(&self) -> Dropped {
+        self.map.lock().dropped()
+    }
+
+    /// Whether references were dropped that are counted still.
+    pub fn has_dropped(&self) -> bool {
+        let map = self.map.lock();
+        map.awaits_flush() || map.awaits_freeing()
+    }
+
     /// Punches and frees one run of released clusters; `false` when there is none.
     ///
     /// # Errors
@@ -632,19 +643,29 @@ impl Recycler {
         let zeroed = match allocated.is_new {
             true => {
                 self.tail_may_be_free.store(true, Ordering::Relaxed);
-                match Rule::FileReachesAllocated.is_kept() {
-                    true => self.refcounts.extend_file(),
-                    false => Ok(()),
-                }
+                self.reach_allocated()
             }
-            false if !Rule::AllocatedReadsZeros.is_kept() => Ok(()),
-            false => self.punch(allocated.clusters.clone()),
+            false => {
+                let punched = match Rule::AllocatedReadsZeros.is_kept() {
+                    true => self.punch(allocated.clusters.clone()),
+                    false => Ok(()),
+                };
+                // What was given back when the file could not grow lies past its end still.
+                punched.and_then(|()| self.reach_allocated())
+            }
         };
         if let Err(e) = zeroed {
             self.refcounts.release(allocated.clusters)?;
             return Err(e);
         }
         Ok(allocated.clusters)
+    }
+
+    fn reach_allocated(&self) -> Result<()> {
+        match Rule::FileReachesAllocated.is_kept() {
+            true => self.refcounts.extend_file(),
+            false => Ok(()),
+        }
     }
 
     /// Makes clusters that nobody refers to read as zeros, and gives their blocks back where the

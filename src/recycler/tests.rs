@@ -142,3 +142,16 @@ fn what_cannot_be_punched_keeps_nothing_else_from_being_freed() {
     assert_eq!(count(STUCK_SHARED), 1);
     assert_eq!(recycler.counts(), StateCounts { released: 2, ..StateCounts::default() });
 }
+
+/// The file ends before what was given back when it could not grow: whoever gets that next sees to it that
+/// it reaches there, since an entry may be durable before the length is.
+#[test]
+fn the_file_reaches_what_was_given_back_when_it_could_not_grow() {
+    let (storage, recycler) = recycler(1);
+    let given_back = recycler.refcounts.allocate_at_end(1).unwrap();
+    recycler.refcounts.release(given_back.clone()).unwrap();
+    storage.set_len(given_back.start * CLUSTER).unwrap();
+    let taken = recycler.take(1).unwrap();
+    assert_eq!(taken.first(), HostCluster(given_back.start));
+    assert!(storage.len().unwrap() >= given_back.end * CLUSTER);
+}

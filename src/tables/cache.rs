@@ -25,7 +25,7 @@ const MAX_SLICE: u64 = 4096;
 /// How far one insertion looks for something to evict. Where most of the cache is dirty it stays
 /// over its capacity until the next flush rather than looking through it all each time.
 const MAX_EVICTION_STEPS: usize = 64;
-/// However short memory is, so many slices stay.
+/// However short memory is, so many slices stay: [`KEPT`](crate::memory::KEPT) where they are largest.
 const MIN_SLICES: usize = 16;
 
 /// The cache. Keys are the host offsets of slices.

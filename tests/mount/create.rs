@@ -39,6 +39,23 @@ fn images_are_what_was_asked_for() {
 }
 
 #[test]
+fn an_image_does_not_replace_what_it_is_based_on() {
+    let lab = Lab::new();
+    let images = lab.images();
+    let images = images.display();
+    sh!("cd {images}; $qcow2fs create a.qcow2 1M; ln a.qcow2 same.qcow2; \
+         $qcow2fs create -b same.qcow2 -F qcow2 b.qcow2; qemu-io -c 'write -P 7 0 1M' a.qcow2");
+    for base in ["a.qcow2", "same.qcow2", "b.qcow2"] {
+        let refused =
+            attempt!("cd {images}; $qcow2fs create --force -b {base} -F qcow2 a.qcow2 1M");
+        assert_eq!((refused.code, refused.err.lines().count()), (Some(1), 1), "{refused:?}");
+        assert!(refused.err.contains("would be replaced"), "{refused:?}");
+        assert!(guest_bytes(&lab.image("a.qcow2")).iter().all(|byte| *byte == 7));
+    }
+    sh!("cd {images}; $qcow2fs create --force -b a.qcow2 -F qcow2 b.qcow2");
+}
+
+#[test]
 fn an_overlay_is_as_large_as_its_backing_file_and_shows_it() {
     let lab = Lab::new();
     lab.subdirectory("images/bases");

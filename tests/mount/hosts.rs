@@ -1,7 +1,8 @@
 //! The host's file system when it is slow or full.
 
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -102,6 +103,54 @@ fn disks_that_cannot_grow_just_now_keep_no_other_waiting() {
     }
     mount.umount();
     images.iter().for_each(|image| assert_sound(image));
+    slow.umount();
+    device.detach();
+}
+
+/// A snapshot holds all of its disk while it is taken.
+#[test]
+fn a_disk_whose_snapshot_takes_long_keeps_no_other_waiting() {
+    let lab = Lab::new();
+    lab.create("other.qcow2", "8M", "");
+    let (device, slow) = small_file_system(&lab, "slow", "64M");
+    let image = lab.create("slow/disk.qcow2", "8M", "");
+    let mount = lab.mount();
+    let other = open(&mount.path("other.raw"));
+    // Past the page cache, so that reads come to us.
+    let mut past_cache = File::options();
+    past_cache.read(true).write(true).custom_flags(libc::O_DIRECT);
+    let disk = past_cache.open(mount.path("slow/disk.raw")).unwrap();
+    disk.write_all_at(&pattern(3, 4 << 20), 0).unwrap();
+    disk.sync_all().unwrap();
+    let names = mount.path("slow/.snap/disk.raw");
+
+    let frozen = Frozen::new(slow.point());
+    let taker = thread::spawn(move || File::create_new(names.join("one")).map(|_| ()));
+    thread::sleep(Duration::from_millis(300));
+    let readers: Vec<_> = (0..2 * WRITERS as u64)
+        .map(|n| {
+            let disk = disk.try_clone().unwrap();
+            thread::spawn(move || disk.read_exact_at(&mut [0; 4096], n << 18).unwrap())
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(300));
+    let (done, answered) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = [1; 4096];
+        other.read_exact_at(&mut bytes, 1 << 20).unwrap();
+        other.write_all_at(b"written", 0).unwrap();
+        done.send(other.sync_all().map(|()| bytes)).unwrap();
+    });
+    let answer = answered.recv_timeout(Duration::from_secs(THAW / 2));
+    let waited = !taker.is_finished() && readers.iter().any(|reader| !reader.is_finished());
+    drop(frozen);
+    taker.join().unwrap().unwrap();
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+    assert_eq!(answer.expect("another image waits for the snapshot").unwrap(), [0; 4096]);
+    assert!(waited, "nobody had to wait: this tests nothing");
+    drop(disk);
+    mount.umount();
+    assert_sound(&image);
     slow.umount();
     device.detach();
 }

@@ -120,6 +120,10 @@ fn a_picture_is_drawn_that_others_can_read() {
     );
     let without_python = parsed.code == Some(127);
     assert!(parsed.ok() || without_python, "{parsed:?}");
+    let other = lab.create("other.qcow2", "1M", "");
+    let kept = attempt!("$qcow2fs map --svg {} '{}'", other.display(), image.display());
+    assert!(kept.code == Some(1) && kept.err.contains("other.qcow2 is an image"), "{kept:?}");
+    assert!(fs::read(&other).unwrap().starts_with(b"QFI"));
     let nowhere = attempt!("$qcow2fs map --svg {}/no/x.svg '{}'", svg.display(), image.display());
     assert!(nowhere.code == Some(1) && nowhere.err.contains("x.svg"), "{nowhere:?}");
 }

@@ -211,10 +211,10 @@ fn the_caches_of_all_images_have_a_limit_and_those_that_lie_idle_give_way() {
     let mount = lab.mount_with("--cache-limit 1M");
     let files: Vec<_> =
         names.iter().map(|name| File::open(mount.path(&format!("{name}.raw"))).unwrap()).collect();
-    // Another place of the same 512 KiB of tables each time: nothing that the kernel has read already.
+    // Another place of the same 128 pieces of tables each time: nothing that the kernel has read.
     let look = |file: &File, time: u64| {
         for part in 0..128 {
-            file.read_exact_at(&mut [0], (part << 23) + (time << 19)).unwrap();
+            file.read_exact_at(&mut [0], (part << 23) + (time << 17)).unwrap();
         }
     };
     let held = || mount.status()["caches"]["held"].as_u64().unwrap();

@@ -76,10 +76,16 @@ impl Image {
         // A view reads the tables in the file: nothing is on its way to another place.
         let _held = self.writer.as_ref().map(|writer| self.hold_moves(writer)).transpose()?;
         let mut state = self.snapshots.state.lock();
-        let entry = &state.table.entries[state.find(which)?];
+        let entry = state.find(which)?;
+        let id = state.table.entries[entry].id.clone();
+        // One is enough for all who read it: each has its tables in memory.
+        if let Some(view) = state.open_views(Some(&id)).pop() {
+            return Ok(view);
+        }
+        let entry = &state.table.entries[entry];
         let view = Arc::new(SnapshotView {
             info: info(entry, self.virtual_size()),
-            id: entry.id.clone(),
+            id,
             disk: self.snapshot_disk(entry)?,
         });
         state.views.push(Arc::downgrade(&view));
