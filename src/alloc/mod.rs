@@ -256,29 +256,43 @@ impl Refcounts {
     /// # Errors
     /// Host errors; `Corrupt` where metadata is found free; `TooBig` at the format's limits.
     pub fn allocate(&self, wanted: u64) -> Result<Allocated> {
-        match self.allocate_until(wanted, u64::MAX)? {
-            Some(allocated) => Ok(allocated),
-            None => Err(grow::too_big()),
-        }
+        let mut state = self.state.lock();
+        let allocated = match self.allocate_in(&mut state, wanted, u64::MAX) {
+            // There is no other place.
+            Err(e) if e.kind() == ErrorKind::TooBig && state.since.is_some() => {
+                let since = state.since.take();
+                let allocated = self.allocate_in(&mut state, wanted, u64::MAX);
+                state.since = since;
+                if let (Ok(Some(allocated)), Some(since)) = (&allocated, &mut state.since) {
+                    allocated.clusters.clone().for_each(|cluster| since.counted.add(cluster));
+                }
+                allocated
+            }
+            other => other,
+        };
+        allocated?.ok_or_else(grow::too_big)
     }
 
     fn allocate_until(&self, wanted: u64, end: u64) -> Result<Option<Allocated>> {
-        let mut state = self.state.lock();
+        self.allocate_in(&mut self.state.lock(), wanted, end)
+    }
+
+    fn allocate_in(&self, state: &mut State, wanted: u64, end: u64) -> Result<Option<Allocated>> {
         let first = loop {
             let from = *state.hint().0;
-            let first = self.first_free(&mut state, from)?;
+            let first = self.first_free(state, from)?;
             let (hint, trusted) = state.hint();
             *hint = first;
             if first >= end {
                 return Ok(None);
             }
             let per_block = self.geometry.refcounts_per_block();
-            if !self.has_block(&state, first) && first / per_block * per_block < trusted {
+            if !self.has_block(state, first) && first / per_block * per_block < trusted {
                 // The block would lie where something may be that is not counted.
-                *state.hint().0 = (first / per_block + 1) * per_block;
+                *state.hint().0 = trusted.next_multiple_of(per_block);
                 continue;
             }
-            if !self.make_block_for(&mut state, first)? {
+            if !self.make_block_for(state, first)? {
                 break first;
             }
             // The new block took a place of its own range: look again.
@@ -287,8 +301,8 @@ impl Refcounts {
         let limit = if is_new { first + wanted } else { (first + wanted).min(state.end) };
         let limit = limit.min(end);
         let mut last = first;
-        while last < limit && self.has_block(&state, last) {
-            match self.take_free(&mut state, last) {
+        while last < limit && self.has_block(state, last) {
+            match self.take_free(state, last) {
                 Ok(true) => last += 1,
                 // What comes after an error is asked for again; what came before is taken.
                 Err(e) if last == first => return Err(e),
@@ -296,7 +310,7 @@ impl Refcounts {
             }
         }
         *state.hint().0 = last;
-        self.reach(&mut state, last);
+        self.reach(state, last);
         Ok(Some(Allocated { clusters: first..last, is_new }))
     }
 

@@ -296,8 +296,8 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        if writer.recycler.has_dropped() {
-            // Else it would not be freed.
+        if writer.prepared.load(Ordering::Acquire) {
+            // Else what was dropped, and what the close drops itself, would not be freed.
             writer.leak_search.wait_a_little();
         }
         self.begin_closing();

@@ -429,12 +429,6 @@ impl Recycler {
         self.map.lock().dropped()
     }
 
-    /// Whether references were dropped that are counted still.
-    pub fn has_dropped(&self) -> bool {
-        let map = self.map.lock();
-        map.awaits_flush() || map.awaits_freeing()
-    }
-
     /// Punches and frees one run of released clusters; `false` when there is none.
     ///
     /// # Errors

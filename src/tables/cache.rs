@@ -186,10 +186,11 @@ impl SliceCache {
         evicted
     }
 
-    /// Gives about `bytes` of clean slices up, or as much as is found soon.
+    /// Gives about `bytes` of clean slices up, or as much as is found soon. What was put here since the
+    /// last time stays: somebody is about to use it.
     pub fn shrink(&mut self, bytes: u64) {
         let enough = self.share.held().saturating_sub(bytes);
-        for _ in 0..MAX_EVICTION_STEPS {
+        for _ in 0..self.clock.len().min(MAX_EVICTION_STEPS) {
             if self.slices.len() <= MIN_SLICES || self.share.held() <= enough {
                 break;
             }
@@ -369,5 +370,19 @@ mod tests {
         let memory = Arc::clone(cache.share.memory());
         drop(cache);
         assert_eq!(memory.status().held, 0);
+    }
+
+    #[test]
+    fn what_was_just_put_here_stays_though_all_else_is_dirty() {
+        let mut cache = cache(512, 0);
+        for key in 0..=MIN_SLICES as u64 {
+            let bytes = filled(&cache, 1);
+            cache.insert(key * 512, bytes);
+            if key < MIN_SLICES as u64 {
+                cache.get_mut(key * 512, 0..1);
+            }
+        }
+        cache.shrink(u64::MAX);
+        assert!(cache.get(MIN_SLICES as u64 * 512).is_some());
     }
 }
