@@ -70,8 +70,8 @@
 //! loop devices on the mount it makes no difference.
 //!
 //! What the daemon takes is bounded: for each request that is being served its data and a cluster
-//! or two, and for each open image its caches of tables ([`image::Options::metadata_cache`]) and what
-//! waits for a flush, which crowded tables start by themselves. None of it is locked into memory but
+//! or two, for each open image its L1 and refcount tables, and what waits for a flush, which crowded
+//! tables start by themselves, and for all of them together what caches may hold ([`memory`]). None of it is locked into memory but
 //! keys; put a daemon that serves loop devices into no cgroup with a tight limit, and its swap, if
 //! any, on no device that it serves.
 //!
@@ -97,7 +97,7 @@
 //! | refcount blocks by the thousand at the end of the file, each of which has to move | in one walk, in steps of a bounded size | `tests/hostile/bombs.rs` |
 //! | the dirty bit with references so far apart that each needs a refcount block of its own | not opened for writing where the blocks would take more than the file | `tests/hostile/bombs.rs` |
 //! | data over metadata, metadata over metadata | looked up before every write, of the header, all L1 and L2 tables, refcount table and blocks, snapshot table, bitmaps; read-only, marked as corrupt | `tests/check/damage.rs`, `tests/hostile/mutation.rs` |
-//! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt | `tests/regressions.rs` |
+//! | a cluster that is referenced but free, or more often than it is counted | found by the search after the open, or when it is used: `EIO`; read-only, marked as corrupt; until that search is over nothing is freed, nothing in the file handed out, and what is dropped counts as a reference | `tests/regressions.rs` |
 //! | a COPIED flag on data or an L2 table that is counted as free | looked at before the first change that goes by it: `EIO`; read-only, marked as corrupt | `tests/hostile/ownership.rs` |
 //! | the same where it is counted more than once | copied, not written in place; read-only, marked as corrupt, once more than one reference is found | `tests/hostile/ownership.rs` |
 //! | what calls the search for damage off: an entry that makes no sense, void bitmaps, a snapshot that is changed at once | what cannot be counted is damage, void bitmaps are not counted, snapshots wait: read-only, marked as corrupt | `tests/hostile/ownership.rs`, `tests/regressions.rs` |
@@ -106,12 +106,14 @@
 //! | a LUKS header that is an L2 table of a snapshot too, or lies over the header | read-only, marked as corrupt | `tests/regressions.rs` |
 //! | fields of sound structures changed by what they are, histories with crashes, names and offsets of requests | fuzzed with coverage guidance, `tests/fuzz`; what it found is replayed | `tests/hostile/replay.rs` |
 //! | a backing or data file elsewhere, by a protocol, through a link, a device, a FIFO, a chain in a circle | refused ([`catalog`]) | `tests/mount/chains.rs`, `tests/mount/data_files.rs`, `tests/mount/refusals.rs` |
-//! | the same, to a file that only another user may open | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |
+//! | the same, to a file that only another user may open, in an image of one's own or in one that others may write | refused, unless its directory was allowed ([`catalog`]) | `src/catalog/tests.rs` |
 //! | names, or the image directory itself, that are swapped while they are opened | what is looked at is what is opened, and the directory is opened once ([`catalog`]) | `tests/hostile/names.rs` |
 //! | a FIFO or a device where a command is given an image | looked at, and not opened ([`storage::regular`]) | `src/storage/regular.rs` |
 //! | another user's FUSE server that calls itself qcow2fs, with symbolic links for raw files | commands believe mounts of root and of their own user, and open regular files of that mount only | `src/cli/mountpoint.rs`, `tests/mount/resize.rs` |
 //! | names with line ends and escape sequences, and refusals by the thousand, for the log | a line each, with what a terminal would act on made visible; at most 60 a minute of one kind | `src/cli/logging.rs` |
 //! | a LUKS header that asks for hours of work, or whose sizes and places make no sense | half a minute at most, on threads that give way and keep no other image waiting; refused | `tests/encryption.rs`, `tests/mount/encryption.rs` |
+//! | hundreds of images, each of which fills its caches | those that hold most give way, and those that lie idle before those that work ([`memory`]) | `tests/mount/status.rs` |
+//! | an image that is slow to open, to close or to read, by the hundred | one user's requests do not keep those of another waiting, nor what waits for one image the requests for others ([`fs`]) | `src/fs/pool.rs`, `src/fs/crew.rs`, `tests/mount/hosts.rs` |
 //! | a format that is guessed | never: no format recorded, not opened | `tests/mount/chains.rs` |
 //! | directories and images that get each other's names, owners and access control lists that change under the kernel | what was meant is found, and who may is looked at again | `src/catalog/tests.rs` |
 //! | two names of one file | one image | `tests/mount/directory.rs` |

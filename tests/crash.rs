@@ -62,7 +62,7 @@ fn every_crash_leaves_a_sound_image_with_old_or_new_data() {
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 30,
+        seconds: 22,
         states: 18_000,
     }
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));
@@ -142,7 +142,7 @@ fn every_crash_leaves_each_snapshot_whole_and_the_disk_old_or_new() {
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 30,
+        seconds: 22,
         states: 18_000,
     }
     .run(|rng| shape_with_snapshots(rng).encrypted_one_in(8, rng));
@@ -172,7 +172,7 @@ fn every_crash_in_the_midst_of_several_threads_leaves_a_sound_image() {
         bitmaps: false,
         prepare: |_| (),
         states_of_history: 900,
-        seconds: 30,
+        seconds: 22,
         states: 8_000,
     }
     .run(|rng| small_shape(rng).encrypted_one_in(8, rng));

@@ -2,8 +2,8 @@
 //! file that is wrong, and with all of them kept it finds none on the same grounds. Built with the
 //! feature `omit` only: `cargo test --release --features omit --test omissions`.
 //!
-//! `QCOW2FS_OMIT` names rules (`A,B`) to leave out, one after the other, `QCOW2FS_MODEL_SECONDS` the seconds that the hunt for each lasts
-//! at most.
+//! `QCOW2FS_OMIT` names rules (`A,B`) to leave out, one after the other, `QCOW2FS_MODEL_SECONDS` the
+//! seconds that the hunt for each lasts at most.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
