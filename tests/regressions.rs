@@ -1038,3 +1038,29 @@ fn cutting_a_disk_off_keeps_few_tables_in_memory() {
     assert!(caches.status().held < 64 * 4096, "{:?}", caches.status());
     image.close().unwrap();
 }
+
+/// Nor is the end of the file cut off where something is that is not counted.
+#[test]
+fn what_is_not_counted_is_not_cut_off_when_the_search_is_called_off() {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    for guest in 0..2 {
+        image.write(guest * CLUSTER, &[7; CLUSTER as usize]).unwrap();
+    }
+    image.close().unwrap();
+    let mut bytes = storage.contents();
+    let last = be64(&bytes, l2_entry_at(&bytes, 1)) & 0x00ff_ffff_ffff_fe00;
+    assert_eq!(last + CLUSTER, bytes.len() as u64, "it is not the last one");
+    let count = refcount_at(&bytes, last / CLUSTER) as usize;
+    bytes[count..count + 2].fill(0);
+    let storage = Gated::new(bytes);
+    let shut = storage.gate.lock().unwrap();
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.write(0, &[8; 512]).unwrap();
+    image.begin_closing();
+    drop(shut);
+    image.close().unwrap();
+    let memory = Arc::new(MemoryStorage::new(storage.memory.contents()));
+    let image = Image::open(memory, &Options::default()).unwrap();
+    assert!(guest_cluster(&image, 1).iter().all(|byte| *byte == 7));
+}

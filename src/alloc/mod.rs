@@ -478,6 +478,9 @@ impl Refcounts {
         // What a refcount table on disk may still point to stays within the file.
         let unlinked = state.unlinked.last().filter(|_| Rule::UnlinkedPlacesInFile.is_kept());
         let end = unlinked.map_or(end, |last| end.max(last + 1));
+        // Something may refer to what is not counted.
+        let distrusted = state.since.as_ref().map_or(0, |since| since.end.min(file_end));
+        let end = end.max(distrusted);
         if self.metadata.any_in(&(end..file_end)) {
             return Err(Error::corrupt(
                 "a cluster at the end holds metadata but its refcount is 0",
@@ -554,7 +557,7 @@ impl Refcounts {
     /// Whether at least `wanted` clusters before `end` are free.
     pub fn has_free_before(&self, end: u64, wanted: u64) -> Result<bool> {
         let mut state = self.state.lock();
-        let (mut at, mut found) = (state.first_free, 0);
+        let (mut at, mut found) = (*state.hint().0, 0);
         while found < wanted {
             at = self.first_free(&mut state, at)?;
             if at >= end {
@@ -652,7 +655,8 @@ impl Refcounts {
     }
 
     /// From now on, or no longer, what is in the file is not relied on: a cluster that is not counted may
-    /// be referred to, so none of those is handed out; and it is remembered which clusters are counted.
+    /// be referred to, so none of those is handed out or cut off; and it is remembered which clusters are
+    /// counted.
     pub fn distrust(&self, distrust: bool) {
         let mut state = self.state.lock();
         let end = state.end;

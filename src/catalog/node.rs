@@ -490,8 +490,8 @@ impl Node {
     pub(super) fn force_close(&self, deadline: Instant) -> Result<()> {
         let mut slot = match self.slot.try_write_until(deadline) {
             Some(slot) => slot,
-            // Who only reads does not give the image up before the host has answered.
-            None if self.slot.try_read_recursive().is_some() => return Err(not_done()),
+            // Who reads an image that is only read does not give it up before the host has answered.
+            None if self.is_only_read() => return Err(not_done()),
             // Where it is being opened or closed that comes to its end first, however long it takes: what
             // is being closed is not all in the file yet.
             None => self.slot.write(),
@@ -509,6 +509,12 @@ impl Node {
         }
         // What is still under way must not meet the end of the file while that is cut off.
         opened.image().flush().and(Err(not_done()))
+    }
+
+    /// Whether its image is open for reading alone, as far as nobody is opening or closing it.
+    fn is_only_read(&self) -> bool {
+        let slot = self.slot.try_read_recursive();
+        slot.is_some_and(|slot| slot.open.as_ref().is_some_and(|open| !open.is_writable()))
     }
 
     fn close(&self, slot: &mut Slot) -> Result<()> {

@@ -75,7 +75,9 @@ impl Cache for Mutex<Entries> {
     fn shrink(&self, bytes: u64) {
         if let Some(mut entries) = self.try_lock() {
             let count = bytes.div_ceil(entries.cluster_size);
-            (0..count.min(entries.all.len() as u64)).for_each(|_| entries.drop_oldest());
+            // The newest is about to be used.
+            let most = entries.all.len().saturating_sub(1) as u64;
+            (0..count.min(most)).for_each(|_| entries.drop_oldest());
         }
     }
 }

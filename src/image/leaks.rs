@@ -44,10 +44,13 @@ use crate::check::references::{self, ReferenceCounts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, HostCluster};
 use crate::locks;
+use crate::recycler::Dropped;
 use crate::storage::Storage;
 
-/// So long who closes the image waits for the search, where something is to be freed after it.
+/// So long who closes the image waits for the search, where something is to be freed after it; and where
+/// at most the close itself drops something.
 const PATIENCE: Duration = Duration::from_secs(10);
+const LITTLE_PATIENCE: Duration = Duration::from_secs(1);
 /// So many clusters are looked at while others wait. One refcount block may count millions.
 const AT_ONCE: u64 = 1 << 14;
 
@@ -73,9 +76,9 @@ impl LeakSearch {
         self.wait()
     }
 
-    /// Waits for the end of the search, but not for long.
-    pub(super) fn wait_a_little(&self) {
-        let deadline = Instant::now() + PATIENCE;
+    /// Waits for the end of the search, but not for long, and less where nothing `is_dropped`.
+    pub(super) fn wait_a_little(&self, is_dropped: bool) {
+        let deadline = Instant::now() + if is_dropped { PATIENCE } else { LITTLE_PATIENCE };
         let is_over = || {
             self.thread
                 .try_lock()
@@ -176,7 +179,10 @@ impl Image {
     fn end_search(&self, counted: Result<ReferenceCounts>, mut searched: Searched) {
         let Some(writer) = &self.writer else { return };
         let stop = searched.storage.stop.clone();
-        let found = counted.and_then(|counts| self.judge(writer, &searched, counts));
+        let found = counted.and_then(|counts| {
+            let dropped = self.dropped(writer);
+            self.judge(writer, &searched, counts, &dropped)
+        });
         let found = found.and_then(|sound| match sound.suspects.as_slice() {
             [] => Ok(sound),
             suspects => self.clear_suspects(writer, &mut searched, suspects).map(|()| sound),
@@ -197,9 +203,9 @@ impl Image {
             true => Ok(0),
             false => self.mend(writer, &sound, &stop),
         });
-        if returned.is_err() && stop.load(Ordering::Acquire) {
-            // The image is being closed. What it cannot be known of whether somebody else refers to it
-            // is a leak from now on.
+        if returned.is_err() && (stop.load(Ordering::Acquire) || !self.health.is_good()) {
+            // The image is being closed, or damaged. What it cannot be known of whether somebody else
+            // refers to it is a leak from now on.
             return;
         }
         writer.refcounts.distrust(false);
@@ -210,7 +216,6 @@ impl Image {
                 "{}: {count} clusters that had leaked are being freed",
                 self.health.label()
             ),
-            Err(_) if !self.health.is_good() => {}
             Err(e) => log::warn!(
                 "{}: clusters that may have leaked are not looked for: {e}",
                 self.health.label()
@@ -238,14 +243,22 @@ impl Image {
         writer: &Writer,
         searched: &Searched,
         counts: ReferenceCounts,
+        dropped: &Dropped,
     ) -> Result<Sound> {
         counts.trusted()?;
-        let suspects = self.refuse_low_counts(writer, &searched.storage, &counts)?;
+        let suspects = self.refuse_low_counts(writer, &searched.storage, &counts, dropped)?;
         let flags = Flags::read(&searched.storage, &searched.header, &counts)?;
         match flags.wrongly_set {
             Some(wrong) => Err(Error::corrupt(wrong)),
             None => Ok(Sound { counts, misses_flags: flags.any_missing, suspects }),
         }
+    }
+
+    /// What was dropped by now. Nobody is between dropping a cluster from a table and telling the recycler.
+    fn dropped(&self, writer: &Writer) -> Dropped {
+        let _flush = self.hold_flush(writer);
+        let _guard = self.locks.exclusive(locks::ALL);
+        writer.recycler.dropped()
     }
 
     /// Counts once more, after a flush. References were dropped from the `suspects` before that: those
@@ -260,7 +273,7 @@ impl Image {
         suspects: &[HostCluster],
     ) -> Result<()> {
         self.flush()?;
-        let dropped = writer.recycler.dropped();
+        let dropped = self.dropped(writer);
         searched.header = open::read_header(&searched.storage)?;
         let counts = searched.count()?;
         counts.trusted()?;
@@ -276,9 +289,10 @@ impl Image {
         let _guard = self.locks.exclusive(locks::ALL);
         self.flush_held(writer)?;
         searched.header = open::read_header(&searched.storage)?;
-        let found = searched.count().and_then(|counts| self.judge(writer, searched, counts));
+        let dropped = writer.recycler.dropped();
+        let found = searched.count();
+        let found = found.and_then(|counts| self.judge(writer, searched, counts, &dropped));
         let found = found.and_then(|sound| {
-            let dropped = writer.recycler.dropped();
             sound.suspects.iter().try_for_each(|suspect| {
                 self.refuse_low(
                     writer,
@@ -301,8 +315,8 @@ impl Image {
         writer: &Writer,
         storage: &Stoppable,
         counts: &ReferenceCounts,
+        dropped: &Dropped,
     ) -> Result<Vec<HostCluster>> {
-        let dropped = writer.recycler.dropped();
         let mut suspects = Vec::new();
         for (cluster, references) in counts.range(0..u64::MAX) {
             storage.going_on().map_err(|e| Error::io("comparing refcounts", e))?;

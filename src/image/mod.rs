@@ -255,7 +255,8 @@ impl Image {
             clusters: writer.map(|w| w.recycler.counts()).unwrap_or_default(),
             recycled: writer.map(|w| w.recycler.work_done()).unwrap_or_default(),
             compaction: writer.map(|w| w.compaction_status.lock().clone()).unwrap_or_default(),
-            searching_leaks: writer.is_some_and(|w| w.recycler.are_frees_held()),
+            searching_leaks: self.is_writable()
+                && writer.is_some_and(|w| w.recycler.are_frees_held()),
             live: writer.and_then(|w| self.live(w)),
             table_cache: self.tables.cache_counts(),
             inflated_cache: self.inflated.counts(),
@@ -296,9 +297,9 @@ impl Image {
     /// Host errors; an image that was latched read-only with changes unwritten says so again.
     pub fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        if writer.prepared.load(Ordering::Acquire) {
+        if writer.prepared.load(Ordering::Acquire) && self.health.is_good() {
             // Else what was dropped, and what the close drops itself, would not be freed.
-            writer.leak_search.wait_a_little();
+            writer.leak_search.wait_a_little(!writer.recycler.is_settled());
         }
         self.begin_closing();
         let searched = writer.leak_search.stop();

@@ -264,7 +264,7 @@ impl Image {
             let count = if self.data.is_external { 1 } else { writer.refcounts.get(first)? };
             match count {
                 0 => return Err(self.uncounted(first)),
-                1 if !writer.recycler.are_frees_held() => {
+                1 if self.data.is_external || !writer.recycler.are_frees_held() => {
                     // It is ours, only the flag was missing. On disk the refcount may still be
                     // higher: it goes first.
                     self.ensure_table(writer, guest)?;

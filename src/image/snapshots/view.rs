@@ -78,8 +78,10 @@ impl Image {
         let mut state = self.snapshots.state.lock();
         let entry = state.find(which)?;
         let id = state.table.entries[entry].id.clone();
-        // One is enough for all who read it: each has its tables in memory.
-        if let Some(view) = state.open_views(Some(&id)).pop() {
+        // One is enough for all who read it: each has its tables in memory. (A stranger's image may have
+        // several snapshots of one id.)
+        let is_only = state.table.entries.iter().filter(|entry| entry.id == id).count() == 1;
+        if let Some(view) = state.open_views(Some(&id)).pop().filter(|_| is_only) {
             return Ok(view);
         }
         let entry = &state.table.entries[entry];
