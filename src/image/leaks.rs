@@ -277,6 +277,17 @@ impl Image {
         searched.header = open::read_header(&searched.storage)?;
         let counts = searched.count()?;
         counts.trusted()?;
+        self.refuse_suspects(writer, suspects, &counts, &dropped)
+    }
+
+    /// Fails where fewer references to one of `suspects` are counted than were found and dropped.
+    fn refuse_suspects(
+        &self,
+        writer: &Writer,
+        suspects: &[HostCluster],
+        counts: &ReferenceCounts,
+        dropped: &Dropped,
+    ) -> Result<()> {
         suspects.iter().try_for_each(|suspect| {
             self.refuse_low(writer, *suspect, counts.get(*suspect) + dropped.to(suspect.0))
         })
@@ -293,13 +304,7 @@ impl Image {
         let found = searched.count();
         let found = found.and_then(|counts| self.judge(writer, searched, counts, &dropped));
         let found = found.and_then(|sound| {
-            sound.suspects.iter().try_for_each(|suspect| {
-                self.refuse_low(
-                    writer,
-                    *suspect,
-                    sound.counts.get(*suspect) + dropped.to(suspect.0),
-                )
-            })?;
+            self.refuse_suspects(writer, &sound.suspects, &sound.counts, &dropped)?;
             Ok(sound)
         });
         match found {

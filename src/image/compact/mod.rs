@@ -470,6 +470,8 @@ impl Image {
         while writer.recycler.are_frees_held() && self.is_writable() {
             std::thread::sleep(WAIT);
         }
+        // It may have found damage.
+        self.writer()?;
         loop {
             self.flush()?;
             while writer.recycler.free_some()? {}
