@@ -30,7 +30,7 @@ use support::rng::{Rng, fresh_seed, mix};
 use support::{Watchdog, busy, difference, host_file, open_read_only, scratch, setting};
 
 /// How long the sample of a normal run takes, in seconds.
-const SAMPLE: u64 = 30;
+const SAMPLE: u64 = 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Below {
