@@ -32,7 +32,7 @@ use support::rng::Rng;
 use support::{SECTOR, setting};
 
 /// A hunt lasts so long at most.
-const HUNT: u64 = 30;
+const HUNT: u64 = 120;
 /// Histories on each ground while all rules are kept.
 const CONTROLS: u64 = 1;
 
