@@ -1,11 +1,11 @@
 //! FUSE requests to verbs of the catalog and the images, and the replies.
 //!
 //! Reads, writes and looks at names are answered by the FUSE workers themselves ([`WORKERS`], of which
-//! most rest where requests queue up). What may block
-//! (opening, closing, flushing, discarding, resizing) goes to a small pool, in which one user's
-//! requests do not keep those of another waiting, and to another one goes a read that
-//! meets an image which is being opened and a write that makes the disk larger, which waits for a
-//! flush; one flush at a time is done by the worker that took it. What opens an image that may be
+//! most rest where requests queue up). What may block (opening, closing, flushing, discarding,
+//! resizing) goes to a small pool, in which one user's requests do not keep those of another waiting. To
+//! another one go reads and writes that meet an image which is being opened or all of whose disk is being
+//! changed, and a write that makes the disk larger, which waits for a flush; one flush at a time is done
+//! by the worker that took it. What opens an image that may be
 //! encrypted goes to a pool of its own: to find the key out from a passphrase takes a second or two,
 //! with a header that was made for it half a minute. Nothing of qcow2 is known here.
 //!

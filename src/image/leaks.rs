@@ -18,11 +18,11 @@
 //! were dropped meanwhile are counted still, so they are references here: a cluster that was counted once
 //! and has lost one of two would be freed beneath the other. But the search may have read their tables
 //! before. So clusters that have too many in this way are looked for once more, after a flush: what
-//! leads to them then was not dropped. Nor is a cluster of the file handed out before the end of the
-//! search that is not counted: something may refer to it. So are
-//! references that cannot be counted: one of them may be the second to somebody's data. Only a host
-//! that cannot read says nothing about the image; snapshots, which are changed by refcounts alone, stay
-//! as they are then.
+//! leads to them then was not dropped. Nor is a cluster of the file that is not counted handed out, or
+//! cut off with the file's end, before the end of the search: something may refer to it.
+//! References that cannot be counted are damage too: one of them may be the second to somebody's data.
+//! Only a host that cannot read says nothing about the image; snapshots, which are changed by refcounts
+//! alone, stay as they are then.
 //! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
 //! the format nobody may believe their directory any more. Those that make no sense are void after the
 //! first change, and such leaks after the next open; until then they are left alone, and not counted.
