@@ -143,11 +143,6 @@ impl Share {
         Arc::new(Share { memory: Arc::clone(memory), held, brought })
     }
 
-    /// The memory that it is a share of.
-    pub fn memory(&self) -> &Arc<Memory> {
-        &self.memory
-    }
-
     /// Bytes that the cache holds.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)

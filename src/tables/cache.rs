@@ -348,7 +348,8 @@ mod tests {
 
     #[test]
     fn what_shrinks_keeps_what_is_dirty_or_in_use_and_says_what_it_holds() {
-        let mut cache = cache(512, 1 << 20);
+        let memory = Arc::default();
+        let mut cache = SliceCache::new(512, 1 << 20, Share::of(&memory));
         for key in 0..400 {
             let bytes = filled(&cache, 1);
             cache.insert(key * 512, bytes);
@@ -367,7 +368,6 @@ mod tests {
         assert_eq!(cache.share.held(), MIN_SLICES as u64 * 512);
         assert!(cache.get(0).is_some(), "dirty");
         assert!(cache.clock.len() <= MIN_SLICES + 1);
-        let memory = Arc::clone(cache.share.memory());
         drop(cache);
         assert_eq!(memory.status().held, 0);
     }
