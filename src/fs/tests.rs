@@ -64,10 +64,14 @@ const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 fn holes_read_as_zeros_whatever_was_read_before() {
     let disk = Disk::new();
     disk.verbs.write(&disk.node, 0, &[0xab; 1 << 16]).unwrap();
+    disk.verbs.write(&disk.node, 4 * MIB - 1, &[0]).unwrap();
     let byte = |at| if at < 1 << 16 { 0xab } else { 0 };
-    for (from, size) in [(1 << 16, 1 << 16), ((1 << 16) - 512, 1024), (MIB - 4096, 8192)] {
+    // The last but one is more than there are zeros ready.
+    let ranges =
+        [(1 << 16, 1 << 16), ((1 << 16) - 512, 1024), (MIB, 2 * MIB), (4 * MIB - 4096, 8192)];
+    for (from, size) in ranges {
         assert!(disk.read(0, 1 << 16) == [0xab; 1 << 16], "the data");
-        let expected: Vec<u8> = (from..(from + size).min(MIB)).map(byte).collect();
+        let expected: Vec<u8> = (from..(from + size).min(4 * MIB)).map(byte).collect();
         assert!(disk.read(from, size as u32) == expected, "{size} bytes from {from}");
     }
 }
