@@ -869,6 +869,8 @@ fn a_copy_of_much_data_in_a_sparse_disk_is_no_longer_than_that() {
 struct Gated {
     memory: MemoryStorage,
     gate: Mutex<()>,
+    /// What the search looks at again begins with the header.
+    cannot_look_again: AtomicBool,
 }
 
 impl Gated {
@@ -885,6 +887,9 @@ impl testing::Layer for Gated {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if thread::current().name() == Some("leak search") {
             drop(self.gate.lock().unwrap());
+            if offset == 0 && self.cannot_look_again.load(Ordering::SeqCst) {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
         }
         self.memory.read_at(buf, offset)
     }
@@ -936,6 +941,29 @@ fn a_reference_that_is_dropped_during_the_search_hides_no_other() {
         let at = refcount_at(&bytes, cluster) as usize;
         assert_eq!(bytes[at..at + 2], [0, 1], "{count} {flushed}");
     }
+}
+
+/// Nobody knows whether an image is damaged that seemed to be, where the host cannot read it again: the
+/// cluster would be freed beneath the other reference.
+#[test]
+fn signs_of_damage_that_cannot_be_looked_at_again_make_an_image_read_only() {
+    let (bytes, cluster) = with_a_shared_cluster_counted(1);
+    let storage = Gated::new(bytes);
+    storage.cannot_look_again.store(true, Ordering::SeqCst);
+    let shut = storage.gate.lock().unwrap();
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    image.discard(0..CLUSTER).unwrap();
+    drop(shut);
+    wait_until("nobody minds", || !image.is_writable());
+    let health = image.status().unwrap().health;
+    assert!(health.contains("may be corrupt, and cannot be read"), "{health}");
+    let _says_so_again = image.close();
+    let bytes = storage.memory.contents();
+    assert_eq!(bytes[79] & 2, 0, "the corrupt bit, of which nobody is sure");
+    let at = refcount_at(&bytes, cluster) as usize;
+    assert_eq!(bytes[at..at + 2], [0, 1]);
+    let image = Image::open(Arc::new(MemoryStorage::new(bytes)), &Options::default()).unwrap();
+    assert!(guest_cluster(&image, 1).iter().all(|byte| *byte == 7));
 }
 
 /// What is to be freed after the search stays where the search does not come to its end.

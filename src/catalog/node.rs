@@ -120,6 +120,9 @@ struct Slot {
     closed: Option<Vec<Stamp>>,
     /// Somebody else has changed the file, and the kernel was not told to drop what it has cached.
     stale: bool,
+    /// When the kernel was told so with a handle that may still be on its way to whom it is for. It drops
+    /// nothing before it gets there.
+    told: Option<Instant>,
 }
 
 /// What [`Node::look`] finds.
@@ -131,6 +134,9 @@ pub(super) enum Look<R> {
     /// One is open, and this is what was asked of it.
     Open(R),
 }
+
+/// So long at most the answer to an open is on its way.
+const ON_ITS_WAY: Duration = Duration::from_secs(10);
 
 /// How long `status` waits for an image that is being opened or closed.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -453,9 +459,12 @@ impl Node {
             Some(_) => {}
         }
         slot.handles += 1;
-        let keep_cache = !slot.stale;
-        slot.stale &= opener == Opener::Verb;
-        Ok(HandleMode { keep_cache, direct: slot.direct })
+        if slot.stale && opener == Opener::Kernel {
+            slot.stale = false;
+            slot.told = Some(Instant::now());
+        }
+        let has_dropped = slot.told.is_none_or(|told| told.elapsed() > ON_ITS_WAY);
+        Ok(HandleMode { keep_cache: has_dropped, direct: slot.direct })
     }
 
     /// The kernel did not hear of the [`HandleMode`] that it was to get.
@@ -478,7 +487,12 @@ impl Node {
     pub(super) fn release(&self) -> Result<()> {
         let mut slot = self.slot.write();
         slot.handles = slot.handles.saturating_sub(1);
-        if slot.handles > 0 { Ok(()) } else { self.close(&mut slot) }
+        if slot.handles > 0 {
+            return Ok(());
+        }
+        // Whoever had them has given them back.
+        slot.told = None;
+        self.close(&mut slot)
     }
 
     /// Closes the image whatever handles there are, as soon as the requests that are under way are

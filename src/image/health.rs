@@ -91,6 +91,15 @@ impl Health {
         }
     }
 
+    /// No more writes, since the image seems to contradict itself, and the host has failed like this when
+    /// that was looked at again.
+    pub(super) fn latch_doubtful(&self, error: &Error) {
+        let reason = format!("it may be corrupt, and cannot be read to make sure: {error}");
+        if self.latch(&reason) {
+            log::error!("{} is read-only from now on: {reason}", self.label());
+        }
+    }
+
     /// No more writes, since the image contradicts itself; whether that is the first reason.
     pub(super) fn latch_corrupt(&self, reason: &str) -> bool {
         let is_first = self.latch(reason);

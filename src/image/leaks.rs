@@ -22,7 +22,8 @@
 //! cut off with the file's end, before the end of the search: something may refer to it.
 //! References that cannot be counted are damage too: one of them may be the second to somebody's data.
 //! Only a host that cannot read says nothing about the image; snapshots, which are changed by refcounts
-//! alone, stay as they are then.
+//! alone, stay as they are then. Where it cannot read again what seemed to be damaged, the image turns
+//! read-only as well.
 //! Bitmaps whose autoclear bit a program has cleared that knows nothing of them are such leaks: by
 //! the format nobody may believe their directory any more. Those that make no sense are void after the
 //! first change, and such leaks after the next open; until then they are left alone, and not counted.
@@ -183,9 +184,13 @@ impl Image {
             let dropped = self.dropped(writer);
             self.judge(writer, &searched, counts, &dropped)
         });
+        let mut is_doubtful = found.as_ref().is_err_and(is_damage);
         let found = found.and_then(|sound| match sound.suspects.as_slice() {
             [] => Ok(sound),
-            suspects => self.clear_suspects(writer, &mut searched, suspects).map(|()| sound),
+            suspects => {
+                is_doubtful = true;
+                self.clear_suspects(writer, &mut searched, suspects).map(|()| sound)
+            }
         });
         let found = match found {
             Err(e) if is_damage(&e) => self.judge_again(writer, &mut searched),
@@ -203,10 +208,16 @@ impl Image {
             true => Ok(0),
             false => self.mend(writer, &sound, &stop),
         });
-        if returned.is_err() && (stop.load(Ordering::Acquire) || !self.health.is_good()) {
-            // The image is being closed, or damaged. What it cannot be known of whether somebody else
-            // refers to it is a leak from now on.
-            return;
+        if let Err(e) = &returned {
+            let is_stopped = stop.load(Ordering::Acquire);
+            if is_doubtful && !is_stopped {
+                self.health.latch_doubtful(e);
+            }
+            if is_stopped || !self.health.is_good() {
+                // The image is being closed, or damaged. What it cannot be known of whether somebody else
+                // refers to it is a leak from now on.
+                return;
+            }
         }
         writer.refcounts.distrust(false);
         writer.recycler.hold_frees(false);
