@@ -38,6 +38,8 @@ struct Client<'a> {
     next: u64,
     sectors: u64,
     began: Instant,
+    /// What was recorded when the first operation after which a sync had failed was over.
+    at_failed_sync: Option<usize>,
 }
 
 /// The file with nothing wrong yet.
@@ -65,7 +67,19 @@ fn begin(made: &Made, keep_erased: u64) -> Client<'_> {
     let image = made.open_on(file.clone(), failing, &options).unwrap();
     let sectors = image.virtual_size() / SECTOR;
     let oracle = Oracle::new(&made.contents, sectors);
-    Client { made, image, file, inner, data, fault: None, oracle, next: 1, sectors, began }
+    Client {
+        made,
+        image,
+        file,
+        inner,
+        data,
+        fault: None,
+        oracle,
+        next: 1,
+        sectors,
+        began,
+        at_failed_sync: None,
+    }
 }
 
 impl Client<'_> {
@@ -86,6 +100,11 @@ impl Client<'_> {
             }
             Ok(()) => self.oracle.succeed(number, &operation),
             Err(e) => self.assert_expected(e),
+        }
+        if self.sync_failed() {
+            let recorded = self.inner.log().len();
+            let before = *self.at_failed_sync.get_or_insert(recorded);
+            assert_eq!(recorded, before, "written after a failed sync");
         }
         result
     }

@@ -71,7 +71,7 @@ def machine(disk):
     tool = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=False)
     return {
         "processors": f"{len(models)} x {models[0] if models else platform.machine()}",
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "qemu": tool.stdout.split("version ")[-1].split()[0],
         "images": f"on the disk of {disk}" if disk else "in memory (tmpfs)",
         "load_before": os.getloadavg()[0],

@@ -581,7 +581,7 @@ fn whole_path(image: &Path, name: &[u8]) -> Result<PathBuf> {
         return Err(unsupported("it is named by a protocol, which is never followed"));
     }
     if name.is_empty() || name.contains(&0) {
-        return Err(Error::corrupt("it has no name"));
+        return Err(Error::corrupt("the image names it, but with no name that a file can have"));
     }
     let name = Path::new(std::ffi::OsStr::from_bytes(name));
     let mut path = PathBuf::new();

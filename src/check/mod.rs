@@ -2,8 +2,9 @@
 //!
 //! It counts the references to every host cluster ([`references`]), compares them with the refcounts
 //! on disk and the COPIED flags with both, and gives the verdict that `qemu-img check` gives. It
-//! shares only [`mod@crate::format`] with the engine, so that an error of the engine's cannot hide
-//! itself. Checking never writes; [`repair()`] does, and only what loses no data.
+//! goes by [`mod@crate::format`] alone and uses nothing of the engine's, so that an error of those cannot
+//! hide itself; the engine counts references with it, too. Checking never writes; [`repair()`] does, and
+//! only what loses no data: to rebuild the refcounts is what it asks [`crate::alloc`] for.
 //!
 //! Where it is stricter than QEMU: structures that overlap are corrupt even if refcounts say that
 //! the clusters are shared, and the zero flag in a version 2 image, or in one with extended L2

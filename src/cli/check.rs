@@ -21,8 +21,8 @@ const NOT_CHECKABLE: i32 = 63;
 /// no worse than before. An image that somebody writes cannot be checked: an open mount or a virtual
 /// machine says so. An encrypted one is checked without its key.
 ///
-/// Exit code: 0 sound, 2 corrupt, 3 leaked clusters only, 1 the check could not be done or the key is
-/// wrong, 63 not a qcow2 image. Of several images the worst: 1, 63, 2, 3, 0.
+/// Exit code: 0 sound, 2 corrupt, 3 leaked clusters only, 1 the check could not be done, the key is wrong
+/// or the arguments make no sense, 63 not a qcow2 image. Of several images the worst: 1, 63, 2, 3, 0.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   qcow2fs check disk.qcow2

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, WriteLogger};
 
 /// The level of `-v` and `-q`, each counted: warnings and worse without them, `-v` tells of what is
-/// done, `-vv` of what it comes to, `-vvv` of each request.
+/// done, `-vv` of what it comes to, `-vvv` of each request, where it does not go to syslog.
 pub(super) fn level(verbose: u8, quiet: u8) -> LevelFilter {
     match i16::from(verbose) - i16::from(quiet) {
         ..=-2 => LevelFilter::Off,

@@ -39,7 +39,7 @@ mod watch;
 ///
 /// Sizes are written as 4096, 64K, 1.5G or 1TiB: powers of 1024. Colours are used on a terminal
 /// only, and not where NO_COLOR is set. Exit code, unless a command's help says more: 0 done, 1 failed,
-/// 2 arguments that make no sense.
+/// 2 arguments that make no sense (`check`: 1).
 #[derive(Parser)]
 #[command(name = "qcow2fs", version, max_term_width = 100)]
 struct Cli {
@@ -79,6 +79,7 @@ pub fn run() -> i32 {
         // `mount -f` only wants to know whether the helper is there.
         None => return 0,
     };
+    let command = arguments.get(1).cloned().unwrap_or_default();
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(e) => {
@@ -87,7 +88,7 @@ pub fn run() -> i32 {
                 // Help goes to stdout, or to stderr; nothing is to be done when that fails.
                 None => drop(e.print()),
             }
-            return e.exit_code();
+            return code_of(&e, &command);
         }
     };
     if !matches!(cli.command, Command::Mount(_)) {
@@ -109,6 +110,15 @@ pub fn run() -> i32 {
         Command::Compact(args) => compact::run(&args),
         Command::Attach(args) => attach::run(&args),
         Command::Detach(args) => detach::run(&args),
+    }
+}
+
+/// The exit code for arguments of `command` that make no sense. That of a check that was not done must not
+/// be one of its verdicts.
+fn code_of(error: &clap::Error, command: &OsStr) -> i32 {
+    match error.exit_code() {
+        2 if command == "check" => 1,
+        code => code,
     }
 }
 

@@ -30,8 +30,8 @@ use crate::storage::image_lock;
 /// otherwise. `qcow2fs umount` ends it, and so does SIGTERM; where the mount is busy, a second SIGTERM
 /// closes the images under their users' hands, with all in them that was written.
 ///
-/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed; 2 arguments that make no
-/// sense.
+/// Exit code: 0 mounted (with --foreground: unmounted in order); 1 failed, also where options
+/// contradict each other; 2 arguments that are not known or no values.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   qcow2fs mount images/ /mnt/raw
@@ -327,7 +327,7 @@ impl Plan {
         let passthrough = self.options.passthrough;
         let files = Filesys::new(Arc::clone(&catalog), self.mountpoint.clone(), passthrough);
         let session = Session::new(files, &self.mountpoint, &self.config())
-            .map_err(|e| format!("mounting at {}: {e}", self.mountpoint.display()))?;
+            .map_err(|e| cannot_mount(&self.mountpoint, &e))?;
         let helper = self.confine.as_ref().map(|_| Helper::start(&self.mountpoint)).transpose();
         let helper =
             helper.map_err(|e| format!("starting the process that unmounts: {e}"))?.map(Arc::new);
@@ -383,7 +383,9 @@ impl Plan {
         }
         let failed = catalog.close_all(LAST_REQUESTS);
         if failed > 0 {
-            log::error!("{failed} times an image could not be closed in order; check it");
+            log::error!(
+                "{failed} images could not be closed in order: run `qcow2fs check` on those above"
+            );
         }
         if is_dead(&self.mountpoint)
             && let Err(e) = self.detach(helper.as_deref())
@@ -443,6 +445,20 @@ fn serve_to_the_end(session: Session<Filesys>) -> io::Result<()> {
     let session = Box::leak(Box::new(session.spawn()?));
     let served = std::mem::replace(&mut session.guard, nothing).join();
     served.unwrap_or_else(|_| Err(io::Error::other("a defect in this program")))
+}
+
+/// Why there is no mount: what is not found is not the mount point, which was looked at before.
+fn cannot_mount(mountpoint: &Path, error: &io::Error) -> String {
+    let why = match error.kind() {
+        io::ErrorKind::NotFound if !Path::new("/dev/fuse").exists() => {
+            "there is no /dev/fuse: `modprobe fuse` as root makes it".into()
+        }
+        io::ErrorKind::NotFound if !rustix::process::geteuid().is_root() => {
+            "only root can do without fusermount3: install the package fuse3".into()
+        }
+        _ => error.to_string(),
+    };
+    format!("mounting at {}: {why}", mountpoint.display())
 }
 
 /// What is to be mounted.

@@ -20,7 +20,8 @@ const SECTOR: u64 = 512;
 /// its end, for good: shrink the partitions and file systems on it first. A size is rounded up to
 /// whole sectors of 512 bytes.
 ///
-/// Exit code: 0 done; 1 failed, and the size is what it was; 2 arguments that make no sense.
+/// Exit code: 0 done; 1 failed: `qcow2fs info` tells the size, which is what it was unless the host failed
+/// in the middle; 2 arguments that are not known or no values.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   qcow2fs resize disk.qcow2 20G
@@ -103,7 +104,7 @@ fn in_mount(raw: &Path, args: &Args) -> Result<(u64, u64), String> {
 fn wanted(before: u64, args: &Args) -> Result<u64, String> {
     let after = args.size.from(before).and_then(|size| size.checked_next_multiple_of(SECTOR));
     let after = after.ok_or_else(|| {
-        format!("there is no such size: the disk has {}", size::show_exactly(before))
+        format!("a disk that has {} cannot become so large or small", size::show_exactly(before))
     })?;
     if after < before && !args.shrink {
         return Err(format!(

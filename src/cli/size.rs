@@ -73,6 +73,17 @@ pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A size as [`parse`] has it, but not 0.
+///
+/// # Errors
+/// As [`parse`]; 0.
+pub(super) fn parse_some(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err(format!("'{text}' is nothing; 1 at least")),
+        size => Ok(size),
+    }
+}
+
 /// A size that may depend on the one there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NewSize {
@@ -180,6 +191,8 @@ mod tests {
         }
         assert_eq!(parse_rate("20M"), Ok(20 << 20));
         assert!(parse_rate("0").is_err() && parse_rate("fast").is_err());
+        assert_eq!(parse_some("64K"), Ok(64 << 10));
+        assert_eq!(parse_some("0"), Err("'0' is nothing; 1 at least".into()));
     }
 
     #[test]

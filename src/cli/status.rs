@@ -112,7 +112,12 @@ fn read_from(mountpoint: &Path, mount: io::Result<MountPoint>) -> Result<Value, 
     };
     let text = mount.and_then(read).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => format!("no qcow2fs is mounted at {shown}"),
-        io::ErrorKind::NotConnected => format!("the process that served {shown} is gone"),
+        io::ErrorKind::NotConnected => {
+            format!("the process that served {shown} is gone: `qcow2fs umount {shown}` removes the mount")
+        },
+        io::ErrorKind::PermissionDenied => {
+            format!("{shown} is another user's mount: ask as that user, or mount with -o allow_other")
+        }
         _ => format!("asking {shown} for its status: {e}"),
     })?;
     serde_json::from_slice(&text).map_err(|e| format!("the status of {shown} makes no sense: {e}"))
@@ -133,7 +138,9 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
         page += rate;
     }
     if let Some(failed @ 1..) = status["close_errors"].as_u64() {
-        page += &format!("{failed} times an image could not be closed in order; check it\n");
+        page += &format!(
+            "closing images has failed ({failed} times): the log names them, run `qcow2fs check` on each\n"
+        );
     }
     for error in status["errors"].as_array().into_iter().flatten() {
         page += &format!("last error: {}\n", text(&error["error"]));
@@ -333,7 +340,7 @@ mod tests {
             d.raw: written, disk 512 B, file 512 B, on the host 512 B, \
             read-only: syncing the image: I/O error\n\
             e.raw: it is being opened or closed\n\
-            2 times an image could not be closed in order; check it\n\
+            closing images has failed (2 times): the log names them, run `qcow2fs check` on each\n\
             last error: c.qcow2: is in use\n";
         assert_eq!(page(&status, &[], false), wanted);
     }

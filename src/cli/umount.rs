@@ -54,8 +54,10 @@ pub(super) fn unmount(given: &Path, patience: Duration) -> Result<(), String> {
     let unmounted = unmounting::while_busy(patience, || unmounting::unmount(&mountpoint, false));
     unmounted.map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY) => match busy::users(&mountpoint) {
-            users if users.is_empty() => format!("{shown} is busy"),
-            users => format!("{shown} is busy: in use by {users}"),
+            users if users.is_empty() => format!(
+                "{shown} is busy; SIGTERM twice to process {pid} closes its images all the same"
+            ),
+            users => format!("{shown} is busy: in use by {users}; end that first"),
         },
         _ => format!("unmounting {shown}: {e}"),
     })?;

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Image, Writer};
 use crate::error::{Error, Result};
-use crate::format::HostOffset;
+use crate::format::{HostCluster, HostOffset};
 use crate::locks;
 use crate::rules::Rule;
 use crate::storage::Storage;
@@ -137,17 +137,18 @@ impl Image {
 
     fn write_all(&self, writes: &[Write], what: &str) -> Result<()> {
         writes.iter().try_for_each(|(offset, bytes)| {
-            self.check_table_place(*offset, what)?;
+            self.check_table_places(*offset, bytes.len(), what)?;
             self.storage
                 .write_at(bytes, *offset)
                 .map_err(|e| Error::io(format!("{what} at {offset:#x}"), e))
         })
     }
 
-    /// What comes before every write of a table: nothing else is there. (No table's write crosses a
-    /// cluster.)
-    fn check_table_place(&self, offset: u64, what: &str) -> Result<()> {
-        if self.tables.is_metadata(self.geometry.host_cluster(HostOffset(offset))) {
+    /// What comes before every write of tables: nothing else is there. (Tables in clusters next to each
+    /// other are written at once.)
+    fn check_table_places(&self, offset: u64, length: usize, what: &str) -> Result<()> {
+        let mut clusters = self.geometry.host_clusters(HostOffset(offset), length as u64);
+        if clusters.all(|cluster| self.tables.is_metadata(HostCluster(cluster))) {
             return Ok(());
         }
         let error = Error::corrupt(format!("{what} at {offset:#x}, where no table is"));

@@ -333,6 +333,10 @@ impl Image {
         if !self.health.is_good() {
             return self.flush();
         }
+        if writer.recycler.awaits_flush() {
+            // The place of a refcount table that had to grow for the bitmaps.
+            self.flush()?;
+        }
         writer.recycler.give_back()?;
         self.flush()
     }

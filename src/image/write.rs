@@ -395,9 +395,14 @@ impl Image {
         let mut at = range.start;
         while at < range.end {
             let writer = self.begin_change()?;
-            let end = range.end.min(self.step_end(at));
-            self.map_raw(writer, &(at..end))?;
-            let _guard = self.locks.exclusive(self.geometry.guest_clusters(&(at..end)));
+            let step = at..range.end.min(self.step_end(at));
+            self.map_raw(writer, &step)?;
+            let _guard = self.locks.exclusive(self.geometry.guest_clusters(&step));
+            // The disk may have been cut meanwhile: nothing is mapped past its end.
+            let end = step.end.min(self.virtual_size());
+            if at >= end {
+                return Ok(());
+            }
             while at < end {
                 at = self.note(self.preallocate_some(writer, at, end, with_space))?;
             }

@@ -32,7 +32,7 @@ const GROWTH: u64 = 8 << 20;
 /// What guests write: nothing in a sound image looks like that.
 const MARK: u8 = 0xd7;
 
-/// An image file that remembers whether anything was written far outside it, or over its header.
+/// An image file that remembers whether anything was written far outside it.
 struct Fenced {
     file: MemoryStorage,
     fence: u64,

@@ -246,7 +246,8 @@ fn every_command_has_help_and_names_an_option_that_it_does_not_know() {
         let script = format!("$qcow2fs {name} --frobnicate");
         let outcome = attempt!("{script}");
         check(&script, &outcome, "--frobnicate");
-        assert_eq!(outcome.code, Some(2), "{name}");
+        // 2 would be the verdict that the image is corrupt.
+        assert_eq!(outcome.code, Some(if name == "check" { 1 } else { 2 }), "{name}");
     }
 }
 

@@ -778,24 +778,6 @@ fn churn(places: &[PathBuf], worker: usize, step: usize) {
     assert!(done.as_ref().err().is_none_or(gone), "{one:?} {other:?}: {done:?}");
 }
 
-/// Measures: run it alone, on a machine that does nothing else.
-#[test]
-#[ignore = "measures"]
-fn a_listing_of_ten_thousand_images_takes_less_than_two_seconds() {
-    let lab = Lab::new();
-    let bytes = fs::read(lab.create("00000.qcow2", "1M", "cluster_size=512")).unwrap();
-    for index in 1..10_000 {
-        fs::write(lab.image(&format!("{index:05}.qcow2")), &bytes).unwrap();
-    }
-    let mount = lab.mount();
-    let start = std::time::Instant::now();
-    sh!("ls -l {} > /dev/null", mount.point().display());
-    let elapsed = start.elapsed();
-    println!("{elapsed:?}");
-    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
-    mount.umount();
-}
-
 #[test]
 fn a_listing_opens_no_image_for_writing() {
     let lab = Lab::new();

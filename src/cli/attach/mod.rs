@@ -1,6 +1,6 @@
 //! `qcow2fs attach`: an image on a loop device, and mounted, in one step.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -106,10 +106,12 @@ impl Target {
         let mut magic = [0; 4];
         let reading = |e| format!("reading {shown}: {e}");
         let mut file = regular::open(&place, false).map_err(|e| reading(e.to_string()))?;
-        file.read_exact(&mut magic).map_err(|e| reading(e.to_string()))?;
-        if magic != *b"QFI\xfb" {
+        let read = file.read_exact(&mut magic);
+        let is_short = read.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::UnexpectedEof);
+        if is_short || read.is_ok() && magic != *b"QFI\xfb" {
             return Err(format!("{shown} is neither a qcow2 image nor a file of a qcow2fs mount"));
         }
+        read.map_err(|e| reading(e.to_string()))?;
         Ok(match shown::raw_file_of(&path) {
             Some(raw) => Target::Raw { raw, image: path },
             None => Target::Image(path),

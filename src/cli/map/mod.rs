@@ -57,7 +57,7 @@ pub(super) struct Args {
     #[command(flatten)]
     every: Every,
     /// How much of the file one block is; without it, what makes the picture fit
-    #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_some)]
     block: Option<u64>,
     /// The image
     image: PathBuf,
