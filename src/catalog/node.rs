@@ -431,7 +431,10 @@ impl Node {
         {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
-                format!("it is a backing or data file of {}, which is open", user.display()),
+                format!(
+                    "it is a backing or data file of {}, which is open; close that first",
+                    user.display()
+                ),
             ));
         }
         let options = &Options { label: self.path().display().to_string(), ..options.clone() };

@@ -76,7 +76,13 @@ fn order(mount: &Mounted, control: &mut File, verb: &str) -> Result<(), String> 
 }
 
 fn refused(mount: &Mounted, e: &io::Error) -> String {
-    format!("asking the mount at {}: {e}", mount.mountpoint().display())
+    let shown = mount.mountpoint().display();
+    match e.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("only root and the user that serves the mount at {shown} may have it compacted")
+        }
+        _ => format!("asking the mount at {shown}: {e}"),
+    }
 }
 
 fn report(mount: &Mounted) -> Result<Report, String> {
