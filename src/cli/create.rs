@@ -40,8 +40,7 @@ const PIECE: usize = 1 << 20;
 /// one that was to be replaced stays.
 ///
 /// Exit code: 0 done; 1 failed, also where options contradict each other; 2 arguments that are not known
-/// or no values; 128 plus the number of the signal that
-/// ended it.
+/// or no values; 128 plus the number of the signal that ended it.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   qcow2fs create disk.qcow2 10G
@@ -161,7 +160,7 @@ fn options(args: &Args) -> Result<CreateOptions, String> {
         (None, Some((name, format))) => size_of_backing(&args.image, name, format)?,
         (None, None) => return Err("say how large the disk is to be".into()),
     };
-    let too_much = || format!("{size} bytes are too much for a disk: it ends at 8 EiB at most");
+    let too_much = || format!("{size} bytes are too much for a disk");
     Ok(CreateOptions {
         virtual_size: size.checked_next_multiple_of(SECTOR).ok_or_else(too_much)?,
         cluster_size: args.cluster_size,

@@ -384,7 +384,7 @@ impl Plan {
         let failed = catalog.close_all(LAST_REQUESTS);
         if failed > 0 {
             log::error!(
-                "{failed} images could not be closed in order: run `qcow2fs check` on those above"
+                "closing has failed {failed} times: run `qcow2fs check` on those named above"
             );
         }
         if is_dead(&self.mountpoint)
