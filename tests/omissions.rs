@@ -31,8 +31,8 @@ use support::qemu::{DataFile, Shape};
 use support::rng::Rng;
 use support::{SECTOR, setting};
 
-/// A hunt lasts so long at most.
-const HUNT: u64 = 120;
+/// A hunt lasts so long at most: minutes where everything else goes first.
+const HUNT: u64 = 600;
 /// Histories on each ground while all rules are kept.
 const CONTROLS: u64 = 1;
 

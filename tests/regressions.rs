@@ -983,9 +983,8 @@ fn a_preallocation_that_a_cut_overtakes_maps_nothing_past_the_end() {
             all.join().unwrap().unwrap();
         });
         image.flush().unwrap();
-        // Empty L2 tables stay until compaction comes to them, and some of the pool may be in hand.
-        let live = image.status().unwrap().live.unwrap();
-        assert!(live < 64 << 20, "{live} bytes for a disk of one cluster");
+        // Empty L2 tables stay until compaction comes to them.
+        wait_until("what was cut off is in use", || image.status().unwrap().live < Some(4 << 20));
         image.close().unwrap();
     }
 }

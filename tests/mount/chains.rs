@@ -302,7 +302,8 @@ fn nobody_writes_to_a_base_while_an_overlay_is_open() {
     let two = File::open(mount.path("two.raw")).unwrap();
     let reader = File::open(&base_raw).expect("readers are welcome");
     assert_eq!(errno_of(write()), libc::EROFS);
-    let why = "base.qcow2: it is a backing or data file of one.qcow2, which is open";
+    let why =
+        "base.qcow2: it is a backing or data file of one.qcow2, which is open; close that first";
     assert!(mount.log().lines().any(|line| line.ends_with(why)), "{}", mount.log());
     let cut = attempt!("truncate -s 1M {}", base_raw.display());
     assert!(cut.text().contains("Read-only file system"), "{}", cut.text());
