@@ -364,6 +364,7 @@ fn a_new_name_brings_no_other_key_to_an_image_that_would_not_notice() {
     file.write_all_at(b"here", 5000).unwrap();
     assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM), "while it is open");
     drop(file);
+    wait_until_free(&image);
     assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM));
     assert_eq!(refused(fs::hard_link(&disk, &other)), Some(libc::EPERM));
     assert!(mount.log().contains("would get another key"), "{}", mount.log());
