@@ -70,6 +70,21 @@ fn noise(seed: u64, length: u64) -> Vec<u8> {
     (0..length / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
 }
 
+/// Six clusters of data, each full of its number from 1, not in the order of the disk; all of it in the
+/// snapshot `first` too, if there is one.
+fn scattered(cluster: u64, has_snapshot: bool) -> MemoryStorage {
+    let directory = scratch();
+    let path = directory.path().join("disk.qcow2");
+    create(&path, &format!("cluster_size={cluster}"), 6 * cluster);
+    let writes =
+        [5, 4, 0, 1, 2, 3].map(|n| format!("write -P {} {} {cluster}", n + 1, n * cluster));
+    qemu::io(&path, &writes);
+    if has_snapshot {
+        qemu::run(Command::new("qemu-img").args(["snapshot", "-c", "first"]).arg(&path));
+    }
+    MemoryStorage::new(std::fs::read(&path).unwrap())
+}
+
 fn read_all(image: &Image) -> Vec<u8> {
     let mut bytes = vec![0xee; image.virtual_size() as usize];
     image.read(0, &mut bytes).unwrap();
@@ -691,16 +706,7 @@ fn every_short_sequence_leaves_content_and_counts_right() {
     let depth = support::setting("QCOW2FS_DEPTH").unwrap_or(4) as u32;
     let mut sequences = 0;
     for (cluster, snapshot) in [(512, false), (512, true), (4096, false)] {
-        let directory = scratch();
-        let path = directory.path().join("disk.qcow2");
-        create(&path, &format!("cluster_size={cluster}"), 6 * cluster);
-        let writes =
-            [5, 4, 0, 1, 2, 3].map(|n| format!("write -P {} {} {cluster}", n + 1, n * cluster));
-        qemu::io(&path, &writes);
-        if snapshot {
-            qemu::run(Command::new("qemu-img").args(["snapshot", "-c", "s"]).arg(&path));
-        }
-        let full = MemoryStorage::new(std::fs::read(&path).unwrap());
+        let full = scattered(cluster, snapshot);
         for length in 1..=depth {
             for number in 0..STEPS.len().pow(length) {
                 let steps: Vec<_> = (0..length)
@@ -851,16 +857,7 @@ fn run_scripts(new: &dyn Fn() -> Stepped, script: &mut Vec<(u64, Act)>, more: u6
 fn every_interleaving_of_a_client_and_the_recycler_leaves_content_and_counts_right() {
     let acts = support::setting("QCOW2FS_ACTS").unwrap_or(2);
     for (cluster, keep_erased, is_shared) in [(512, 0, false), (512, 1024, true)] {
-        let directory = scratch();
-        let path = directory.path().join("disk.qcow2");
-        create(&path, &format!("cluster_size={cluster}"), 6 * cluster);
-        let writes =
-            [5, 4, 0, 1, 2, 3].map(|n| format!("write -P {} {} {cluster}", n + 1, n * cluster));
-        qemu::io(&path, &writes);
-        if is_shared {
-            qemu::run(Command::new("qemu-img").args(["snapshot", "-c", "first"]).arg(&path));
-        }
-        let full = MemoryStorage::new(std::fs::read(&path).unwrap());
+        let full = scattered(cluster, is_shared);
         let new = || Stepped::new(&full, cluster, keep_erased, is_shared);
         let scripts = run_scripts(&new, &mut Vec::new(), acts);
         println!("{scripts} scripts, shared with a snapshot: {is_shared}");

@@ -133,14 +133,21 @@ impl testing::Layer for Probe {
     }
 }
 
+/// An image whose first guest clusters are full of `byte`.
+fn filled(clusters: u64, byte: u8) -> Vec<u8> {
+    let storage = Arc::new(MemoryStorage::new(created(&[])));
+    let image = Image::open(storage.clone(), &quiet()).unwrap();
+    for guest in 0..clusters {
+        image.write(guest * CLUSTER, &[byte; CLUSTER as usize]).unwrap();
+    }
+    image.close().unwrap();
+    storage.contents()
+}
+
 /// An image of two guest clusters that share one host cluster, whose refcount is 2. Also the host
 /// cluster.
 fn with_a_shared_cluster() -> (Vec<u8>, u64) {
-    let storage = Arc::new(MemoryStorage::new(created(&[])));
-    let image = Image::open(storage.clone(), &quiet()).unwrap();
-    image.write(0, &[7; CLUSTER as usize]).unwrap();
-    image.close().unwrap();
-    let mut bytes = storage.contents();
+    let mut bytes = filled(1, 7);
     let entry = l2_entry_at(&bytes, 0);
     let data = be64(&bytes, entry) & 0x00ff_ffff_ffff_fe00;
     for guest in 0..2 {
@@ -158,13 +165,7 @@ fn with_a_shared_cluster() -> (Vec<u8>, u64) {
 /// take that away.
 #[test]
 fn data_written_past_the_end_that_the_file_had_at_open_is_not_cut_off() {
-    let storage = Arc::new(MemoryStorage::new(created(&[])));
-    let image = Image::open(storage.clone(), &quiet()).unwrap();
-    for guest in 0..3 {
-        image.write(guest * CLUSTER, &[1; CLUSTER as usize]).unwrap();
-    }
-    image.close().unwrap();
-    let mut bytes = storage.contents();
+    let mut bytes = filled(3, 1);
     bytes.truncate(bytes.len() - CLUSTER as usize);
 
     let storage = Arc::new(MemoryStorage::new(bytes));
@@ -1009,11 +1010,7 @@ fn what_was_dropped_is_not_freed_when_the_search_is_called_off() {
 /// A close that is in no hurry lets the search come to its end, so that what was dropped is freed.
 #[test]
 fn what_was_dropped_before_the_search_was_over_is_freed_by_the_close() {
-    let storage = Arc::new(MemoryStorage::new(created(&[])));
-    let image = Image::open(storage.clone(), &quiet()).unwrap();
-    image.write(0, &[7; 8 * CLUSTER as usize]).unwrap();
-    image.close().unwrap();
-    let slow = Arc::new(SlowSearch(MemoryStorage::new(storage.contents())));
+    let slow = Arc::new(SlowSearch(MemoryStorage::new(filled(8, 7))));
     let image = Image::open(slow.clone(), &quiet()).unwrap();
     image.discard(0..8 << 20).unwrap();
     image.close().unwrap();
@@ -1093,13 +1090,7 @@ fn cutting_a_disk_off_keeps_few_tables_in_memory() {
 /// Nor is the end of the file cut off where something is that is not counted.
 #[test]
 fn what_is_not_counted_is_not_cut_off_when_the_search_is_called_off() {
-    let storage = Arc::new(MemoryStorage::new(created(&[])));
-    let image = Image::open(storage.clone(), &quiet()).unwrap();
-    for guest in 0..2 {
-        image.write(guest * CLUSTER, &[7; CLUSTER as usize]).unwrap();
-    }
-    image.close().unwrap();
-    let mut bytes = storage.contents();
+    let mut bytes = filled(2, 7);
     let last = be64(&bytes, l2_entry_at(&bytes, 1)) & 0x00ff_ffff_ffff_fe00;
     assert_eq!(last + CLUSTER, bytes.len() as u64, "it is not the last one");
     let count = refcount_at(&bytes, last / CLUSTER) as usize;

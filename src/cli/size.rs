@@ -67,10 +67,7 @@ pub(super) fn parse_compact_after(text: &str) -> Result<CompactAfter, String> {
 /// # Errors
 /// As [`parse`]; 0, which would be never.
 pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
-    match parse(text)? {
-        0 => Err(format!("'{text}' a second is never")),
-        rate => Ok(rate),
-    }
+    some(parse(text)?, || format!("'{text}' a second is never"))
 }
 
 /// A size as [`parse`] has it, but not 0.
@@ -78,10 +75,12 @@ pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
 /// # Errors
 /// As [`parse`]; 0.
 pub(super) fn parse_some(text: &str) -> Result<u64, String> {
-    match parse(text)? {
-        0 => Err(format!("'{text}' is nothing; 1 at least")),
-        size => Ok(size),
-    }
+    some(parse(text)?, || format!("'{text}' is nothing; 1 at least"))
+}
+
+/// The size, unless it is 0.
+fn some(size: u64, complaint: impl FnOnce() -> String) -> Result<u64, String> {
+    if size > 0 { Ok(size) } else { Err(complaint()) }
 }
 
 /// A size that may depend on the one there is.

@@ -112,12 +112,12 @@ fn read_from(mountpoint: &Path, mount: io::Result<MountPoint>) -> Result<Value, 
     };
     let text = mount.and_then(read).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => format!("no qcow2fs is mounted at {shown}"),
-        io::ErrorKind::NotConnected => {
-            format!("the process that served {shown} is gone: `qcow2fs umount {shown}` removes the mount")
-        },
-        io::ErrorKind::PermissionDenied => {
-            format!("{shown} is another user's mount: ask as that user, or mount with -o allow_other")
-        }
+        io::ErrorKind::NotConnected => format!(
+            "the process that served {shown} is gone: `qcow2fs umount {shown}` removes the mount"
+        ),
+        io::ErrorKind::PermissionDenied => format!(
+            "{shown} is another user's mount: ask as that user, or mount with -o allow_other"
+        ),
         _ => format!("asking {shown} for its status: {e}"),
     })?;
     serde_json::from_slice(&text).map_err(|e| format!("the status of {shown} makes no sense: {e}"))
@@ -139,7 +139,8 @@ fn page(status: &Value, rates: &[String], colours: bool) -> String {
     }
     if let Some(failed @ 1..) = status["close_errors"].as_u64() {
         page += &format!(
-            "closing images has failed ({failed} times): the log names them, run `qcow2fs check` on each\n"
+            "closing images has failed ({failed} times): the log names them, \
+             run `qcow2fs check` on each\n"
         );
     }
     for error in status["errors"].as_array().into_iter().flatten() {

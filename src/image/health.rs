@@ -86,16 +86,19 @@ impl Health {
 
     pub(super) fn latch_unknown(&self, reason: &str) {
         self.unknown.store(true, Ordering::Release);
-        if self.latch(reason) {
-            log::error!("{} is read-only from now on: {reason}", self.label());
-        }
+        self.latch_and_tell(reason);
     }
 
     /// No more writes, since the image seems to contradict itself, and the host has failed like this when
     /// that was looked at again.
     pub(super) fn latch_doubtful(&self, error: &Error) {
-        let reason = format!("it may be corrupt, and cannot be read to make sure: {error}");
-        if self.latch(&reason) {
+        self.latch_and_tell(&format!(
+            "it may be corrupt, and cannot be read to make sure: {error}"
+        ));
+    }
+
+    fn latch_and_tell(&self, reason: &str) {
+        if self.latch(reason) {
             log::error!("{} is read-only from now on: {reason}", self.label());
         }
     }

@@ -237,8 +237,7 @@ fn no_key_is_found_in_memory_after_the_image_is_closed() {
             "{format}: what it is ciphered with can be swapped"
         );
         drop(file);
-        let is_closed = || mount.status()["images"].as_array().is_none_or(|open| open.is_empty());
-        eventually(std::time::Duration::from_secs(20), is_closed, || mount.status().to_string());
+        mount.wait_until_closed(Duration::from_secs(20));
         // What a cipher has left on the stack of a thread goes with that thread's next work.
         let is_gone = || {
             for _ in 0..32 {
@@ -365,9 +364,7 @@ fn a_new_name_brings_no_other_key_to_an_image_that_would_not_notice() {
     file.write_all_at(b"here", 5000).unwrap();
     assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM), "while it is open");
     drop(file);
-    // A process that another test forks may have had a copy of it.
-    let is_closed = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
-    eventually(Duration::from_secs(10), is_closed, || mount.status().to_string());
+    mount.wait_until_closed(Duration::from_secs(10));
     assert_eq!(refused(fs::rename(&disk, &other)), Some(libc::EPERM));
     assert_eq!(refused(fs::hard_link(&disk, &other)), Some(libc::EPERM));
     assert!(mount.log().contains("would get another key"), "{}", mount.log());

@@ -303,6 +303,13 @@ impl Mount {
         serde_json::from_str(&text).expect("status is JSON")
     }
 
+    /// Waits until no image is open: the kernel closes files in its own time, and a child that another
+    /// test has just forked has a copy of every file that was open.
+    pub fn wait_until_closed(&self, limit: Duration) {
+        let closed = || self.status()["images"].as_array().is_some_and(Vec::is_empty);
+        eventually(limit, closed, || self.status().to_string());
+    }
+
     /// Unmounts as users do, and checks that nothing is left. For a moment the mount may be busy
     /// by our own doing: a child that another test has just forked, not yet executing its program,
     /// has a copy of every file that was open.

@@ -245,8 +245,7 @@ fn what_is_removed_or_replaced_while_open_stays_usable() {
     assert_same(&read_all(&removed), &pattern(3, MIB), "the new file");
     assert_same(&read_all(&replaced), &pattern(2, MIB), "what replaced the old one");
     drop(old);
-    let none = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
-    eventually(Duration::from_secs(10), none, || mount.status().to_string());
+    mount.wait_until_closed(Duration::from_secs(10));
     assert_eq!(mount.status()["close_errors"], 0);
     mount.umount();
     assert_eq!(names(&lab.images()), ["removed.qcow2", "replaced.qcow2"]);
@@ -614,8 +613,7 @@ fn copies_keep_the_times_that_were_set() {
         sh!("rsync -a --inplace {from}/untarred.raw {to}/inplace.raw");
         names.extend(["synced", "inplace"]);
     }
-    let closed = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
-    eventually(Duration::from_secs(10), closed, || mount.status().to_string());
+    mount.wait_until_closed(Duration::from_secs(10));
     for name in &names {
         assert_eq!(modified(&mount.path(&format!("{name}.raw"))), THEN, "{name}");
     }
@@ -738,8 +736,7 @@ fn names_change_while_files_are_opened_written_and_removed() {
             }
         });
     });
-    let none = || mount.status()["images"].as_array().is_some_and(Vec::is_empty);
-    eventually(Duration::from_secs(20), none, || mount.status().to_string());
+    mount.wait_until_closed(Duration::from_secs(20));
     assert_eq!(mount.status()["close_errors"], 0);
     let log = mount.log();
     assert!(!log.contains("[ERROR]"), "{log}");
